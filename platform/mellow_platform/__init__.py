@@ -1,0 +1,1 @@
+"""Train and serve Mellow, an audio language model, on one Ray cluster."""

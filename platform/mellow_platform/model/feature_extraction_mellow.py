@@ -1,0 +1,125 @@
+"""Mellow's audio front end: waveforms of any length to log-mel spectrograms of one length."""
+
+import numpy as np
+import torch
+from transformers.audio_utils import mel_filter_bank
+from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
+from transformers.feature_extraction_utils import BatchFeature
+
+SHORT_CLIP_RULES = ("pad", "repeat")
+
+
+class MellowFeatureExtractor(SequenceFeatureExtractor):
+    """Log-mel spectrograms as HTSAT was trained on them (the defaults are the published values).
+
+    Args:
+        sampling_rate: of the waveforms, in Hz.
+        clip_seconds: length every clip is brought to.
+        n_fft: samples in a periodic Hann window.
+        hop_length: samples between frames.
+        feature_size: number of Slaney mel bands.
+        min_frequency, max_frequency: of the bands, in Hz.
+        short_clip: what fills a shorter clip: `pad` (zeros) or `repeat` (the clip again).
+            A longer clip is cut to its first `clip_seconds`.
+    """
+
+    model_input_names = ["input_features"]  # noqa: RUF012 (the form transformers reads)
+
+    def __init__(
+        self,
+        feature_size: int = 64,
+        sampling_rate: int = 32_000,
+        clip_seconds: float = 10.0,
+        n_fft: int = 1024,
+        hop_length: int = 320,
+        min_frequency: float = 50.0,
+        max_frequency: float = 14_000.0,
+        short_clip: str = "pad",
+        padding_value: float = 0.0,
+        **kwargs,
+    ):
+        super().__init__(
+            feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs
+        )
+        if short_clip not in SHORT_CLIP_RULES:
+            raise ValueError(f"short_clip {short_clip!r} is not one of {', '.join(SHORT_CLIP_RULES)}")
+        self.clip_seconds = clip_seconds
+        self.n_fft = n_fft
+        self.hop_length = hop_length
+        self.min_frequency = min_frequency
+        self.max_frequency = max_frequency
+        self.short_clip = short_clip
+        self.mel_filters = mel_filter_bank(
+            num_frequency_bins=1 + n_fft // 2,
+            num_mel_filters=feature_size,
+            min_frequency=min_frequency,
+            max_frequency=max_frequency,
+            sampling_rate=sampling_rate,
+            norm="slaney",
+            mel_scale="slaney",
+        ).astype(np.float32)
+
+    @classmethod
+    def from_size(cls, size: str, short_clip: str = "pad") -> "MellowFeatureExtractor":
+        """Return the front end of a named size (see `MellowConfig.from_size`)."""
+        if size == "mellow-tiny":
+            return cls(n_fft=2048, hop_length=1280, short_clip=short_clip)
+        return cls(short_clip=short_clip)
+
+    @property
+    def clip_samples(self) -> int:
+        return round(self.clip_seconds * self.sampling_rate)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of one clip's spectrogram (1001 as published)."""
+        return 1 + self.clip_samples // self.hop_length
+
+    def to_dict(self) -> dict:
+        return {key: value for key, value in super().to_dict().items() if key != "mel_filters"}
+
+    def fit(self, waveform: np.ndarray) -> np.ndarray:
+        """Return float32 `waveform` [n] cut or filled to [clip_samples].
+
+        Raises:
+            ValueError: not one channel, or no samples.
+        """
+        waveform = np.asarray(waveform, np.float32)
+        if waveform.ndim != 1:
+            raise ValueError(f"waveform of shape {waveform.shape}: average the channels to one first")
+        if len(waveform) == 0:
+            raise ValueError("waveform has 0 samples")
+        missing = self.clip_samples - len(waveform)
+        if missing <= 0:
+            return waveform[: self.clip_samples]
+        return np.pad(waveform, (0, missing), mode="wrap" if self.short_clip == "repeat" else "constant")
+
+    def log_mel(self, waveforms: np.ndarray) -> torch.Tensor:
+        """Return decibels [clips, frames, bands] of fitted waveforms [clips, clip_samples]."""
+        spectrum = torch.stft(
+            torch.from_numpy(np.ascontiguousarray(waveforms)),
+            self.n_fft,
+            self.hop_length,
+            window=torch.hann_window(self.n_fft),
+            center=True,
+            pad_mode="reflect",
+            return_complex=True,
+        )
+        power = spectrum.real.square() + spectrum.imag.square()
+        mel = power.transpose(1, 2) @ torch.from_numpy(self.mel_filters)
+        return 10.0 * torch.log10(torch.clamp(mel, min=1e-10))
+
+    def __call__(
+        self, raw_speech: np.ndarray | list[np.ndarray], sampling_rate: int | None = None, **kwargs
+    ) -> BatchFeature:
+        """Return `input_features` [clips, frames, bands] of one waveform or a list of them.
+
+        Raises:
+            ValueError: `sampling_rate` is not the front end's; resample first.
+        """
+        if sampling_rate is not None and sampling_rate != self.sampling_rate:
+            raise ValueError(
+                f"waveforms are at {sampling_rate} Hz, the model hears {self.sampling_rate} Hz: resample them"
+            )
+        clips = [raw_speech] if isinstance(raw_speech, np.ndarray) and raw_speech.ndim == 1 else raw_speech
+        return BatchFeature({"input_features": self.log_mel(np.stack([self.fit(clip) for clip in clips]))})

@@ -1,0 +1,88 @@
+"""Mellow's processor: waveforms and questions to what the network reads, and tokens back to text."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+
+class MellowProcessor(ProcessorMixin):
+    """Feature extractor and tokenizer in one.
+
+    Args:
+        feature_extractor: the audio front end.
+        tokenizer: of the decoder; its padding token fills prompts.
+        prompt_length: tokens that every prompt is padded or cut to.
+        answer_length: tokens that an answer is cut to.
+    """
+
+    def __init__(self, feature_extractor, tokenizer, prompt_length: int = 129, answer_length: int = 250):
+        super().__init__(feature_extractor, tokenizer)
+        self.prompt_length = prompt_length
+        self.answer_length = answer_length
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["feature_extractor", "tokenizer"]
+
+    def token_ids(self, text: str) -> list[int]:
+        """Return the tokens of `text`, lower-cased and closed by the end marker as in training."""
+        return self.tokenizer(f"{text.lower().strip()} {self.tokenizer.eos_token}")["input_ids"]
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Return the `prompt_length` tokens of `prompt`, padded or cut."""
+        ids = self.token_ids(prompt)[: self.prompt_length]
+        return ids + [self.tokenizer.pad_token_id] * (self.prompt_length - len(ids))
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Return at most `answer_length` tokens of `answer`."""
+        return self.token_ids(answer)[: self.answer_length]
+
+    def __call__(
+        self,
+        audio: Sequence[Sequence[np.ndarray]],
+        text: Sequence[str],
+        answers: Sequence[str] | None = None,
+        sampling_rate: int | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Return `input_ids` [batch, prompt], `input_features` [batch, 2, frames, bands] and, with answers, `labels`.
+
+        Args:
+            audio: one or two waveforms [samples] a question; a single one stands in both places.
+            text: a question each.
+            answers: to train on.
+            sampling_rate: of the waveforms in Hz, checked when given.
+
+        Raises:
+            ValueError: the lists differ in length, or a question has no clip or more than two.
+        """
+        if len(audio) != len(text):
+            raise ValueError(f"{len(audio)} sets of clips for {len(text)} questions: give one set a question")
+        clips: list[np.ndarray] = []
+        for number, pair in enumerate(audio):
+            if len(pair) not in (1, 2):
+                raise ValueError(f"question {number} has {len(pair)} clips: give one or two")
+            clips += [pair[0], pair[-1]]
+        features = self.feature_extractor(clips, sampling_rate=sampling_rate)["input_features"]
+        batch = {
+            "input_ids": torch.tensor([self.prompt_ids(question) for question in text]),
+            "input_features": features.unflatten(0, (len(text), 2)),
+        }
+        if answers is not None:
+            batch["labels"] = pad_labels([self.answer_ids(answer) for answer in answers])
+        return BatchFeature(batch)
+
+    def decode_answers(self, tokens: torch.Tensor) -> list[str]:
+        """Return the texts of generated tokens [batch, new]."""
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def pad_labels(answers: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return answers as labels [batch, longest], filled with -100, which the loss ignores."""
+    labels = torch.full((len(answers), max(map(len, answers))), -100)
+    for row, ids in zip(labels, answers, strict=True):
+        row[: len(ids)] = torch.as_tensor(ids)
+    return labels

@@ -1,0 +1,134 @@
+"""The one place that turns a URI (a local path or s3://bucket/prefix) into a filesystem.
+
+Endpoint and credentials of S3 come from the standard AWS variables
+(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION).
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+from pyarrow import fs as arrow_fs
+
+
+def absolute(uri: str) -> str:
+    """Return `uri` with a local path made absolute; other schemes are returned as they are.
+
+    Raises:
+        ValueError: a relative path inside a submitted Ray job. Its working directory is a temporary copy that
+            the cluster deletes, and no other node sees it.
+    """
+    if "://" in uri:
+        return uri
+    path = Path(uri).expanduser()
+    if not path.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise ValueError(
+            f"{uri!r} is relative, and a submitted job runs in a temporary copy of the working directory: "
+            "give an absolute path that every node sees, or an s3:// URI"
+        )
+    return str(path.absolute())
+
+
+def join(uri: str, *parts: str) -> str:
+    """Return `uri` extended by path `parts`; an absolute or s3:// last part stands for itself."""
+    for part in parts:
+        uri = part if "://" in part or part.startswith("/") else f"{uri.rstrip('/')}/{part}"
+    return uri
+
+
+def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
+    """Return the fsspec filesystem of `uri` and the path inside it."""
+    return fsspec.core.url_to_fs(uri)
+
+
+def arrow_filesystem(uri: str) -> tuple[arrow_fs.FileSystem, str]:
+    """Return the pyarrow filesystem of `uri` (what Ray and Parquet take) and the path inside it."""
+    fs, path = filesystem(uri)
+    if fs.protocol == "file" or "file" in fs.protocol:
+        return arrow_fs.LocalFileSystem(), path
+    return arrow_fs.PyFileSystem(arrow_fs.FSSpecHandler(fs)), path
+
+
+def exists(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    return fs.exists(path)
+
+
+def read_bytes(uri: str) -> bytes:
+    fs, path = filesystem(uri)
+    return fs.cat_file(path)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write `data` so that `uri` holds all of it or is absent: rename on a disk, one put on an object store."""
+    fs, path = filesystem(uri)
+    if "file" not in fs.protocol:
+        fs.pipe_file(path, data)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    partial.write_bytes(data)
+    partial.replace(target)
+
+
+def read_json(uri: str) -> Any:
+    try:
+        return json.loads(read_bytes(uri))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{uri} is not JSON: {error}") from error
+
+
+def write_json(uri: str, value: Any) -> None:
+    write_bytes(uri, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def write_table(uri: str, table: pa.Table) -> str:
+    """Write `table` as one Parquet file, whole or not at all, and return the SHA-256 of its bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    data = sink.getvalue().to_pybytes()
+    write_bytes(uri, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet file, or a folder of them in the order of their names."""
+    fs, path = arrow_filesystem(uri)
+    return pq.read_table(path, filesystem=fs, columns=columns)
+
+
+def upload(folder: str | Path, uri: str) -> None:
+    """Copy the contents of a local `folder` to `uri`."""
+    for file in sorted(Path(folder).rglob("*")):
+        if file.is_file():
+            write_bytes(join(uri, file.relative_to(folder).as_posix()), file.read_bytes())
+
+
+def local_copy(uri: str) -> Path:
+    """Return a local folder with the contents of `uri`: itself when it is local, a fresh download otherwise.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    if not fs.exists(path):
+        raise FileNotFoundError(f"{uri}: no such folder; check the URI and, on S3, AWS_ENDPOINT_URL and the keys")
+    if "file" in fs.protocol:
+        return Path(path)
+    target = Path(tempfile.mkdtemp(prefix="mellow-"))
+    for remote in fs.find(path):
+        local = target / Path(remote).relative_to(path)
+        local.parent.mkdir(parents=True, exist_ok=True)
+        fs.get_file(remote, str(local))
+    return target
