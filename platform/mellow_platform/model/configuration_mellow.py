@@ -1,5 +1,7 @@
 """Configuration of the Mellow network and its audio encoder, in Hugging Face form."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, ClapAudioConfig, LlamaConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
@@ -15,11 +17,14 @@ class HTSATConfig(ClapAudioConfig):
 
     labels (`list[str]`, *optional*):
         Names of the `num_classes` tags, in order; empty where they are unknown.
+    spec_augment_stripes (`int`, *optional*, defaults to 2):
+        Stripes blanked in training along each axis of the spectrogram (SpecAugment).
     """
 
     model_type = "mellow_htsat"
 
     labels: list[str] | tuple[str, ...] = ()
+    spec_augment_stripes: int = 2
     drop_path_rate: float | int = 0.1
     hidden_dropout_prob: float | int = 0.0
 
@@ -65,8 +70,8 @@ class MellowConfig(PreTrainedConfig):
         "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="mellow_htsat"),
     }
 
-    audio_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    audio_config: Any = None  # an HTSATConfig, or its dictionary
+    text_config: Any = None  # the decoder's configuration, or its dictionary
     frame_repeat: int = 32
     pool_size: int = 8
     projection_dropout: float | int = 0.5
@@ -155,11 +160,15 @@ def tiny_encoder_config() -> HTSATConfig:
     """HTSAT on a 128 x 128 image: 256 frames of 64 bands folded in two, 16 distinct frames."""
     return HTSATConfig(
         spec_size=128,
-        patch_embeds_hidden_size=48,
+        patch_embeds_hidden_size=32,
         depths=[2, 2, 2],
         num_attention_heads=[2, 4, 8],
         num_classes=64,
         num_hidden_layers=3,
+        drop_path_rate=0.0,
+        spec_augment_stripes=0,
+        # Weights near 1/sqrt(fan-in): at widths this small the default is too quiet to start learning.
+        initializer_factor=3.0,
     )
 
 

@@ -38,9 +38,7 @@ class MellowFeatureExtractor(SequenceFeatureExtractor):
         padding_value: float = 0.0,
         **kwargs,
     ):
-        super().__init__(
-            feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs
-        )
+        super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
         if short_clip not in SHORT_CLIP_RULES:
             raise ValueError(f"short_clip {short_clip!r} is not one of {', '.join(SHORT_CLIP_RULES)}")
         self.clip_seconds = clip_seconds

@@ -31,18 +31,21 @@ class HTSATOutput(ModelOutput):
 class SpecAugmentedNorm(nn.BatchNorm2d):
     """`bn0` of HTSAT: normalises each mel band and, in training, blanks stripes (SpecAugment, arXiv 1904.08779).
 
-    Two stripes of at most 64 of 1001 frames and two of at most 8 of 64 bands, as published; the width in frames
-    scales with the spectrogram.
+    As published, a stripe covers at most 64 of 1001 frames, or at most 8 of 64 bands; the width in frames scales
+    with the spectrogram.
     """
 
-    stripes = 2
     time_share = 64 / 1001
     max_bands = 8
+
+    def __init__(self, bands: int, stripes: int):
+        super().__init__(bands)
+        self.stripes = stripes
 
     def forward(self, spectrogram: torch.Tensor) -> torch.Tensor:
         """Map [clips, bands, frames, 1] to the same shape."""
         normal = super().forward(spectrogram)
-        if not self.training:
+        if not self.training or not self.stripes:
             return normal
         clips, bands, frames, _ = normal.shape
         keep = torch.ones(clips, bands, frames, dtype=torch.bool, device=normal.device)
@@ -71,7 +74,7 @@ class HTSATEncoder(PreTrainedModel):
     def __init__(self, config: HTSATConfig):
         super().__init__(config)
         self.swin = ClapAudioModel(config)
-        self.swin.audio_encoder.batch_norm = SpecAugmentedNorm(config.num_mel_bins)
+        self.swin.audio_encoder.batch_norm = SpecAugmentedNorm(config.num_mel_bins, config.spec_augment_stripes)
         bins = config.final_grid // config.fold
         self.tscam_conv = nn.Conv2d(config.hidden_size, config.num_classes, (bins, 3), padding=(0, 1))
         # Published checkpoints hold this layer; no output depends on it.
@@ -163,9 +166,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         frames = self.frame_embedding(audio_frames)
         projected = self.projection(torch.cat([audio_latent[..., None, :], frames], dim=-2))
         copies = self.config.frame_repeat // self.config.pool_size
-        return torch.cat(
-            [projected[..., :1, :], projected[..., 1:, :].repeat_interleave(copies, dim=-2)], dim=-2
-        )
+        return torch.cat([projected[..., :1, :], projected[..., 1:, :].repeat_interleave(copies, dim=-2)], dim=-2)
 
     def prefix(
         self,
@@ -184,7 +185,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: no audio, or both forms of it.
         """
-        if (input_features is None) == (audio_frames is None or audio_latent is None):
+        if (input_features is None) == (audio_frames is None):
             raise ValueError("give either input_features, or audio_frames and audio_latent")
         if input_features is not None:
             # Both clips of a single-clip question are often the same one: encode what is distinct.
@@ -193,6 +194,8 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
             shape = input_features.shape[:2]
             audio_frames = encoded.frames[index].unflatten(0, shape)
             audio_latent = encoded.latent[index].unflatten(0, shape)
+        if audio_frames is None or audio_latent is None:
+            raise ValueError("audio_frames and audio_latent go together")
         dtype = self.frame_embedding.weight.dtype
         audio = self.audio_tokens(audio_frames.to(dtype), audio_latent.to(dtype))
         embed = self.get_input_embeddings()

@@ -1,0 +1,252 @@
+"""The main job end to end on one machine: corpus, shards, encoder, features, Mellow, scores, and answers over HTTP.
+
+make demo                                  # on synthetic scenes
+make demo CORPUS=folder                    # on recordings with labels.json
+python jobs/demo.py --keep true            # leaves the cluster and the endpoint up
+
+Starts a local Ray cluster and submits every job to it as one would to any other cluster.
+"""
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+from mellow_platform import storage
+from mellow_platform.config import DemoConfig, load
+from mellow_platform.data.audio import decode, encode
+from mellow_platform.data.records import Record, read_records
+from mellow_platform.data.shards import Manifest
+from mellow_platform.evaluation.evaluate import markdown
+from mellow_platform.evaluation.scores import is_right
+from mellow_platform.model.folder import load_model
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+INSTALL_SECONDS = REPOSITORY / ".venv" / "install-seconds"
+CONFIGS = "jobs/configs/mellow-tiny"
+QUESTIONS = 6
+
+
+class Demo:
+    """The stages of the main job, what they printed, and how long they took."""
+
+    def __init__(self, config: DemoConfig):
+        self.config = config
+        self.seconds: dict[str, float] = {}
+        self.environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            # Both cores are busy while the endpoint starts; the default of 5 s is too short for that.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+            "RAY_DISABLE_IMPORT_WARNING": "1",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "PYTHONWARNINGS": "ignore",
+        }
+
+    def uri(self, *parts: str) -> str:
+        return storage.join(self.config.output, *parts)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what happens inside and say so."""
+        print(f"\n=== {name}", flush=True)
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - start, 1)
+        print(f"=== {name}: {self.seconds[name]} s", flush=True)
+
+    @contextlib.contextmanager
+    def cluster(self) -> Iterator[None]:
+        """A Ray cluster of this machine alone; it ends with the demo unless it is to be kept."""
+        command = [
+            "ray", "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1",
+            f"--port={_free_port()}", f"--num-cpus={self.config.cpus}", "--include-dashboard=true",
+            "--dashboard-host=127.0.0.1", f"--dashboard-port={self.config.dashboard_port}",
+            "--object-store-memory=1000000000",
+        ]  # fmt: skip
+        log = Path(self.uri("ray.log"))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
+            )
+        try:
+            self._wait_for_dashboard(process, log)
+            yield
+        finally:
+            if self.config.keep:
+                print(f"\nthe cluster stays up; to stop it: kill {process.pid}")
+            else:
+                process.send_signal(signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(30)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://127.0.0.1:{self.config.dashboard_port}"
+
+    def _wait_for_dashboard(self, process: subprocess.Popen, log: Path) -> None:
+        for _ in range(120):
+            if process.poll() is not None:
+                raise SystemExit(f"ray start failed; {log} says:\n{log.read_text()[-2000:]}")
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"{self.dashboard}/api/version", timeout=2),
+            ):
+                return
+            time.sleep(0.5)
+        raise SystemExit(f"Ray's dashboard did not answer at {self.dashboard} within 60 s; see {log}")
+
+    def submit(self, job: str, *arguments: str) -> dict[str, Any]:
+        """Submit a job, pass its output through, and return the JSON of its last line that holds one."""
+        command = [
+            "ray", "job", "submit", "--address", self.dashboard, "--working-dir", ".",
+            "--runtime-env", "infra/runtime_env.yaml", "--", "python", f"jobs/{job}.py", *arguments,
+        ]  # fmt: skip
+        print("$", " ".join(command), flush=True)
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout
+        result: dict[str, Any] = {}
+        with Path(self.uri(f"{job}.log")).open("a") as log:
+            for line in process.stdout:
+                log.write(line)
+                sys.stdout.write(line)
+                sys.stdout.flush()
+                if line.startswith("{"):
+                    with contextlib.suppress(json.JSONDecodeError):
+                        result = json.loads(line)
+        if process.wait():
+            raise SystemExit(f"job {job} failed; its output stands above and in {self.uri(f'{job}.log')}")
+        return result
+
+
+def run(config: DemoConfig) -> dict[str, Any]:
+    """Run every stage and return the summary."""
+    demo = Demo(config)
+    if Path(config.output).exists():
+        shutil.rmtree(config.output)
+    corpus, recordings = demo.uri("corpus"), config.corpus
+    audio_root = recordings or storage.join(corpus, "audio")
+    source = ["--source", "recordings", "--recordings", recordings, "--rounds", "40"] if recordings else []
+    passes = (["--epochs", "60", "--micro-batch", "4"], ["--epochs", "4"]) if recordings else ([], [])
+    preprocess = ["--config", f"{CONFIGS}/preprocess.yaml", "--corpus", corpus, "--audio-root", audio_root]
+    if recordings:
+        preprocess += ["--clips-per-shard", "8"]
+    training = ["--storage", demo.uri("runs"), "--run"]
+    with demo.cluster():
+        with demo.stage("corpus"):
+            demo.submit("make_corpus", "--output", corpus, *source)
+        with demo.stage("preprocess"):
+            demo.submit("preprocess", *preprocess, "--output", demo.uri("log-mel"))
+        with demo.stage("pretrain encoder"):
+            demo.submit(
+                "pretrain_encoder", "--config", f"{CONFIGS}/pretrain_encoder.yaml", "--shards", demo.uri("log-mel"),
+                "--labels", storage.join(corpus, "labels.json"), "--output", demo.uri("encoder"),
+                *training, "encoder", *passes[0],
+            )  # fmt: skip
+        with demo.stage("encode"):
+            demo.submit(
+                "preprocess", *preprocess, "--output", demo.uri("features"),
+                "--features", "encoder", "--encoder", demo.uri("encoder"),
+            )  # fmt: skip
+        with demo.stage("train"):
+            trained = demo.submit(
+                "train", "--config", f"{CONFIGS}/train.yaml", "--shards", demo.uri("features"),
+                "--encoder", demo.uri("encoder"), "--output", demo.uri("model"), *training, "mellow", *passes[1],
+            )  # fmt: skip
+        with demo.stage("evaluate"):
+            demo.submit(
+                "evaluate", "--model", demo.uri("model"), "--shards", demo.uri("features"),
+                "--output", demo.uri("evaluation"),
+            )  # fmt: skip
+        with demo.stage("deploy"):
+            demo.submit("deploy", "--model", demo.uri("model"), "--port", str(config.port))
+        with demo.stage("ask"):
+            served = ask(config, read_records(storage.join(corpus, "test.json")), audio_root)
+    model, _ = load_model(demo.uri("model"))
+    report = storage.read_json(demo.uri("evaluation", "report.json"))
+    summary = {
+        "seconds": demo.seconds,
+        "install_seconds": float(INSTALL_SECONDS.read_text()) if INSTALL_SECONDS.exists() else None,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "examples": Manifest.read(demo.uri("features")).counts["records"],
+        "final_loss": round(trained["loss"], 4),
+        "examples_per_second": round(trained["examples_per_second"], 1),
+        "accuracy": {key: report[key] for key in ("families", "multiple_choice", "overall")},
+        "served": served,
+    }
+    storage.write_json(demo.uri("summary.json"), summary)
+    print_report(summary, report)
+    return summary
+
+
+def ask(config: DemoConfig, records: list[Record], audio_root: str) -> list[dict[str, str | bool]]:
+    """Ask the endpoint about clips of the test split with the official client; print answers beside the truth."""
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{config.port}/v1", api_key="not needed on loopback")
+    model = client.models.list().data[0].id
+    chosen: dict[str, Record] = {}
+    for record in records:
+        chosen.setdefault(record.family, record)
+    served: list[dict[str, str | bool]] = []
+    for record in list(chosen.values())[:QUESTIONS]:
+        parts: list[Any] = [{"type": "text", "text": record.input}]
+        for path in record.filepaths:
+            data = storage.read_bytes(storage.join(audio_root, path))
+            container = Path(path).suffix.removeprefix(".").lower()
+            if container not in ("wav", "flac", "ogg", "mp3"):
+                data, container = encode(decode(data, 32_000), 32_000, "WAV"), "wav"
+            audio = {"data": base64.b64encode(data).decode(), "format": container}
+            parts.append({"type": "input_audio", "input_audio": audio})
+        completion = client.chat.completions.create(model=model, messages=[{"role": "user", "content": parts}])
+        answer = completion.choices[0].message.content or ""
+        right = is_right(record, answer)
+        print(f"\n{', '.join(record.filepaths)}\n  question: {record.input}")
+        print(f"  answer:   {answer}\n  truth:    {record.answer}")
+        served.append({"question": record.input, "answer": answer, "truth": record.answer, "right": right})
+    return served
+
+
+def print_report(summary: dict[str, Any], report: dict[str, Any]) -> None:
+    right = sum(bool(item["right"]) for item in summary["served"])
+    print("\n=== report\n")
+    print(markdown(report))
+    stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items())
+    install = f", installation {summary['install_seconds']:.0f} s" if summary["install_seconds"] else ""
+    print(f"stages: {stages}{install}")
+    print(f"parameters: {summary['parameters']:,}; final loss {summary['final_loss']}")
+    print(f"served answers that match the truth: {right} of {len(summary['served'])}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def main() -> None:
+    config = load(DemoConfig)
+    run(config)
+    print("demo: ok")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Train the audio encoder as a multi-label sound tagger; Mellow then freezes it.
+
+ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
+    python jobs/pretrain_encoder.py --config jobs/configs/pretrain_encoder.yaml --shards s3://bucket/log-mel ...
+"""
+
+import json
+import time
+
+from mellow_platform.config import EncoderConfig, load
+from mellow_platform.training.loop import run_training, summary
+from mellow_platform.training.tagger import train_tagger
+
+
+def main() -> None:
+    config = load(EncoderConfig)
+    start = time.monotonic()
+    result = run_training(train_tagger, config)
+    print(json.dumps({"encoder": config.output} | summary(result, time.monotonic() - start)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Fine-tune Mellow on answers with Ray Train and DeepSpeed.
+
+ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
+    python jobs/train.py --config jobs/configs/train.yaml --shards s3://bucket/features ...
+"""
+
+import json
+import time
+
+from mellow_platform.config import TrainConfig, load
+from mellow_platform.training.finetune import train_answers
+from mellow_platform.training.loop import run_training, summary
+
+
+def main() -> None:
+    config = load(TrainConfig)
+    start = time.monotonic()
+    result = run_training(train_answers, config)
+    print(json.dumps({"model": config.output} | summary(result, time.monotonic() - start)))
+
+
+if __name__ == "__main__":
+    main()

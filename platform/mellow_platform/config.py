@@ -1,0 +1,256 @@
+"""One typed configuration for every job: defaults here, YAML files next to the jobs, overrides on the command line.
+
+Each job takes `--config FILE` and a flag for every field (`--learning-rate 3e-4`, `--scaling.workers 4`);
+`--help` lists them. An unknown name is refused with the nearest valid one.
+"""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mellow_platform import storage
+
+Uri = Annotated[str, AfterValidator(storage.absolute)]
+Size = Literal["mellow-v0", "mellow-tiny"]
+
+
+class Section(BaseModel):
+    """Base of every configuration: no unknown keys, values checked."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class CorpusConfig(Section):
+    """`jobs/make_corpus.py`: write a corpus that needs no download."""
+
+    source: Literal["scenes", "recordings"] = Field("scenes", description="synthetic scenes, or a folder of recordings")
+    recordings: Uri | None = Field(None, description="folder with labels.json, for source: recordings")
+    output: Uri = Field(description="folder to write the corpus to")
+    seed: int = Field(0, description="the same seed gives the same bytes")
+    train_clips: int = Field(1200, ge=1, description="scenes in the train split")
+    val_clips: int = Field(60, ge=1, description="scenes in the val split")
+    test_clips: int = Field(240, ge=1, description="scenes in the test split")
+    rounds: int = Field(3, ge=1, description="how often every question family is asked of a training clip")
+
+    @model_validator(mode="after")
+    def _recordings_need_a_folder(self) -> "CorpusConfig":
+        if self.source == "recordings" and not self.recordings:
+            raise ValueError("source: recordings needs `recordings`, a folder with labels.json")
+        return self
+
+
+class PreprocessConfig(Section):
+    """`jobs/preprocess.py`: audio and records to Parquet shards."""
+
+    corpus: Uri = Field(description="folder with train.json, val.json, test.json")
+    audio_root: Uri | None = Field(None, description="what the records' paths are relative to; default <corpus>/audio")
+    output: Uri = Field(description="folder to write shards and manifest to")
+    splits: list[str] = Field(["train", "val", "test"], description="splits to read")
+    size: Size = Field("mellow-v0", description="model size whose front end hears the clips")
+    decoder: str | None = Field(
+        None,
+        description="hub name, folder or GGUF file with the tokenizer; mellow-tiny trains its own without it",
+    )
+    vocab_size: int = Field(1024, ge=300, description="of the tokenizer that mellow-tiny trains")
+    features: Literal["log_mel", "encoder"] = Field("log_mel", description="what is stored of a clip")
+    encoder: Uri | None = Field(None, description="folder of the frozen encoder, for features: encoder")
+    short_clip: Literal["pad", "repeat"] = Field("pad", description="what fills a clip shorter than 10 s")
+    max_seconds: float = Field(600.0, gt=0, description="longer clips are quarantined before decoding")
+    max_failed_share: float = Field(0.05, ge=0, le=1, description="quarantined share of clips past which the job fails")
+    clips_per_shard: int = Field(64, ge=1, description="clips in a shard")
+    records_per_shard: int = Field(4096, ge=1, description="records in a shard")
+    encoder_workers: int = Field(2, ge=1, description="actors that run the encoder")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each encoder actor")
+
+    @model_validator(mode="after")
+    def _encoder_goes_with_features(self) -> "PreprocessConfig":
+        if (self.features == "encoder") != bool(self.encoder):
+            raise ValueError("features: encoder and `encoder`, its folder, go together")
+        return self
+
+
+class ScalingSection(Section):
+    """Workers of a training job."""
+
+    workers: int = Field(2, ge=1, description="training workers")
+    gpus_per_worker: float = Field(0.0, ge=0, description="0 trains on CPU (gloo, float32), 1 on GPUs (nccl, bfloat16)")
+    cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs each worker reserves")
+    threads_per_worker: int = Field(1, ge=1, description="CPU threads each worker computes with")
+    max_failures: int = Field(3, ge=0, description="worker failures after which the run gives up")
+
+
+class RunSection(Section):
+    """What every training job has."""
+
+    shards: Uri = Field(description="folder that preprocess wrote")
+    output: Uri = Field(description="folder to save the trained model to")
+    storage: Uri = Field(description="folder for checkpoints and logs of all runs")
+    run: str = Field(description="name of the run; the same name goes on from its last checkpoint")
+    size: Size = Field("mellow-v0", description="model size")
+    seed: int = Field(0, description="of weights, order and dropout")
+    epochs: float = Field(1.0, gt=0, description="passes over the training split")
+    micro_batch: int = Field(4, ge=1, description="examples of a worker's forward pass")
+    learning_rate: float = Field(1e-3, gt=0, description="peak, after warm-up; a cosine leads to 0")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps that warm up")
+    weight_decay: float = Field(1e-4, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(0.5, gt=0, description="gradients are clipped to this norm")
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
+    log_every: int = Field(10, ge=1, description="steps between reported losses")
+    scaling: ScalingSection = ScalingSection()
+
+
+class EncoderConfig(RunSection):
+    """`jobs/pretrain_encoder.py`: train the audio encoder as a sound tagger."""
+
+    labels: Uri = Field(description="labels.json, or an AudioSet segment list (*.csv)")
+    init_from: Uri | None = Field(None, description="folder of an encoder to go on from")
+
+
+class TrainConfig(RunSection):
+    """`jobs/train.py`: fine-tune Mellow on answers."""
+
+    encoder: Uri = Field(description="folder of the frozen encoder that made the shards")
+    decoder: str | None = Field(None, description="hub name, folder or GGUF file with the decoder's weights")
+    init_from: Uri | None = Field(
+        None, description="folder of a Mellow model to go on from, in place of encoder and decoder"
+    )
+    zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed ZeRO stage")
+    gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step")
+
+
+class EvaluateConfig(Section):
+    """`jobs/evaluate.py`: answer a split and score it."""
+
+    model: Uri = Field(description="folder of the trained model")
+    shards: Uri = Field(description="folder that preprocess wrote with features: encoder")
+    output: Uri = Field(description="folder for predictions and report")
+    split: str = Field("test", description="split to answer")
+    conditions: list[Literal["audio", "noise", "text_only"]] = Field(
+        ["audio", "noise", "text_only"],
+        description="the clips themselves; Gaussian noise in their place; silence in their place",
+    )
+    limit: int | None = Field(None, ge=1, description="answer only the first records")
+    max_new_tokens: int = Field(64, ge=1, description="length an answer is cut to")
+    batch_size: int = Field(64, ge=1, description="questions answered at once")
+    workers: int = Field(2, ge=1, description="actors that hold the model")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each actor")
+
+
+class DeployConfig(Section):
+    """`jobs/deploy.py`: put a model behind the HTTP endpoint."""
+
+    serve: str = Field(
+        "serve/config.yaml", description="Ray Serve configuration file, relative to the working directory"
+    )
+    model: Uri = Field(description="folder of the trained model")
+    port: int | None = Field(None, ge=1, le=65535, description="HTTP port in place of the file's")
+
+
+class DemoConfig(Section):
+    """`jobs/demo.py`: the main job end to end on one machine."""
+
+    output: Uri = Field("runs/demo", description="folder for everything the demo writes")
+    corpus: Uri | None = Field(None, description="folder of recordings with labels.json, in place of synthetic scenes")
+    keep: bool = Field(False, description="leave the cluster and the endpoint up")
+    cpus: int = Field(8, ge=4, description="logical CPUs of the cluster, more than a small machine has cores")
+    port: int = Field(8000, ge=1, le=65535, description="of the HTTP endpoint")
+    dashboard_port: int = Field(8265, ge=1, le=65535, description="of Ray's dashboard")
+
+
+Config = TypeVar("Config", bound=Section)
+
+
+def load(schema: type[Config], arguments: Sequence[str] | None = None) -> Config:
+    """Return the configuration that the command line `arguments` (default: the program's own) describe.
+
+    A flag outranks the file given by `--config`, which outranks the defaults. Errors end the program with status 2
+    and a message that names the field, its value and what is valid.
+    """
+    fields = _flags(schema)
+    parser = argparse.ArgumentParser(
+        description=schema.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", help="YAML file with any of the fields")
+    for name, field in fields.items():
+        default = argparse.SUPPRESS if field.is_required() else field.get_default()
+        parser.add_argument(
+            f"--{_dashed(name)}",
+            metavar="VALUE",
+            help=f"{field.description} (default: {default})"
+            if default is not argparse.SUPPRESS
+            else f"{field.description} (required)",
+            default=argparse.SUPPRESS,
+        )
+    known, unknown = parser.parse_known_args(arguments)
+    for flag in unknown:
+        if flag.startswith("--"):
+            name = flag.lstrip("-").split("=")[0].replace("-", "_")
+            parser.error(f"--{_dashed(name)} is not an option{_nearest(name, fields)}")
+        parser.error(f"{flag!r} does not belong to any option")
+    values: dict[str, Any] = {}
+    if known.config:
+        values = _read_yaml(known.config, parser)
+    for name, text in vars(known).items():
+        if name != "config":
+            target = values
+            *sections, leaf = name.split(".")
+            for section in sections:
+                target = target.setdefault(section, {})
+            target[leaf] = _scalar(text)
+    try:
+        return schema(**values)
+    except ValidationError as error:
+        parser.error("; ".join(_explain(item, fields) for item in error.errors()))
+
+
+def _flags(schema: type[Section], prefix: str = "") -> dict[str, Any]:
+    """Return every leaf field of `schema` by its dotted name."""
+    fields: dict[str, Any] = {}
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            fields |= _flags(field.annotation, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = field
+    return fields
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _nearest(name: str, fields: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(fields)}"
+
+
+def _explain(error: Any, fields: dict[str, Any]) -> str:
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"{name} is not a configuration key{_nearest(name, fields)}"
+    if error["type"] == "missing":
+        return f"{name} is required: {fields[name].description}" if name in fields else f"{name} is required"
+    return f"{name or 'configuration'}: {error['msg']}" + (f" (given {error['input']!r})" if name else "")
+
+
+def _read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"--config {path}: {error}")
+    if not isinstance(values or {}, dict):
+        parser.error(f"--config {path}: expected `field: value` lines, found {type(values).__name__}")
+    return values or {}
+
+
+def _scalar(text: str) -> Any:
+    """Return a flag's text as YAML reads it, and numbers such as 1e-3 as numbers."""
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        return text if text.startswith("/") or "://" in text else yaml.safe_load(text)

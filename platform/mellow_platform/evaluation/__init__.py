@@ -1,0 +1,1 @@
+"""Answering a split on Ray Data, scores, and reports."""

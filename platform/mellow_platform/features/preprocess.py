@@ -1,0 +1,262 @@
+"""Audio and records to shards on Ray Data: decode, resample, fix the length, log-mel, tokenise, and encode once.
+
+A shard is a fixed range of the sorted clips (or of the records in their order), and one row of the Ray dataset: it is
+decoded, encoded and written as a whole, so the same input gives the same files with the same bytes.
+"""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from mellow_platform import storage
+from mellow_platform.config import PreprocessConfig
+from mellow_platform.data import records as record_format
+from mellow_platform.data import shards
+from mellow_platform.data.audio import AudioError, decode
+from mellow_platform.data.records import Record
+from mellow_platform.model import HTSATEncoder, MellowFeatureExtractor, MellowProcessor
+from mellow_platform.model.decoder import load_tokenizer
+from mellow_platform.model.folder import save_pretrained
+from mellow_platform.model.tokenizer import train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+# Prompt and answer lengths in tokens: as published, and what the built-in corpora need at the tiny size.
+TOKEN_LIMITS = {"mellow-v0": (129, 250), "mellow-tiny": (64, 48)}
+ENCODER_BATCH = 16
+
+
+def preprocess(config: PreprocessConfig) -> shards.Manifest:
+    """Write the shard set that `config` describes and return its manifest.
+
+    Raises:
+        ValueError: a clip stands in two splits, or too many clips are unusable.
+    """
+    records = {
+        split: record_format.read_records(storage.join(config.corpus, f"{split}.json")) for split in config.splits
+    }
+    splits = clip_splits(records)
+    processor = build_processor(config, records)
+    processor_uri = storage.join(config.output, "processor")
+    save_pretrained(processor, processor_uri)
+
+    audio_root = config.audio_root or storage.join(config.corpus, "audio")
+    clips = sorted(splits.items())
+    rows = [
+        {"shard": number, "filepaths": [path for path, _ in part], "splits": [split for _, split in part]}
+        for number, part in enumerate(_ranges(clips, config.clips_per_shard))
+    ]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        decode_shard,
+        fn_kwargs={
+            "audio_root": audio_root,
+            "extractor": processor.feature_extractor,
+            "max_seconds": config.max_seconds,
+        },
+    )
+    extractor = processor.feature_extractor
+    features = {"log_mel": [extractor.num_frames, extractor.feature_size]}
+    if config.encoder:
+        dataset = dataset.map(
+            EncodeShard,
+            fn_constructor_args=(config.encoder,),
+            concurrency=config.encoder_workers,
+            num_gpus=config.gpus_per_worker or None,
+        )
+        encoder = HTSATEncoder.config_class.from_pretrained(storage.local_copy(config.encoder))
+        features = {"frames": [encoder.num_frames, encoder.num_classes], "latent": [encoder.hidden_size]}
+    written = dataset.map(write_clip_shard, fn_kwargs={"output": config.output, "features": features}).take_all()
+
+    clip_ids = {
+        path: clip_id for row in written for path, clip_id in zip(row["filepaths"], row["clip_ids"], strict=True)
+    }
+    reasons = Counter(reason for row in written for reason in row["reasons"])
+    if sum(reasons.values()) > config.max_failed_share * len(clips):
+        raise ValueError(
+            f"{sum(reasons.values())} of {len(clips)} clips are unusable ({_by_count(reasons)}): see "
+            f"{config.output}/quarantine, or raise max_failed_share (now {config.max_failed_share:g})"
+        )
+    files = {name: digest for row in written for name, digest in zip(row["files"], row["digests"], strict=True)}
+    kept: dict[str, int] = {}
+    dropped = 0
+    for split, members in records.items():
+        usable = [record for record in members if all(path in clip_ids for path in record.filepaths)]
+        dropped += len(members) - len(usable)
+        kept[split] = len(usable)
+        files |= write_record_shards(usable, split, clip_ids, processor, config)
+    manifest = shards.Manifest(
+        features=features,
+        counts={
+            "clips": len(clip_ids),
+            "distinct_clips": len(set(clip_ids.values())),
+            "audio_seconds": round(sum(row["seconds"] for row in written), 3),
+            "quarantined": sum(reasons.values()),
+            "quarantined_by_reason": dict(sorted(reasons.items())),
+            "records": kept,
+            "records_dropped": dropped,
+        },
+        configuration=config.model_dump(),
+        files=files,
+    )
+    manifest.write(config.output)
+    return manifest
+
+
+def clip_splits(records: dict[str, list[Record]]) -> dict[str, str]:
+    """Return the split of every clip.
+
+    Raises:
+        ValueError: a clip stands in two, so the test split would have been trained on.
+    """
+    splits: dict[str, str] = {}
+    for split, members in records.items():
+        for record in members:
+            for path in record.filepaths:
+                if splits.setdefault(path, split) != split:
+                    raise ValueError(f"clip {path} stands in both {splits[path]} and {split}: keep it in one")
+    return splits
+
+
+def build_processor(config: PreprocessConfig, records: dict[str, list[Record]]) -> MellowProcessor:
+    """Return front end and tokenizer: the decoder's, or one trained on the train split's text."""
+    if config.decoder:
+        tokenizer = load_tokenizer(config.decoder)
+    elif config.size == "mellow-tiny":
+        training = records.get("train") or [record for members in records.values() for record in members]
+        texts = (text for record in training for text in (record.input, record.answer))
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+    else:
+        raise ValueError(f"{config.size} has no tokenizer of its own: set `decoder` to a hub name, folder or GGUF file")
+    extractor = MellowFeatureExtractor.from_size(config.size, config.short_clip)
+    return MellowProcessor(extractor, tokenizer, *TOKEN_LIMITS[config.size])
+
+
+def decode_shard(
+    row: dict[str, Any], audio_root: str, extractor: MellowFeatureExtractor, max_seconds: float
+) -> dict[str, Any]:
+    """Decode the clips of a shard row; add `log_mel` [usable, frames, bands] and what is known of every clip."""
+    torch.set_num_threads(1)
+    out: dict[str, Any] = {
+        "shard": row["shard"],
+        "filepaths": [],
+        "splits": [],
+        "clip_ids": [],
+        "clip_seconds": [],
+    }
+    rejected: list[dict[str, str]] = []
+    spectrograms = []
+    for path, split in zip(row["filepaths"], row["splits"], strict=True):
+        try:
+            data = _read_clip(storage.join(audio_root, path))
+            waveform = decode(data, extractor.sampling_rate, max_seconds)
+        except AudioError as error:
+            rejected.append({"filepath": path, "split": split, "reason": error.reason, "detail": str(error)})
+            continue
+        out["filepaths"].append(path)
+        out["splits"].append(split)
+        out["clip_ids"].append(hashlib.sha256(data).hexdigest())
+        out["clip_seconds"].append(len(waveform) / extractor.sampling_rate)
+        spectrograms.append(extractor(waveform)["input_features"][0].numpy().astype(np.float16))
+    empty = np.empty((0, extractor.num_frames, extractor.feature_size), np.float16)
+    out["log_mel"] = np.stack(spectrograms) if spectrograms else empty
+    out["rejected"] = pa.Table.from_pylist(rejected, schema=shards.QUARANTINE_SCHEMA).to_pylist()
+    return out
+
+
+def _read_clip(uri: str) -> bytes:
+    try:
+        return storage.read_bytes(uri)
+    except FileNotFoundError as error:
+        raise AudioError("missing", f"{uri} does not exist") from error
+
+
+class EncodeShard:
+    """Ray Data actor that replaces a shard row's `log_mel` by what the frozen encoder makes of it."""
+
+    def __init__(self, encoder: str):
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cpu":
+            torch.set_num_threads(1)
+        self.encoder = HTSATEncoder.from_pretrained(storage.local_copy(encoder)).eval().to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        frames, latents = [], []
+        for batch in torch.from_numpy(row.pop("log_mel")).split(ENCODER_BATCH):
+            encoded = self.encoder(batch.to(self.device).float())
+            frames.append(encoded.frames.half().cpu().numpy())
+            latents.append(encoded.latent.half().cpu().numpy())
+        config = self.encoder.config
+        row["frames"] = np.concatenate([np.empty((0, config.num_frames, config.num_classes), np.float16), *frames])
+        row["latent"] = np.concatenate([np.empty((0, config.hidden_size), np.float16), *latents])
+        return row
+
+
+def write_clip_shard(row: dict[str, Any], output: str, features: dict[str, list[int]]) -> dict[str, Any]:
+    """Write one shard of clips, and of quarantined ones where there are any; return names, hashes and counts."""
+    columns = {
+        "clip_id": row["clip_ids"],
+        "filepath": row["filepaths"],
+        "split": row["splits"],
+        "seconds": row["clip_seconds"],
+    }
+    for name in features:
+        columns[name] = [np.ascontiguousarray(array).tobytes() for array in row[name]]
+    tables = {"clips": pa.table(columns, schema=shards.clip_schema(features))}
+    rejected = list(row["rejected"])
+    if rejected:
+        tables["quarantine"] = pa.Table.from_pylist(rejected, schema=shards.QUARANTINE_SCHEMA)
+    names = {kind: f"{kind}/{row['shard']:06d}.parquet" for kind in tables}
+    return {
+        "filepaths": list(row["filepaths"]),
+        "clip_ids": list(row["clip_ids"]),
+        "seconds": float(sum(row["clip_seconds"])),
+        "reasons": [item["reason"] for item in rejected],
+        "files": list(names.values()),
+        "digests": [storage.write_table(storage.join(output, names[kind]), table) for kind, table in tables.items()],
+    }
+
+
+def write_record_shards(
+    records: list[Record],
+    split: str,
+    clip_ids: dict[str, str],
+    processor: MellowProcessor,
+    config: PreprocessConfig,
+) -> dict[str, str]:
+    """Tokenise and write the records of a split on Ray Data; return file names and hashes."""
+    table = record_format.to_table(records)
+    table = table.append_column("clip1", pa.array([clip_ids[record.filepath1] for record in records], pa.string()))
+    second = [clip_ids[record.filepaths[-1]] for record in records]
+    table = table.append_column("clip2", pa.array(second, pa.string()))
+    source = ray.put(table)
+    size = config.records_per_shard
+    starts = range(0, max(len(records), 1), size)
+
+    def write(row: dict[str, Any]) -> dict[str, str]:
+        part = ray.get(source).slice(row["start"], size)
+        prompts = pa.array([processor.prompt_ids(text) for text in part["input"].to_pylist()], pa.list_(pa.int32()))
+        answers = pa.array([processor.answer_ids(text) for text in part["answer"].to_pylist()], pa.list_(pa.int32()))
+        part = part.append_column("prompt_ids", prompts).append_column("answer_ids", answers)
+        name = f"records/{split}/{row['start'] // size:06d}.parquet"
+        digest = storage.write_table(storage.join(config.output, name), part.cast(shards.RECORD_SCHEMA))
+        return {"file": name, "digest": digest}
+
+    rows = ray.data.from_items([{"start": start} for start in starts], override_num_blocks=len(starts))
+    return {row["file"]: row["digest"] for row in rows.map(write).take_all()}
+
+
+def _ranges(items: list, size: int) -> Iterator[list]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _by_count(reasons: Counter) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())

@@ -1,0 +1,1 @@
+"""Answering questions with a trained model: what evaluation and serving share."""

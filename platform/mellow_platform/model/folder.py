@@ -1,0 +1,37 @@
+"""Saving and loading Hugging Face folders at any URI."""
+
+import tempfile
+from typing import Any
+
+from transformers import AutoProcessor
+
+from mellow_platform import storage
+from mellow_platform.model.modeling_mellow import MellowForConditionalGeneration
+from mellow_platform.model.processing_mellow import MellowProcessor
+
+
+def save_pretrained(part: Any, uri: str) -> None:
+    """Save a model, encoder or processor to the folder `uri`."""
+    with tempfile.TemporaryDirectory() as folder:
+        part.save_pretrained(folder)
+        storage.upload(folder, uri)
+
+
+def load_processor(uri: str) -> MellowProcessor:
+    """Load the processor in the folder `uri`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    return AutoProcessor.from_pretrained(storage.local_copy(uri))
+
+
+def load_model(uri: str) -> tuple[MellowForConditionalGeneration, MellowProcessor]:
+    """Load the model and the processor of the folder `uri`, in float32 and evaluation mode.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    folder = storage.local_copy(uri)
+    model = MellowForConditionalGeneration.from_pretrained(folder, dtype="float32")
+    return model.eval(), AutoProcessor.from_pretrained(folder)

@@ -1,0 +1,136 @@
+"""The part of OpenAI's chat completions API that the endpoint speaks, and its errors."""
+
+import base64
+import binascii
+import time
+import uuid
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMATS = ("wav", "flac", "ogg", "mp3")
+MAX_CLIPS = 2
+
+
+class RequestError(Exception):
+    """A request that cannot be answered, in OpenAI's terms: HTTP status, message, and the parameter at fault."""
+
+    def __init__(self, message: str, param: str, status: int = 400, code: str | None = None):
+        super().__init__(message)
+        self.message, self.param, self.status, self.code = message, param, status, code
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "error": {
+                "message": self.message,
+                "type": "invalid_request_error",
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+class TextPart(BaseModel):
+    """A piece of the question."""
+
+    type: Literal["text"]
+    text: str
+
+
+class AudioData(BaseModel):
+    """A clip: base64 of a wav, flac, ogg or mp3 file."""
+
+    data: str
+    format: Literal["wav", "flac", "ogg", "mp3"]
+
+
+class AudioPart(BaseModel):
+    """A clip in a message."""
+
+    type: Literal["input_audio"]
+    input_audio: AudioData
+
+
+class Message(BaseModel):
+    """The user's message: text, or parts of text and audio."""
+
+    role: Literal["user"]
+    content: str | list[Annotated[TextPart | AudioPart, Field(discriminator="type")]]
+
+
+class ChatRequest(BaseModel):
+    """A question about one or two clips. Fields that would change the answer and are not listed are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    messages: list[Message]
+    max_tokens: int | None = Field(None, ge=1, le=300)
+    max_completion_tokens: int | None = Field(None, ge=1, le=300)
+    temperature: Literal[0] | None = Field(None, description="answers are greedy")
+    n: Literal[1] | None = None
+    stream: Literal[False] | None = None
+    seed: int | None = Field(None, description="without effect: answers are greedy")
+    user: str | None = None
+
+    def question(self) -> tuple[str, list[bytes]]:
+        """Return the question's text and the clips' files.
+
+        Raises:
+            RequestError: not one message, no text, no clip, more than two, or a clip that is not base64.
+        """
+        if len(self.messages) != 1:
+            raise RequestError(
+                f"{len(self.messages)} messages: the model answers one question, so send one user message",
+                "messages",
+            )
+        content = self.messages[0].content
+        parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
+        text = " ".join(part.text for part in parts if isinstance(part, TextPart)).strip()
+        audio = [part for part in parts if isinstance(part, AudioPart)]
+        if not text:
+            raise RequestError("the message has no text: add a text part with the question", "messages.0.content")
+        if not 1 <= len(audio) <= MAX_CLIPS:
+            raise RequestError(
+                f"the message has {len(audio)} input_audio parts: send one or two clips", "messages.0.content"
+            )
+        return text, [_decode(part.input_audio.data, number) for number, part in enumerate(audio)]
+
+    @property
+    def new_tokens(self) -> int:
+        return self.max_completion_tokens or self.max_tokens or 64
+
+
+def _decode(data: str, number: int) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(f"clip {number} is not base64: {error}", clip_param(number)) from error
+
+
+def clip_param(number: int) -> str:
+    """Return how an error names the request's clip `number`."""
+    return f"input_audio[{number}].data"
+
+
+def completion(model: str, text: str, prompt_tokens: int, completion_tokens: int, finished: bool) -> dict[str, Any]:
+    """Return a chat completion in OpenAI's shape."""
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": text},
+                "finish_reason": "stop" if finished else "length",
+                "logprobs": None,
+            }
+        ],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        },
+    }
