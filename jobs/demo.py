@@ -17,12 +17,14 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
+
 from mellow_platform import storage
 from mellow_platform.config import DemoConfig, load
 from mellow_platform.data.audio import decode, encode
@@ -48,7 +50,8 @@ class Demo:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             # Both cores are busy while the endpoint starts; the default of 5 s is too short for that.
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-            "RAY_DISABLE_IMPORT_WARNING": "1",
+            # The token is the one that `ray start` keeps in ~/.ray/auth_token.
+            "RAY_AUTH_MODE": "token",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "PYTHONWARNINGS": "ignore",
         }
@@ -69,8 +72,8 @@ class Demo:
     def cluster(self) -> Iterator[None]:
         """A Ray cluster of this machine alone; it ends with the demo unless it is to be kept."""
         command = [
-            "ray", "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1",
-            f"--port={_free_port()}", f"--num-cpus={self.config.cpus}", "--include-dashboard=true",
+            "ray", "start", "--head", "--block", "--disable-usage-stats",
+            f"--port={free_port()}", f"--num-cpus={self.config.cpus}", "--include-dashboard=true",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={self.config.dashboard_port}",
             "--object-store-memory=1000000000",
         ]  # fmt: skip
@@ -80,12 +83,14 @@ class Demo:
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
             )
+        done = False
         try:
             self._wait_for_dashboard(process, log)
             yield
+            done = True
         finally:
-            if self.config.keep:
-                print(f"\nthe cluster stays up; to stop it: kill {process.pid}")
+            if done and self.config.keep:
+                print(f"\nthe cluster and the endpoint stay up; to stop them: kill {process.pid}")
             else:
                 process.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -101,12 +106,13 @@ class Demo:
         for _ in range(120):
             if process.poll() is not None:
                 raise SystemExit(f"ray start failed; {log} says:\n{log.read_text()[-2000:]}")
-            with (
-                contextlib.suppress(OSError),
-                urllib.request.urlopen(f"{self.dashboard}/api/version", timeout=2),
-            ):
+            try:
+                urllib.request.urlopen(f"{self.dashboard}/api/version", timeout=2).close()
                 return
-            time.sleep(0.5)
+            except urllib.error.HTTPError:
+                return  # it answers; Ray's command line has the token that it asks for
+            except OSError:
+                time.sleep(0.5)
         raise SystemExit(f"Ray's dashboard did not answer at {self.dashboard} within 60 s; see {log}")
 
     def submit(self, job: str, *arguments: str) -> dict[str, Any]:
@@ -236,7 +242,8 @@ def print_report(summary: dict[str, Any], report: dict[str, Any]) -> None:
     print(f"served answers that match the truth: {right} of {len(summary['served'])}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a TCP port that nothing on this machine listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import ray
 import yaml
-from mellow_platform.config import DeployConfig, load
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+from mellow_platform.config import DeployConfig, load
 
 TIMEOUT = 300.0  # seconds
 

@@ -7,6 +7,7 @@ ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
 import json
 
 import ray
+
 from mellow_platform import storage
 from mellow_platform.config import CorpusConfig, load
 from mellow_platform.data import corpus

@@ -11,11 +11,11 @@ import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from mellow_platform.data.audio import AudioError, decode
-from mellow_platform.inference.answerer import Answer, Answerer, Question
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 
+from mellow_platform.data.audio import AudioError, decode
+from mellow_platform.inference.answerer import Answer, Answerer, Question
 from serve.schema import ChatRequest, RequestError, clip_param, completion
 
 MAX_CLIP_SECONDS = 600.0

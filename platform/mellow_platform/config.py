@@ -32,7 +32,7 @@ class CorpusConfig(Section):
     recordings: Uri | None = Field(None, description="folder with labels.json, for source: recordings")
     output: Uri = Field(description="folder to write the corpus to")
     seed: int = Field(0, description="the same seed gives the same bytes")
-    train_clips: int = Field(1200, ge=1, description="scenes in the train split")
+    train_clips: int = Field(1600, ge=1, description="scenes in the train split")
     val_clips: int = Field(60, ge=1, description="scenes in the val split")
     test_clips: int = Field(240, ge=1, description="scenes in the test split")
     rounds: int = Field(3, ge=1, description="how often every question family is asked of a training clip")

@@ -47,8 +47,8 @@ def decode(data: bytes, sampling_rate: int, max_seconds: float = 600.0) -> np.nd
                 )
             channels = file.read(dtype="float32", always_2d=True)
             rate = file.samplerate
-    except soundfile.SoundFileError as error:
-        raise AudioError("not_audio", f"not decodable as wav, flac, ogg or mp3: {error}") from error
+    except soundfile.LibsndfileError as error:
+        raise AudioError("not_audio", f"not decodable as wav, flac, ogg or mp3: {error.error_string}") from error
     if len(channels) == 0:
         raise AudioError("no_samples", "0 samples after decoding")
     if not np.isfinite(channels).all():

@@ -11,7 +11,7 @@ import numpy as np
 from mellow_platform import storage
 from mellow_platform.data.audio import encode
 from mellow_platform.data.labels import ClipLabels, read_labels, write_labels
-from mellow_platform.data.questions import comparison_questions, single_clip_questions
+from mellow_platform.data.questions import caption_question, comparison_questions, single_clip_questions
 from mellow_platform.data.records import SPLITS, Record, lettered, write_records
 from mellow_platform.data.scenes import Scene, draw_scene, render
 
@@ -37,7 +37,7 @@ def scene_path(split: str, number: int) -> str:
 def scene_records(scenes: Sequence[Scene], split: str, seed: int, rounds: int) -> list[Record]:
     """Return the questions of a split: `rounds` draws of every single-clip family, and of pairs of clips."""
     rng = np.random.default_rng([seed, SPLITS.index(split), len(scenes), rounds])
-    records: list[Record] = []
+    records = [caption_question(scene, scene_path(split, number)) for number, scene in enumerate(scenes)]
     single = [number for number, scene in enumerate(scenes) if len(scene.events) == 1]
     for _ in range(rounds):
         for number, scene in enumerate(scenes):

@@ -12,6 +12,9 @@ VERDICTS = ("definitely true", "plausible", "definitely false")
 UNKNOWABLE = ("comes from a machine", "was made outdoors", "is part of a test", "is a signal to someone")
 
 
+HEARD_DRAWS = 3
+
+
 def _choose(rng: np.random.Generator, right: str, wrong: list[str], count: int) -> tuple[list[str], str]:
     """Return `count` lettered choices in random order and the lettered right one."""
     others = [str(item) for item in rng.permutation(wrong)[: count - 1]]
@@ -20,8 +23,13 @@ def _choose(rng: np.random.Generator, right: str, wrong: list[str], count: int) 
     return choices, choices[order.index(right)]
 
 
+def caption_question(scene: Scene, path: str) -> Record:
+    """Return the one question whose words and answer are the same each time."""
+    return Record(TASK, path, "", scene.caption, "", "caption the audio.", scene.caption, "Scenes-Caption")
+
+
 def single_clip_questions(scene: Scene, path: str, rng: np.random.Generator) -> list[Record]:
-    """Return one question of every family that fits the clip."""
+    """Draw questions of every family that fits the clip."""
     records: list[Record] = []
 
     def add(family: str, question: str, answer: str, choices: list[str] | None = None) -> None:
@@ -31,13 +39,14 @@ def single_clip_questions(scene: Scene, path: str, rng: np.random.Generator) -> 
     heard = [event.kind for event in scene.events]
     absent = [kind for kind in KINDS if kind not in heard]
 
-    target = str(rng.choice(heard)) if heard else SILENCE
     missing = absent if not heard else [*absent, SILENCE]
-    choices, answer = _choose(rng, target, missing, 4)
-    add("Heard-MCQ", "which of these is heard?", answer, choices)
+    # Choosing among four letters is the hardest thing to learn here, so it is asked more often.
+    for _ in range(HEARD_DRAWS):
+        target = str(rng.choice(heard)) if heard else SILENCE
+        choices, answer = _choose(rng, target, missing, 4)
+        add("Heard-MCQ", "which of these is heard?", answer, choices)
 
     add("Count-MCQ", "how many sounds are heard?", lettered(COUNTS)[len(heard)], lettered(COUNTS))
-    add("Caption", "caption the audio.", scene.caption)
 
     present = bool(heard) and rng.random() < 0.5
     kind = str(rng.choice(heard if present else absent))

@@ -28,8 +28,8 @@ from mellow_platform.model.tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Prompt and answer lengths in tokens: as published, and what the built-in corpora need at the tiny size.
-TOKEN_LIMITS = {"mellow-v0": (129, 250), "mellow-tiny": (64, 48)}
+# Prompt and answer lengths in tokens, as published; a tokenizer of the corpus's own is measured on the corpus.
+PUBLISHED_LENGTHS = (129, 250)
 ENCODER_BATCH = 16
 
 
@@ -125,17 +125,26 @@ def clip_splits(records: dict[str, list[Record]]) -> dict[str, str]:
 
 
 def build_processor(config: PreprocessConfig, records: dict[str, list[Record]]) -> MellowProcessor:
-    """Return front end and tokenizer: the decoder's, or one trained on the train split's text."""
-    if config.decoder:
-        tokenizer = load_tokenizer(config.decoder)
-    elif config.size == "mellow-tiny":
-        training = records.get("train") or [record for members in records.values() for record in members]
-        texts = (text for record in training for text in (record.input, record.answer))
-        tokenizer = train_tokenizer(texts, config.vocab_size)
-    else:
-        raise ValueError(f"{config.size} has no tokenizer of its own: set `decoder` to a hub name, folder or GGUF file")
+    """Return front end and tokenizer: the decoder's, or one trained on the train split's text.
+
+    Raises:
+        ValueError: the size has no tokenizer of its own and none is given.
+    """
     extractor = MellowFeatureExtractor.from_size(config.size, config.short_clip)
-    return MellowProcessor(extractor, tokenizer, *TOKEN_LIMITS[config.size])
+    if config.decoder:
+        return MellowProcessor(extractor, load_tokenizer(config.decoder), *PUBLISHED_LENGTHS)
+    if config.size != "mellow-tiny":
+        raise ValueError(f"{config.size} has no tokenizer of its own: set `decoder` to a hub name, folder or GGUF file")
+    training = records.get("train") or [record for members in records.values() for record in members]
+    prompts, answers = {record.input for record in training}, {record.answer for record in training}
+    tokenizer = train_tokenizer(
+        [text for record in training for text in (record.input, record.answer)], config.vocab_size
+    )
+    processor = MellowProcessor(extractor, tokenizer, *PUBLISHED_LENGTHS)
+    # Every padded position of a prompt is seen and paid for, so prompts are as long as the corpus needs.
+    processor.prompt_length = min(PUBLISHED_LENGTHS[0], max(len(processor.token_ids(text)) for text in prompts) + 4)
+    processor.answer_length = min(PUBLISHED_LENGTHS[1], max(len(processor.token_ids(text)) for text in answers) + 4)
+    return processor
 
 
 def decode_shard(

@@ -118,6 +118,9 @@ def train_answers(values: dict[str, Any]) -> None:
     per_step = config.micro_batch * world * accumulation
     total = total_steps(config, len(examples), per_step)
 
+    if not config.scaling.gpus_per_worker:
+        # DeepSpeed would compile its shared-memory collectives first, which takes a C++ compiler and a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, optimizer, _, _ = deepspeed.initialize(
         model=model,

@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,9 @@ from mellow_platform.config import RunSection
 logger = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
+# Muon's matrix products are bfloat16, which on a CPU that announces AMX without granting it end the process; this
+# keeps oneDNN to instructions that such machines have. It has to stand before torch is loaded.
+WORKER_ENVIRONMENT = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}
 
 
 def run_training(loop: Callable[[dict], None], config: RunSection) -> Result:
@@ -46,7 +48,7 @@ def run_training(loop: Callable[[dict], None], config: RunSection) -> Result:
             storage_filesystem=fs,
             failure_config=FailureConfig(max_failures=scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(scaling.threads_per_worker)}},
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": str(scaling.threads_per_worker)}},
         ),
     )
     return trainer.fit()
@@ -165,7 +167,6 @@ class Progress:
 
 def worker_threads(config: RunSection) -> None:
     """Hold this worker to its CPU threads."""
-    os.environ["OMP_NUM_THREADS"] = str(config.scaling.threads_per_worker)
     torch.set_num_threads(config.scaling.threads_per_worker)
 
 

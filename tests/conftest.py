@@ -1,0 +1,49 @@
+"""What tests share: a local Ray cluster a module, a small corpus, and the material of `../shared`."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Workers are processes of their own: a thread per core in each of them only fights the others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import ray
+
+from mellow_platform import storage
+from mellow_platform.data import corpus
+from mellow_platform.data.scenes import Scene
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = REPOSITORY.parent / "shared"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray cluster of this process's own, with more logical CPUs than the machine may have cores."""
+    ray.init(num_cpus=8, include_dashboard=False, object_store_memory=500_000_000, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def real_sounds() -> Path:
+    """45 recorded sounds with labels, where they stand beside the checkout."""
+    folder = SHARED / "data" / "real-sounds"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: no recordings to read")
+    return folder
+
+
+def write_corpus(uri: str, clips: dict[str, int]) -> None:
+    """Write a corpus of scenes with so many clips a split to `uri`."""
+    scenes: dict[str, list[Scene]] = {}
+    for split, count in clips.items():
+        scenes[split] = []
+        for number in range(count):
+            scene, audio = corpus.scene_clip(0, split, number)
+            storage.write_bytes(storage.join(uri, "audio", corpus.scene_path(split, number)), audio)
+            scenes[split].append(scene)
+    corpus.write_scene_corpus(uri, scenes, seed=0, rounds=1)

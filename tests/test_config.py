@@ -1,0 +1,77 @@
+"""Configuration: files, overrides, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from mellow_platform.config import CorpusConfig, EncoderConfig, PreprocessConfig, Section, TrainConfig, load
+from tests.conftest import REPOSITORY
+
+REQUIRED = ["--shards", "/s", "--output", "/o", "--storage", "/st", "--run", "r", "--encoder", "/e"]
+
+
+def test_flags_outrank_the_file_which_outranks_the_defaults(tmp_path: Path):
+    file = tmp_path / "train.yaml"
+    file.write_text("learning_rate: 0.5\nmicro_batch: 7\nscaling:\n  workers: 3\n  max_failures: 9\n")
+    config = load(TrainConfig, ["--config", str(file), *REQUIRED, "--learning-rate", "3e-4", "--scaling.workers=5"])
+    assert config.learning_rate == 3e-4
+    assert config.micro_batch == 7
+    assert (config.scaling.workers, config.scaling.max_failures) == (5, 9)
+    assert config.max_grad_norm == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning-rat", "1"], "--learning-rat is not an option; did you mean learning_rate?"),
+        (["--learning-rate", "fast"], "learning_rate: Input should be a valid number"),
+        (["--zero-stage", "4"], "zero_stage: Input should be less than or equal to 3"),
+        (["--scaling.workers", "0"], "scaling.workers: Input should be greater than or equal to 1"),
+        (["stray"], "'stray' does not belong to any option"),
+    ],
+)
+def test_a_wrong_flag_is_named_with_its_value(arguments: list[str], message: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop:
+        load(TrainConfig, [*REQUIRED, *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_name(tmp_path: Path, capsys: pytest.CaptureFixture):
+    file = tmp_path / "train.yaml"
+    file.write_text("scaling:\n  worker: 3\n")
+    with pytest.raises(SystemExit):
+        load(TrainConfig, ["--config", str(file), *REQUIRED])
+    assert "scaling.worker is not a configuration key; did you mean scaling.workers?" in capsys.readouterr().err
+
+
+def test_a_missing_required_field_says_what_it_is(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        load(CorpusConfig, [])
+    assert "output is required: folder to write the corpus to" in capsys.readouterr().err
+
+
+def test_encoder_features_need_an_encoder(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        load(PreprocessConfig, ["--corpus", "/c", "--output", "/o", "--features", "encoder"])
+    assert "features: encoder and `encoder`, its folder, go together" in capsys.readouterr().err
+
+
+def test_a_relative_path_in_a_submitted_job_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(SystemExit):
+        load(CorpusConfig, ["--output", "runs/x"])
+    assert "'runs/x' is relative" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "file", sorted((REPOSITORY / "jobs" / "configs").glob("*/*.yaml")), ids=lambda f: f"{f.parent.name}/{f.name}"
+)
+def test_every_shipped_file_fits_its_job(file: Path):
+    jobs: dict[str, tuple[type[Section], list[str]]] = {
+        "preprocess": (PreprocessConfig, ["--corpus", "/c", "--output", "/o"]),
+        "train": (TrainConfig, REQUIRED),
+        "pretrain_encoder": (EncoderConfig, [*REQUIRED[:-2], "--labels", "/l"]),
+    }
+    schema, required = jobs[file.stem]
+    assert load(schema, ["--config", str(file), *required]).model_dump()["size"] == file.parent.name

@@ -1,0 +1,196 @@
+"""Records, decoding, the built-in corpora, and labels."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from mellow_platform.data import corpus
+from mellow_platform.data.audio import AudioError, decode, encode
+from mellow_platform.data.labels import ClipLabels, read_labels
+from mellow_platform.data.records import Record, from_row, read_records, to_table, write_records
+from mellow_platform.data.scenes import KINDS, PITCHES, Event, Scene, draw_scene, render
+
+RATE = 32_000
+
+
+def tone(seconds: float = 1.0, rate: int = RATE, frequency: float = 440.0) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def record(**changes: str) -> Record:
+    values = dict.fromkeys((field.name for field in dataclasses.fields(Record)), "")
+    return Record(**values | {"filepath1": "a.wav", "input": "what is heard?", "answer": "a dog"} | changes)
+
+
+@pytest.mark.parametrize("container", ["WAV", "FLAC", "OGG", "MP3"])
+def test_every_container_decodes_to_the_same_tone(container: str):
+    waveform = decode(encode(tone(), RATE, container), RATE)
+    spectrum = np.abs(np.fft.rfft(waveform[:RATE]))
+    assert abs(int(spectrum.argmax()) - 440) <= 1
+    assert len(waveform) == pytest.approx(RATE, abs=3000)
+
+
+def test_channels_are_averaged_and_the_rate_is_changed():
+    stereo = np.stack([tone(rate=44_100), np.zeros(44_100, np.float32)], axis=1)
+    waveform = decode(encode(stereo, 44_100), RATE)
+    assert waveform.ndim == 1
+    assert len(waveform) == RATE
+    assert np.abs(waveform[1000:-1000]).max() == pytest.approx(0.25, abs=0.01)
+
+
+def _float_wav(samples: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, RATE, format="WAV", subtype="FLOAT")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"this is no audio", "not_audio"),
+        (encode(np.zeros(0, np.float32), RATE, "WAV"), "no_samples"),
+        (_float_wav(np.array([0.0, np.nan], np.float32)), "not_finite"),
+        (encode(tone(3.0), RATE, "WAV"), "too_long"),
+        (encode(tone(0.1), 500, "WAV"), "bad_header"),
+    ],
+)
+def test_unusable_audio_is_refused_with_its_reason(data: bytes, reason: str):
+    with pytest.raises(AudioError) as error:
+        decode(data, RATE, max_seconds=2.0)
+    assert error.value.reason == reason
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others():
+    assert corpus.scene_clip(3, "train", 5) == corpus.scene_clip(3, "train", 5)
+    assert corpus.scene_clip(3, "train", 5)[1] != corpus.scene_clip(4, "train", 5)[1]
+    assert corpus.scene_clip(3, "train", 5)[1] != corpus.scene_clip(3, "test", 5)[1]
+
+
+def test_events_sound_when_and_as_loud_as_the_truth_says():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scene = draw_scene(rng)
+        waveform = render(scene, RATE, rng)
+        heard = np.zeros(len(waveform), bool)
+        for event in scene.events:
+            start, stop = round(event.start * RATE), round((event.start + event.seconds) * RATE)
+            heard[start:stop] = True
+            assert np.abs(waveform[start:stop]).max() == pytest.approx(event.amplitude, rel=0.35)
+        assert not heard.all()
+        assert np.abs(waveform[~heard]).max() < 0.005
+
+
+@pytest.mark.parametrize("pitch", list(PITCHES))
+def test_a_tone_has_the_frequency_its_pitch_names(pitch: str):
+    low, high = PITCHES[pitch]
+    event = Event("tone", pitch, "loud", "long", 0.5, 2.0, (low * high) ** 0.5, 0.5)
+    waveform = render(Scene((event,), 3.0), RATE, np.random.default_rng(0))
+    peak = np.abs(np.fft.rfft(waveform)).argmax() / 3.0
+    assert low <= peak <= high
+
+
+def test_scene_questions_cover_eleven_families_and_hold_their_answers():
+    scenes = [corpus.scene_clip(0, "train", number)[0] for number in range(60)]
+    records = corpus.scene_records(scenes, "train", seed=0, rounds=1)
+    assert len({record.family for record in records}) == 11
+    for item in records:
+        if item.is_multiple_choice:
+            assert item.answer in item.choices
+            assert len({choice[3:] for choice in item.choices}) == len(item.choices)
+        assert item.input == item.input.lower()
+    letters = [item.answer[0] for item in records if item.family == "Scenes-Heard-MCQ"]
+    assert max(letters.count(letter) for letter in "abcd") < 0.5 * len(letters)
+
+
+def test_heard_choices_hold_no_second_right_one():
+    for number in range(60):
+        scene, _ = corpus.scene_clip(1, "val", number)
+        heard = {event.kind for event in scene.events}
+        for item in corpus.scene_records([scene], "val", seed=number, rounds=1):
+            if item.family == "Scenes-Heard-MCQ":
+                right = [choice for choice in item.choices if choice[3:] in (heard or {"silence"})]
+                assert right == [item.answer]
+
+
+def test_deduction_verdicts_follow_from_the_scene():
+    for number in range(80):
+        scene, _ = corpus.scene_clip(2, "val", number)
+        heard = {event.kind for event in scene.events}
+        for item in corpus.scene_records([scene], "val", seed=number, rounds=1):
+            if item.family == "Scenes-Entailment":
+                named = next(kind for kind in KINDS if f" {kind} " in item.input)
+                assert (item.answer == "c) definitely false") == (named not in heard)
+
+
+def test_recordings_are_dealt_to_splits_without_overlap(real_sounds: Path, tmp_path: Path):
+    counts = corpus.recording_corpus(str(real_sounds), str(tmp_path), seed=0, rounds=2)
+    clips = {}
+    for split in ("train", "val", "test"):
+        records = read_records(str(tmp_path / f"{split}.json"))
+        assert len(records) == counts[split]
+        clips[split] = {item.filepath1 for item in records}
+        assert all((real_sounds / path).is_file() for path in clips[split])
+        assert all(item.answer in item.choices for item in records)
+    assert sum(len(members) for members in clips.values()) == len(set.union(*clips.values())) == 45
+
+
+def test_a_folder_with_too_few_recordings_is_refused(tmp_path: Path):
+    (tmp_path / "labels.json").write_text(json.dumps([{"file": "a.ogg", "label": "A dog.", "category": "dogs"}]))
+    with pytest.raises(ValueError, match="1 recordings with 1 labels"):
+        corpus.recording_corpus(str(tmp_path), str(tmp_path / "out"), seed=0, rounds=1)
+
+
+def test_records_survive_json_and_arrow(tmp_path: Path):
+    records = [record(), record(filepath2="b.wav", caption2="a cat", answer="é “quoted”")]
+    uri = str(tmp_path / "train.json")
+    write_records(uri, records)
+    assert read_records(uri) == records
+    assert [from_row(row) for row in to_table(records).to_pylist()] == records
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "expected a JSON list of records, found dict"),
+        ("[{}]", "record 0 has no text in taskname"),
+        ("[1, 2]", "record 0 has no text in taskname"),
+        ("nonsense", "is not JSON"),
+    ],
+)
+def test_a_malformed_record_file_is_named(text: str, message: str, tmp_path: Path):
+    file = tmp_path / "train.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_records(str(file))
+    assert str(file) in str(error.value)
+
+
+def test_choices_are_read_from_the_question():
+    question = record(input="which? a) birds, chirping b) a dog (barking) c) rain", answer="b) a dog (barking)")
+    assert question.choices == ("a) birds, chirping", "b) a dog (barking)", "c) rain")
+    assert record(answer="yes").choices == ("yes", "no")
+    assert record().choices == ()
+
+
+def test_audioset_csv_and_json_labels_are_read(tmp_path: Path):
+    (tmp_path / "class_labels_indices.csv").write_text(
+        'index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/m/04rlf,"Music, loud"\n'
+    )
+    segments = tmp_path / "segments.csv"
+    segments.write_text('# Segments csv\n# num_ytids=1\nabc_1, 0.000, 10.000, "/m/09x0r,/m/04rlf"\n')
+    assert read_labels(str(segments)) == [ClipLabels("abc_1.wav", ("Speech", "Music, loud"))]
+    segments.write_text('abc_1, 0.000, 10.000, "/m/unknown"\n')
+    with pytest.raises(ValueError, match="line 1"):
+        read_labels(str(segments))
+    labels = tmp_path / "labels.json"
+    labels.write_text('[{"file": "frog.ogg", "label": "A frog.", "category": "amphibians"}]')
+    assert read_labels(str(labels)) == [ClipLabels("frog.ogg", ("a frog", "amphibians"))]
+    labels.write_text('[{"file": "frog.ogg"}]')
+    with pytest.raises(ValueError, match="entry 0 needs `file` and `labels`"):
+        read_labels(str(labels))

@@ -1,0 +1,196 @@
+"""The whole path on a small corpus with real Ray and DeepSpeed: shards, encoder, features, training, evaluation."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from transformers import AutoModel
+
+from mellow_platform import storage
+from mellow_platform.config import EncoderConfig, EvaluateConfig, PreprocessConfig, TrainConfig
+from mellow_platform.data.records import SPLITS, read_records, write_records
+from mellow_platform.data.shards import Manifest
+from mellow_platform.evaluation.evaluate import evaluate, markdown
+from mellow_platform.features.preprocess import preprocess
+from mellow_platform.features.store import FeatureStore
+from mellow_platform.inference.answerer import Answerer, Question
+from mellow_platform.model import HTSATEncoder
+from mellow_platform.training.batches import Plan, batches, epoch_order
+from mellow_platform.training.finetune import train_answers
+from mellow_platform.training.loop import run_training
+from mellow_platform.training.tagger import train_tagger
+from tests.conftest import write_corpus
+
+CLIPS = {"train": 24, "val": 2, "test": 6}
+
+
+@pytest.fixture(scope="module")
+def path(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Everything the jobs make of a small corpus, in order."""
+    root = tmp_path_factory.mktemp("path")
+    made = SimpleNamespace(root=root, corpus=root / "corpus", run=lambda name: str(root / name))
+    write_corpus(str(made.corpus), CLIPS)
+    # Three clips that cannot be used: damaged, empty, and absent.
+    (made.corpus / "audio/train/000000.flac").write_bytes(b"not a sound")
+    (made.corpus / "audio/train/000001.flac").write_bytes(b"")
+    (made.corpus / "audio/train/000002.flac").unlink()
+    common = {"corpus": str(made.corpus), "size": "mellow-tiny", "clips_per_shard": 8, "max_failed_share": 0.2}
+    made.common = common
+    made.log_mel = preprocess(PreprocessConfig(**common, output=made.run("log-mel")))
+    run = {"storage": made.run("runs"), "size": "mellow-tiny", "micro_batch": 4, "checkpoint_every": 4, "log_every": 1}
+    made.encoder_result = run_training(
+        train_tagger,
+        EncoderConfig(
+            **run, shards=made.run("log-mel"), labels=str(made.corpus / "labels.json"), output=made.run("encoder"),
+            run="encoder", epochs=2.0,
+        ),
+    )  # fmt: skip
+    made.features = preprocess(
+        PreprocessConfig(**common, output=made.run("features"), features="encoder", encoder=made.run("encoder"))
+    )
+    made.train_config = TrainConfig(
+        **run, shards=made.run("features"), encoder=made.run("encoder"), output=made.run("model"), run="mellow",
+        epochs=0.5,
+    )  # fmt: skip
+    made.train_result = run_training(train_answers, made.train_config)
+    made.evaluate_config = EvaluateConfig(
+        model=made.run("model"), shards=made.run("features"), output=made.run("evaluation"), limit=24, batch_size=8
+    )
+    made.report = evaluate(made.evaluate_config)
+    return made
+
+
+def test_unusable_clips_are_quarantined_with_their_reason(path: SimpleNamespace):
+    counts = path.log_mel.counts
+    assert counts["quarantined_by_reason"] == {"empty": 1, "missing": 1, "not_audio": 1}
+    assert counts["clips"] == sum(CLIPS.values()) - 3
+    rows = storage.read_table(path.run("log-mel/quarantine")).to_pylist()
+    assert {row["filepath"]: row["reason"] for row in rows} == {
+        "train/000000.flac": "not_audio",
+        "train/000001.flac": "empty",
+        "train/000002.flac": "missing",
+    }
+    assert all(row["detail"] for row in rows)
+
+
+def test_records_of_quarantined_clips_are_counted_and_nothing_else_is_lost(path: SimpleNamespace):
+    counts = path.log_mel.counts
+    written = {split: read_records(str(path.corpus / f"{split}.json")) for split in SPLITS}
+    assert sum(counts["records"].values()) + counts["records_dropped"] == sum(map(len, written.values()))
+    assert counts["records"]["test"] == len(written["test"])
+    stored = storage.read_table(path.run("log-mel/records/test")).to_pylist()
+    assert [row["input"] for row in stored] == [record.input for record in written["test"]]
+
+
+def test_too_many_unusable_clips_stop_the_job(path: SimpleNamespace):
+    config = PreprocessConfig(**path.common | {"max_failed_share": 0.01}, output=path.run("refused"))
+    with pytest.raises(ValueError, match=r"3 of 32 clips are unusable .*raise max_failed_share"):
+        preprocess(config)
+    assert not storage.exists(path.run("refused/manifest.json"))
+
+
+def test_the_same_input_gives_the_same_shards(path: SimpleNamespace):
+    again = preprocess(PreprocessConfig(**path.common, output=path.run("again")))
+    assert again.content_hash == path.log_mel.content_hash
+    for name in again.files:
+        assert (path.root / "again" / name).read_bytes() == (path.root / "log-mel" / name).read_bytes()
+    assert Manifest.read(path.run("again")).configuration["clips_per_shard"] == 8
+
+
+def test_a_clip_in_two_splits_is_refused(path: SimpleNamespace, tmp_path: Path):
+    for split in SPLITS:
+        write_records(str(tmp_path / f"{split}.json"), read_records(str(path.corpus / "test.json")))
+    with pytest.raises(ValueError, match=r"clip test/00000\d.flac stands in both train and val"):
+        preprocess(PreprocessConfig(**path.common | {"corpus": str(tmp_path)}, output=path.run("leak")))
+
+
+def test_unfinished_shards_are_refused(path: SimpleNamespace):
+    with pytest.raises(FileNotFoundError, match=r"run jobs/preprocess\.py to its end first"):
+        FeatureStore.load(path.run("refused"))
+
+
+def test_stored_features_are_the_encoder_of_the_folder(path: SimpleNamespace):
+    encoder = HTSATEncoder.from_pretrained(path.run("encoder")).eval()
+    spectrograms, features = FeatureStore.load(path.run("log-mel")), FeatureStore.load(path.run("features"))
+    assert spectrograms.rows == features.rows
+    with torch.no_grad():
+        encoded = encoder(torch.from_numpy(spectrograms.arrays["log_mel"]).float())
+    np.testing.assert_allclose(features.arrays["frames"], encoded.frames.numpy(), atol=1e-3)
+    np.testing.assert_allclose(features.arrays["latent"], encoded.latent.numpy(), atol=5e-3)
+
+
+def test_training_reports_loss_and_throughput_and_checkpoints(path: SimpleNamespace):
+    metrics = path.train_result.metrics
+    assert metrics["step"] == metrics["total_steps"] > 4
+    assert metrics["examples_per_second"] > 0
+    assert np.isfinite(metrics["loss"])
+    assert path.train_result.checkpoint
+    losses = path.train_result.metrics_dataframe["loss"].tolist()
+    assert losses[-1] < losses[0]
+    assert list((path.root / "runs/mellow/tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_the_trained_folder_loads_with_plain_transformers_and_keeps_its_encoder(path: SimpleNamespace):
+    model = AutoModel.from_pretrained(path.run("model"))
+    encoder = HTSATEncoder.from_pretrained(path.run("encoder"))
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, model.audio_encoder.state_dict()[name]), name
+
+
+def test_a_finished_run_is_not_run_again(path: SimpleNamespace):
+    result = run_training(train_answers, path.train_config)
+    assert result.metrics_dataframe is None or len(result.metrics_dataframe) <= len(path.train_result.metrics_dataframe)
+
+
+def test_the_report_holds_every_family_under_every_condition(path: SimpleNamespace):
+    report = json.loads((path.root / "evaluation/report.json").read_text())
+    assert report["records"] == 24
+    for scores in report["families"].values():
+        assert set(scores) == {"audio", "noise", "text_only", "chance"}
+        assert all(0 <= value <= 1 for value in scores.values())
+    rows = pq.read_table(path.root / "evaluation/predictions.parquet").to_pylist()
+    assert len(rows) == 3 * 24
+    asked = read_records(str(path.corpus / "test.json"))[:24]
+    for condition in ("audio", "noise", "text_only"):
+        assert [row["input"] for row in rows if row["condition"] == condition] == [r.input for r in asked]
+    assert all(family in markdown(report) for family in report["families"])
+
+
+def test_an_answer_does_not_depend_on_its_batch(path: SimpleNamespace):
+    answerer = Answerer(path.run("model"))
+    rng = np.random.default_rng(0)
+    clips = answerer.encode([rng.normal(0, 0.1, 100_000).astype(np.float32) for _ in range(4)])
+    questions = [Question("caption the audio.", (clip,), 8) for clip in clips]
+    together = answerer.answer(questions)
+    assert [answerer.answer([question])[0] for question in questions] == together
+    assert all(answer.completion_tokens <= 8 for answer in together)
+
+
+def test_every_epoch_sees_every_example_once_whatever_the_number_of_workers():
+    count, epochs = 40, 3
+    for world in (1, 2, 4):
+        seen = np.full(count * epochs, -1)
+        for rank in range(world):
+            plan = Plan(seed=1, count=count, micro_batch=2, rank=rank, world_size=world)
+            local = np.arange(count * epochs // world)
+            everyones = ((local // 2) * world + rank) * 2 + local % 2
+            seen[everyones] = plan.examples(local)
+        assert (np.sort(seen.reshape(epochs, count)) == np.arange(count)).all()
+        assert (seen == np.concatenate([epoch_order(1, epoch, count) for epoch in range(epochs)])).all()
+
+
+def test_batches_come_in_order_and_can_begin_anywhere(cluster: None):
+    plan = Plan(seed=0, count=37, micro_batch=3, rank=1, world_size=2)
+    source = ray.put(np.arange(37))
+
+    def gather(examples: np.ndarray, source: ray.ObjectRef) -> dict[str, np.ndarray]:
+        return {"example": ray.get(source)[examples]}
+
+    whole = [batch["example"].tolist() for batch in batches(plan, gather, source, 0, 50)]
+    assert whole == plan.examples(np.arange(150)).reshape(50, 3).tolist()
+    assert [batch["example"].tolist() for batch in batches(plan, gather, source, 17, 50)] == whole[17:]

