@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel
 
 from mellow_platform import storage
@@ -142,9 +143,15 @@ def test_the_trained_folder_loads_with_plain_transformers_and_keeps_its_encoder(
         assert torch.equal(value, model.audio_encoder.state_dict()[name]), name
 
 
-def test_a_finished_run_is_not_run_again(path: SimpleNamespace):
-    result = run_training(train_answers, path.train_config)
-    assert result.metrics_dataframe is None or len(result.metrics_dataframe) <= len(path.train_result.metrics_dataframe)
+def test_a_run_of_the_same_name_goes_on_from_its_last_checkpoint(path: SimpleNamespace):
+    first = path.train_result.metrics["total_steps"]
+    logs = path.root / "runs/mellow/tensorboard"
+    before = set(logs.iterdir())
+    result = run_training(train_answers, path.train_config.model_copy(update={"epochs": 0.7}))
+    assert result.metrics["step"] == result.metrics["total_steps"] > first
+    (log,) = set(logs.iterdir()) - before
+    events = EventAccumulator(str(log)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(first + 1, result.metrics["step"] + 1))
 
 
 def test_the_report_holds_every_family_under_every_condition(path: SimpleNamespace):

@@ -131,7 +131,9 @@ class Progress:
         if self.writer and self.bar:
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, self.step)
-            self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", ex_s=f"{metrics['examples_per_second']:.0f}")
+            self.bar.set_postfix(
+                loss=f"{metrics['loss']:.4f}", ex_s=f"{metrics['examples_per_second']:.0f}", refresh=False
+            )
         if not checkpoint:
             return
         with self._checkpoint(save) as saved:
