@@ -4,7 +4,6 @@ ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- python jo
 """
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -23,9 +22,6 @@ def main() -> None:
     context = ray.init()
     # The job's packages, by the URIs it was submitted with: replicas import what was submitted.
     environment = dict(ray.get_runtime_context().runtime_env)
-    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
-        if name in os.environ:
-            environment.setdefault("env_vars", {})[name] = os.environ[name]
     names = []
     for application in serve_config["applications"]:
         application.setdefault("args", {})["model"] = config.model

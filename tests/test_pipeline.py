@@ -16,6 +16,7 @@ from mellow_platform import storage
 from mellow_platform.config import EncoderConfig, EvaluateConfig, PreprocessConfig, TrainConfig
 from mellow_platform.data.records import SPLITS, read_records, write_records
 from mellow_platform.data.shards import Manifest
+from mellow_platform.data.shards import read_records as read_shard_records
 from mellow_platform.evaluation.evaluate import evaluate, markdown
 from mellow_platform.features.preprocess import preprocess
 from mellow_platform.features.store import FeatureStore
@@ -24,7 +25,7 @@ from mellow_platform.model import HTSATEncoder
 from mellow_platform.training.batches import Plan, batches, epoch_order
 from mellow_platform.training.finetune import train_answers
 from mellow_platform.training.loop import run_training
-from mellow_platform.training.tagger import train_tagger
+from mellow_platform.training.tagger import tagged_clips, train_tagger
 from tests.conftest import write_corpus
 
 CLIPS = {"train": 24, "val": 2, "test": 6}
@@ -70,7 +71,7 @@ def test_unusable_clips_are_quarantined_with_their_reason(path: SimpleNamespace)
     counts = path.log_mel.counts
     assert counts["quarantined_by_reason"] == {"empty": 1, "missing": 1, "not_audio": 1}
     assert counts["clips"] == sum(CLIPS.values()) - 3
-    rows = storage.read_table(path.run("log-mel/quarantine")).to_pylist()
+    rows = path.log_mel.read_table(path.run("log-mel"), "quarantine").to_pylist()
     assert {row["filepath"]: row["reason"] for row in rows} == {
         "train/000000.flac": "not_audio",
         "train/000001.flac": "empty",
@@ -84,7 +85,7 @@ def test_records_of_quarantined_clips_are_counted_and_nothing_else_is_lost(path:
     written = {split: read_records(str(path.corpus / f"{split}.json")) for split in SPLITS}
     assert sum(counts["records"].values()) + counts["records_dropped"] == sum(map(len, written.values()))
     assert counts["records"]["test"] == len(written["test"])
-    stored = storage.read_table(path.run("log-mel/records/test")).to_pylist()
+    stored = read_shard_records(path.run("log-mel"), "test").to_pylist()
     assert [row["input"] for row in stored] == [record.input for record in written["test"]]
 
 
@@ -101,6 +102,27 @@ def test_the_same_input_gives_the_same_shards(path: SimpleNamespace):
     for name in again.files:
         assert (path.root / "again" / name).read_bytes() == (path.root / "log-mel" / name).read_bytes()
     assert Manifest.read(path.run("again")).configuration["clips_per_shard"] == 8
+
+
+def test_a_folder_with_shards_of_another_configuration_is_refused(path: SimpleNamespace):
+    config = PreprocessConfig(**path.common | {"clips_per_shard": 4}, output=path.run("log-mel"))
+    with pytest.raises(ValueError, match=r"another configuration \(differing: clips_per_shard\)"):
+        preprocess(config)
+
+
+def test_clips_that_only_have_labels_are_shards_to_train_an_encoder_on(path: SimpleNamespace):
+    (path.root / "class_labels_indices.csv").write_text("index,mid,display_name\n0,/m/1,Tone\n")
+    (path.root / "sounds").mkdir()
+    (path.root / "sounds/abc.wav").write_bytes((path.corpus / "audio/train/000005.flac").read_bytes())
+    (path.root / "segments.csv").write_text('# YTID, start, end, mids\nabc, 0.0, 10.0, "/m/1"\n')
+    labels = {"labels": path.run("segments.csv"), "audio_root": path.run("sounds")}
+    manifest = preprocess(PreprocessConfig(**labels, output=path.run("audioset")))
+    assert manifest.features == {"log_mel": [1001, 64]}
+    config = EncoderConfig(
+        shards=path.run("audioset"), labels=path.run("segments.csv"), output="/o", storage="/s", run="r"
+    )
+    store, targets, names = tagged_clips(config)
+    assert (store.filepaths, names, targets.tolist()) == (["abc.wav"], ["Tone"], [[1.0]])
 
 
 def test_a_clip_in_two_splits_is_refused(path: SimpleNamespace, tmp_path: Path):

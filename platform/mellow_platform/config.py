@@ -47,8 +47,11 @@ class CorpusConfig(Section):
 class PreprocessConfig(Section):
     """`jobs/preprocess.py`: audio and records to Parquet shards."""
 
-    corpus: Uri = Field(description="folder with train.json, val.json, test.json")
-    audio_root: Uri | None = Field(None, description="what the records' paths are relative to; default <corpus>/audio")
+    corpus: Uri | None = Field(None, description="folder with train.json, val.json, test.json")
+    labels: Uri | None = Field(
+        None, description="labels.json or an AudioSet segment list (*.csv): its clips join the train split"
+    )
+    audio_root: Uri | None = Field(None, description="what clips' paths are relative to; default <corpus>/audio")
     output: Uri = Field(description="folder to write shards and manifest to")
     splits: list[str] = Field(["train", "val", "test"], description="splits to read")
     size: Size = Field("mellow-v0", description="model size whose front end hears the clips")
@@ -71,6 +74,12 @@ class PreprocessConfig(Section):
     def _encoder_goes_with_features(self) -> "PreprocessConfig":
         if (self.features == "encoder") != bool(self.encoder):
             raise ValueError("features: encoder and `encoder`, its folder, go together")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_read(self) -> "PreprocessConfig":
+        if not (self.corpus or (self.labels and self.audio_root)):
+            raise ValueError("give `corpus`, a folder of records, or `labels` with `audio_root`")
         return self
 
 

@@ -4,9 +4,11 @@ Endpoint and credentials of S3 come from the standard AWS variables
 (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION).
 """
 
+import atexit
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import uuid
 from pathlib import Path
@@ -101,10 +103,13 @@ def write_table(uri: str, table: pa.Table) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """Read a Parquet file, or a folder of them in the order of their names."""
-    fs, path = arrow_filesystem(uri)
-    return pq.read_table(path, filesystem=fs, columns=columns)
+def read_tables(uris: list[str], columns: list[str] | None = None) -> pa.Table:
+    """Read Parquet files of one schema as one table, in the order given."""
+    tables = []
+    for uri in uris:
+        fs, path = arrow_filesystem(uri)
+        tables.append(pq.read_table(path, filesystem=fs, columns=columns))
+    return pa.concat_tables(tables)
 
 
 def upload(folder: str | Path, uri: str) -> None:
@@ -115,7 +120,8 @@ def upload(folder: str | Path, uri: str) -> None:
 
 
 def local_copy(uri: str) -> Path:
-    """Return a local folder with the contents of `uri`: itself when it is local, a fresh download otherwise.
+    """Return a local folder with the contents of `uri`: itself when it is local, else a download kept while the
+    process lives.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -127,6 +133,7 @@ def local_copy(uri: str) -> Path:
     if "file" in fs.protocol:
         return Path(path)
     target = Path(tempfile.mkdtemp(prefix="mellow-"))
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
     for remote in fs.find(path):
         local = target / Path(remote).relative_to(path)
         local.parent.mkdir(parents=True, exist_ok=True)

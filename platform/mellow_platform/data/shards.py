@@ -61,8 +61,30 @@ class Manifest:
         lines = "".join(f"{name} {digest}\n" for name, digest in sorted(self.files.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
 
+    def read_table(self, shards: str, folder: str, columns: list[str] | None = None) -> pa.Table:
+        """Read the set's shards under `folder` (`clips`, `records/test`) in order; stray files are left alone."""
+        names = sorted(name for name in self.files if name.startswith(f"{folder}/"))
+        return storage.read_tables([storage.join(shards, name) for name in names], columns)
+
     def write(self, shards: str) -> None:
         storage.write_json(storage.join(shards, MANIFEST), asdict(self) | {"content_hash": self.content_hash})
+
+    @staticmethod
+    def refuse_other(shards: str, configuration: dict[str, Any]) -> None:
+        """Make sure that `shards` holds no finished set of another configuration.
+
+        Raises:
+            ValueError: it does; the message names the fields that differ.
+        """
+        if not storage.exists(storage.join(shards, MANIFEST)):
+            return
+        there = Manifest.read(shards).configuration
+        differing = [name for name, value in configuration.items() if there.get(name) != value]
+        if differing:
+            raise ValueError(
+                f"{shards} holds shards of another configuration (differing: {', '.join(differing)}): "
+                "choose another output, or delete it"
+            )
 
     @classmethod
     def read(cls, shards: str) -> "Manifest":
@@ -95,7 +117,8 @@ def read_records(shards: str, split: str) -> pa.Table:
     Raises:
         ValueError: the set has no such split.
     """
-    counts = Manifest.read(shards).counts["records"]
+    manifest = Manifest.read(shards)
+    counts = manifest.counts["records"]
     if split not in counts:
-        raise ValueError(f"{shards} has no split {split!r}; it has {', '.join(counts)}")
-    return storage.read_table(storage.join(shards, "records", split))
+        raise ValueError(f"{shards} has no split {split!r}; it has {', '.join(counts) or 'none'}")
+    return manifest.read_table(shards, f"records/{split}")

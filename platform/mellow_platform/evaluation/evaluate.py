@@ -48,6 +48,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         num_gpus=config.gpus_per_worker or None,
     )
     rows = sorted(answered.take_all(), key=lambda row: (config.conditions.index(row["condition"]), row["row"]))
+    for row in rows:
+        row["right"] = scores.is_right(from_row(row), row["prediction"])
     storage.write_table(storage.join(config.output, "predictions.parquet"), pa.Table.from_pylist(rows))
     known = [from_row(row) for row in read_records(config.shards, "train").to_pylist()]
     report = score(rows, config.conditions, known) | {"model": config.model, "split": config.split}
@@ -66,13 +68,12 @@ class AnswerBatch:
         extractor = self.answerer.processor.feature_extractor
         self.silence = np.zeros(extractor.clip_samples, np.float32)
 
-    def __call__(self, batch: pa.Table) -> dict[str, Any]:
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         questions = [
             Question(row["input"], (self._clip(row, "clip1"), self._clip(row, "clip2")), self.max_new_tokens)
             for row in rows
         ]
-        # Longest answers together would be ideal; one condition at a time is enough to fill a batch.
         batch["prediction"] = np.array([answer.text for answer in self.answerer.answer(questions)], object)
         return batch
 
@@ -94,8 +95,7 @@ def score(rows: list[dict[str, Any]], conditions: Sequence[str], known: list[Rec
     for condition in conditions:
         own = [row for row in rows if row["condition"] == condition]
         records = [from_row(row) for row in own]
-        hits = [scores.is_right(record, row["prediction"]) for record, row in zip(records, own, strict=True)]
-        accuracy[condition] = scores.by_family(records, hits)
+        accuracy[condition] = scores.by_family(records, [row["right"] for row in own])
     accuracy["chance"] = scores.chance(records, known)
     choice = scores.multiple_choice_families(records)
     return {

@@ -5,7 +5,6 @@ decoded, encoded and written as a whole, so the same input gives the same files 
 """
 
 import hashlib
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -20,13 +19,12 @@ from mellow_platform.config import PreprocessConfig
 from mellow_platform.data import records as record_format
 from mellow_platform.data import shards
 from mellow_platform.data.audio import AudioError, decode
+from mellow_platform.data.labels import ClipLabels, read_labels
 from mellow_platform.data.records import Record
-from mellow_platform.model import HTSATEncoder, MellowFeatureExtractor, MellowProcessor
+from mellow_platform.model import HTSATConfig, HTSATEncoder, MellowFeatureExtractor, MellowProcessor
 from mellow_platform.model.decoder import load_tokenizer
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.model.tokenizer import train_tokenizer
-
-logger = logging.getLogger(__name__)
 
 # Prompt and answer lengths in tokens, as published; a tokenizer of the corpus's own is measured on the corpus.
 PUBLISHED_LENGTHS = (129, 250)
@@ -37,18 +35,60 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
     """Write the shard set that `config` describes and return its manifest.
 
     Raises:
-        ValueError: a clip stands in two splits, or too many clips are unusable.
+        ValueError: a clip stands in two splits, too many clips are unusable, or `output` holds another set.
     """
-    records = {
-        split: record_format.read_records(storage.join(config.corpus, f"{split}.json")) for split in config.splits
-    }
-    splits = clip_splits(records)
-    processor = build_processor(config, records)
-    processor_uri = storage.join(config.output, "processor")
-    save_pretrained(processor, processor_uri)
+    configuration = config.model_dump()
+    shards.Manifest.refuse_other(config.output, configuration)
+    corpus = config.corpus
+    records = (
+        {split: record_format.read_records(storage.join(corpus, f"{split}.json")) for split in config.splits}
+        if corpus
+        else {}
+    )
+    splits = clip_splits(records, read_labels(config.labels) if config.labels else [])
+    extractor = MellowFeatureExtractor.from_size(config.size, config.short_clip)
+    written, features = write_clip_shards(sorted(splits.items()), extractor, config)
 
-    audio_root = config.audio_root or storage.join(config.corpus, "audio")
-    clips = sorted(splits.items())
+    files = {name: digest for row in written for name, digest in zip(row["files"], row["digests"], strict=True)}
+    clip_ids = {
+        path: clip_id for row in written for path, clip_id in zip(row["filepaths"], row["clip_ids"], strict=True)
+    }
+    usable = {
+        split: [record for record in members if all(path in clip_ids for path in record.filepaths)]
+        for split, members in records.items()
+    }
+    if records:
+        processor = build_processor(config, extractor, records)
+        save_pretrained(processor, storage.join(config.output, "processor"))
+        for split, members in usable.items():
+            files |= write_record_shards(members, split, clip_ids, processor, config)
+    reasons = Counter(reason for row in written for reason in row["reasons"])
+    manifest = shards.Manifest(
+        features=features,
+        counts={
+            "clips": len(clip_ids),
+            "distinct_clips": len(set(clip_ids.values())),
+            "audio_seconds": round(sum(row["seconds"] for row in written), 3),
+            "quarantined": reasons.total(),
+            "quarantined_by_reason": dict(sorted(reasons.items())),
+            "records": {split: len(members) for split, members in usable.items()},
+            "records_dropped": sum(len(records[split]) - len(usable[split]) for split in records),
+        },
+        configuration=configuration,
+        files=files,
+    )
+    manifest.write(config.output)
+    return manifest
+
+
+def write_clip_shards(
+    clips: list[tuple[str, str]], extractor: MellowFeatureExtractor, config: PreprocessConfig
+) -> tuple[list[dict[str, Any]], dict[str, list[int]]]:
+    """Decode, encode and write clips, given as (path, split); return what was written and the features' shapes.
+
+    Raises:
+        ValueError: too many clips are unusable.
+    """
     rows = [
         {"shard": number, "filepaths": [path for path, _ in part], "splits": [split for _, split in part]}
         for number, part in enumerate(_ranges(clips, config.clips_per_shard))
@@ -56,12 +96,11 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         decode_shard,
         fn_kwargs={
-            "audio_root": audio_root,
-            "extractor": processor.feature_extractor,
+            "audio_root": config.audio_root or storage.join(config.corpus or "", "audio"),
+            "extractor": extractor,
             "max_seconds": config.max_seconds,
         },
     )
-    extractor = processor.feature_extractor
     features = {"log_mel": [extractor.num_frames, extractor.feature_size]}
     if config.encoder:
         dataset = dataset.map(
@@ -70,47 +109,21 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
             concurrency=config.encoder_workers,
             num_gpus=config.gpus_per_worker or None,
         )
-        encoder = HTSATEncoder.config_class.from_pretrained(storage.local_copy(config.encoder))
+        encoder = HTSATConfig.from_pretrained(storage.local_copy(config.encoder))
         features = {"frames": [encoder.num_frames, encoder.num_classes], "latent": [encoder.hidden_size]}
     written = dataset.map(write_clip_shard, fn_kwargs={"output": config.output, "features": features}).take_all()
-
-    clip_ids = {
-        path: clip_id for row in written for path, clip_id in zip(row["filepaths"], row["clip_ids"], strict=True)
-    }
     reasons = Counter(reason for row in written for reason in row["reasons"])
-    if sum(reasons.values()) > config.max_failed_share * len(clips):
+    if reasons.total() > config.max_failed_share * len(clips):
+        counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
         raise ValueError(
-            f"{sum(reasons.values())} of {len(clips)} clips are unusable ({_by_count(reasons)}): see "
-            f"{config.output}/quarantine, or raise max_failed_share (now {config.max_failed_share:g})"
+            f"{reasons.total()} of {len(clips)} clips are unusable ({counts}): see {config.output}/quarantine, "
+            f"or raise max_failed_share (now {config.max_failed_share:g})"
         )
-    files = {name: digest for row in written for name, digest in zip(row["files"], row["digests"], strict=True)}
-    kept: dict[str, int] = {}
-    dropped = 0
-    for split, members in records.items():
-        usable = [record for record in members if all(path in clip_ids for path in record.filepaths)]
-        dropped += len(members) - len(usable)
-        kept[split] = len(usable)
-        files |= write_record_shards(usable, split, clip_ids, processor, config)
-    manifest = shards.Manifest(
-        features=features,
-        counts={
-            "clips": len(clip_ids),
-            "distinct_clips": len(set(clip_ids.values())),
-            "audio_seconds": round(sum(row["seconds"] for row in written), 3),
-            "quarantined": sum(reasons.values()),
-            "quarantined_by_reason": dict(sorted(reasons.items())),
-            "records": kept,
-            "records_dropped": dropped,
-        },
-        configuration=config.model_dump(),
-        files=files,
-    )
-    manifest.write(config.output)
-    return manifest
+    return written, features
 
 
-def clip_splits(records: dict[str, list[Record]]) -> dict[str, str]:
-    """Return the split of every clip.
+def clip_splits(records: dict[str, list[Record]], labelled: list[ClipLabels]) -> dict[str, str]:
+    """Return the split of every clip: its records', or train where it only has labels.
 
     Raises:
         ValueError: a clip stands in two, so the test split would have been trained on.
@@ -121,16 +134,19 @@ def clip_splits(records: dict[str, list[Record]]) -> dict[str, str]:
             for path in record.filepaths:
                 if splits.setdefault(path, split) != split:
                     raise ValueError(f"clip {path} stands in both {splits[path]} and {split}: keep it in one")
+    for clip in labelled:
+        splits.setdefault(clip.file, "train")
     return splits
 
 
-def build_processor(config: PreprocessConfig, records: dict[str, list[Record]]) -> MellowProcessor:
+def build_processor(
+    config: PreprocessConfig, extractor: MellowFeatureExtractor, records: dict[str, list[Record]]
+) -> MellowProcessor:
     """Return front end and tokenizer: the decoder's, or one trained on the train split's text.
 
     Raises:
         ValueError: the size has no tokenizer of its own and none is given.
     """
-    extractor = MellowFeatureExtractor.from_size(config.size, config.short_clip)
     if config.decoder:
         return MellowProcessor(extractor, load_tokenizer(config.decoder), *PUBLISHED_LENGTHS)
     if config.size != "mellow-tiny":
@@ -265,7 +281,3 @@ def write_record_shards(
 def _ranges(items: list, size: int) -> Iterator[list]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def _by_count(reasons: Counter) -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())

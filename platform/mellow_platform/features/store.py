@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mellow_platform import storage
 from mellow_platform.data.shards import Manifest
 
 
@@ -25,8 +24,9 @@ class FeatureStore:
     @classmethod
     def load(cls, shards: str) -> "FeatureStore":
         """Read the clips of the shard set at `shards`; clips of equal content are kept once."""
-        shapes = Manifest.read(shards).features
-        table = storage.read_table(storage.join(shards, "clips"))
+        manifest = Manifest.read(shards)
+        shapes = manifest.features
+        table = manifest.read_table(shards, "clips")
         clip_ids = table["clip_id"].to_pylist()
         rows: dict[str, int] = {}
         first: list[int] = []

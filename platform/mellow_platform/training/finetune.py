@@ -57,7 +57,7 @@ def build_model(config: TrainConfig, processor: MellowProcessor) -> MellowForCon
 class AnswerExamples:
     """Arrays of numbered examples of the train split; made once, read in place from Ray's object store."""
 
-    def __init__(self, shards: str, pad_token_id: int):
+    def __init__(self, shards: str):
         if "frames" not in Manifest.read(shards).features:
             raise ValueError(f"{shards} holds no encoder features: run jobs/preprocess.py with features: encoder")
         records = read_records(shards, "train")
@@ -113,7 +113,7 @@ def train_answers(values: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     processor = load_processor(storage.join(config.shards, "processor"))
     model = build_model(config, processor)
-    examples = AnswerExamples(config.shards, model.config.pad_token_id)
+    examples = AnswerExamples(config.shards)
     accumulation = config.gradient_accumulation
     per_step = config.micro_batch * world * accumulation
     total = total_steps(config, len(examples), per_step)

@@ -58,7 +58,7 @@ def tagged_clips(config: EncoderConfig) -> tuple[FeatureStore, np.ndarray, list[
 
 
 def _train_files(shards: str) -> list[str]:
-    table = storage.read_table(storage.join(shards, "clips"), columns=["filepath", "split"])
+    table = Manifest.read(shards).read_table(shards, "clips", columns=["filepath", "split"])
     return [row["filepath"] for row in table.to_pylist() if row["split"] == "train"]
 
 
