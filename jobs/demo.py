@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -70,12 +71,16 @@ class Demo:
 
     @contextlib.contextmanager
     def cluster(self) -> Iterator[None]:
-        """A Ray cluster of this machine alone; it ends with the demo unless it is to be kept."""
+        """A Ray cluster of this machine alone; it ends with the demo unless it is to be kept.
+
+        In a folder of its own (with a short name: sockets stand in it), so that it is nobody's default cluster.
+        """
+        folder = tempfile.mkdtemp(prefix="ray-")
         command = [
             "ray", "start", "--head", "--block", "--disable-usage-stats",
             f"--port={free_port()}", f"--num-cpus={self.config.cpus}", "--include-dashboard=true",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={self.config.dashboard_port}",
-            "--object-store-memory=1000000000",
+            "--object-store-memory=1000000000", f"--temp-dir={folder}",
         ]  # fmt: skip
         log = Path(self.uri("ray.log"))
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +102,8 @@ class Demo:
                     process.wait(30)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+            if done and not self.config.keep:
+                shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def dashboard(self) -> str:

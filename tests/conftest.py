@@ -23,7 +23,7 @@ SHARED = REPOSITORY.parent / "shared"
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A Ray cluster of this process's own, with more logical CPUs than the machine may have cores."""
-    ray.init(num_cpus=8, include_dashboard=False, object_store_memory=500_000_000, logging_level="warning")
+    ray.init("local", num_cpus=8, include_dashboard=False, object_store_memory=500_000_000, logging_level="warning")
     yield
     ray.shutdown()
 

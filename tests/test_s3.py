@@ -67,7 +67,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def cluster_on_s3(bucket: str) -> Iterator[str]:
     """A Ray cluster whose workers know the S3 server."""
-    ray.init(num_cpus=8, include_dashboard=False, object_store_memory=500_000_000, logging_level="warning")
+    ray.init("local", num_cpus=8, include_dashboard=False, object_store_memory=500_000_000, logging_level="warning")
     yield bucket
     ray.shutdown()
 
