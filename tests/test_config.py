@@ -23,7 +23,7 @@ def test_flags_outrank_the_file_which_outranks_the_defaults(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--learning-rat", "1"], "--learning-rat is not an option; did you mean learning_rate?"),
+        (["--learning-rat", "1"], "--learning-rat is not an option; did you mean --learning-rate?"),
         (["--learning-rate", "fast"], "learning_rate: Input should be a valid number"),
         (["--zero-stage", "4"], "zero_stage: Input should be less than or equal to 3"),
         (["--scaling.workers", "0"], "scaling.workers: Input should be greater than or equal to 1"),
@@ -55,6 +55,12 @@ def test_encoder_features_need_an_encoder(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
         load(PreprocessConfig, ["--corpus", "/c", "--output", "/o", "--features", "encoder"])
     assert "features: encoder and `encoder`, its folder, go together" in capsys.readouterr().err
+
+
+def test_training_begins_in_one_place(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        load(TrainConfig, [*REQUIRED, "--init-from", "/m"])
+    assert "give `encoder`, or `init_from`" in capsys.readouterr().err
 
 
 def test_a_relative_path_in_a_submitted_job_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

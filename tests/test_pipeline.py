@@ -21,7 +21,9 @@ from mellow_platform.evaluation.evaluate import evaluate, markdown
 from mellow_platform.features.preprocess import preprocess
 from mellow_platform.features.store import FeatureStore
 from mellow_platform.inference.answerer import Answerer, Question
-from mellow_platform.model import HTSATEncoder
+from mellow_platform.model import HTSATEncoder, encoder_config
+from mellow_platform.model.decoder import load_decoder
+from mellow_platform.model.folder import load_model, save_pretrained
 from mellow_platform.training.batches import Plan, batches, epoch_order
 from mellow_platform.training.finetune import train_answers
 from mellow_platform.training.loop import run_training
@@ -223,3 +225,28 @@ def test_batches_come_in_order_and_can_begin_anywhere(cluster: None):
     whole = [batch["example"].tolist() for batch in batches(plan, gather, source, 0, 50)]
     assert whole == plan.examples(np.arange(150)).reshape(50, 3).tolist()
     assert [batch["example"].tolist() for batch in batches(plan, gather, source, 17, 50)] == whole[17:]
+
+
+@pytest.mark.slow
+def test_the_published_size_trains_from_a_gguf_decoder(cluster: None, smollm2_gguf: str, tmp_path: Path):
+    write_corpus(str(tmp_path / "corpus"), {"train": 2, "val": 1, "test": 1})
+    save_pretrained(HTSATEncoder(encoder_config("mellow-v0")), str(tmp_path / "encoder"))
+    folders = {"encoder": str(tmp_path / "encoder"), "decoder": smollm2_gguf, "size": "mellow-v0"}
+    shards = str(tmp_path / "features")
+    manifest = preprocess(
+        PreprocessConfig(**folders, corpus=str(tmp_path / "corpus"), output=shards, features="encoder")
+    )
+    assert manifest.features == {"frames": [32, 527], "latent": [768]}
+    run = {"storage": str(tmp_path / "runs"), "run": "v0", "output": str(tmp_path / "model")}
+    result = run_training(
+        train_answers, TrainConfig(**folders, **run, shards=shards, micro_batch=1, epochs=0.2, learning_rate=1e-5)
+    )
+    assert result.metrics["step"] == result.metrics["total_steps"]
+    model, processor = load_model(str(tmp_path / "model"))
+    # After a few small steps every weight of the decoder has moved, and is still near where the file had it.
+    for name, value in load_decoder(smollm2_gguf).named_parameters():
+        change = (model.language_model.get_parameter(name) - value).abs().max()
+        assert 0 < change < 1e-3, name
+    assert sum(parameter.numel() for parameter in model.parameters()) == 165_937_495
+    assert model.language_model.generation_config.eos_token_id == 0
+    assert processor.prompt_length == 129

@@ -97,7 +97,7 @@ def test_workers_run_the_submitted_code_and_not_the_installed_one(demo: Demo, tm
 def test_a_job_with_a_wrong_option_fails_and_says_so(demo: Demo, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit, match="job make_corpus failed"):
         demo.submit("make_corpus", "--output", demo.uri("x"), "--trainclips", "3")
-    assert "--trainclips is not an option; did you mean train_clips?" in capsys.readouterr().out
+    assert "--trainclips is not an option; did you mean --train-clips?" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("container", ["WAV", "FLAC", "OGG", "MP3"])

@@ -6,7 +6,7 @@ Each job takes `--config FILE` and a flag for every field (`--learning-rate 3e-4
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -124,13 +124,19 @@ class EncoderConfig(RunSection):
 class TrainConfig(RunSection):
     """`jobs/train.py`: fine-tune Mellow on answers."""
 
-    encoder: Uri = Field(description="folder of the frozen encoder that made the shards")
+    encoder: Uri | None = Field(None, description="folder of the frozen encoder that made the shards")
     decoder: str | None = Field(None, description="hub name, folder or GGUF file with the decoder's weights")
     init_from: Uri | None = Field(
         None, description="folder of a Mellow model to go on from, in place of encoder and decoder"
     )
     zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed ZeRO stage")
     gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step")
+
+    @model_validator(mode="after")
+    def _one_place_to_begin(self) -> "TrainConfig":
+        if bool(self.encoder) == bool(self.init_from):
+            raise ValueError("give `encoder`, or `init_from`, a model that brings its own")
+        return self
 
 
 class EvaluateConfig(Section):
@@ -199,8 +205,8 @@ def load(schema: type[Config], arguments: Sequence[str] | None = None) -> Config
     known, unknown = parser.parse_known_args(arguments)
     for flag in unknown:
         if flag.startswith("--"):
-            name = flag.lstrip("-").split("=")[0].replace("-", "_")
-            parser.error(f"--{_dashed(name)} is not an option{_nearest(name, fields)}")
+            name = flag.split("=")[0]
+            parser.error(f"{name} is not an option{_nearest(name, [f'--{_dashed(field)}' for field in fields])}")
         parser.error(f"{flag!r} does not belong to any option")
     values: dict[str, Any] = {}
     if known.config:
@@ -233,9 +239,9 @@ def _dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _nearest(name: str, fields: dict[str, Any]) -> str:
-    close = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(fields)}"
+def _nearest(name: str, valid: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(valid)}"
 
 
 def _explain(error: Any, fields: dict[str, Any]) -> str:

@@ -38,6 +38,7 @@ def build_model(config: TrainConfig, processor: MellowProcessor) -> MellowForCon
     if config.init_from:
         model = MellowForConditionalGeneration.from_pretrained(storage.local_copy(config.init_from), dtype="float32")
         return model.freeze_encoder()
+    assert config.encoder  # the configuration has one of the two
     torch.manual_seed(config.seed)
     encoder = HTSATEncoder.from_pretrained(storage.local_copy(config.encoder))
     decoder = load_decoder(config.decoder) if config.decoder else None
