@@ -39,6 +39,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 INSTALL_SECONDS = REPOSITORY / ".venv" / "install-seconds"
 CONFIGS = "jobs/configs/mellow-tiny"
 QUESTIONS = 6
+CLUSTER_LOG = "ray.log"
 
 
 class Demo:
@@ -75,6 +76,11 @@ class Demo:
 
         In a folder of its own (with a short name: sockets stand in it), so that it is nobody's default cluster.
         """
+        for option, port in (("port", self.config.port), ("dashboard-port", self.config.dashboard_port)):
+            if _is_taken(port):
+                raise SystemExit(
+                    f"port {port} is in use: stop what listens there, or run `python jobs/demo.py --{option} N`"
+                )
         folder = tempfile.mkdtemp(prefix="ray-")
         command = [
             "ray", "start", "--head", "--block", "--disable-usage-stats",
@@ -82,7 +88,7 @@ class Demo:
             "--dashboard-host=127.0.0.1", f"--dashboard-port={self.config.dashboard_port}",
             "--object-store-memory=1000000000", f"--temp-dir={folder}",
         ]  # fmt: skip
-        log = Path(self.uri("ray.log"))
+        log = Path(self.uri(CLUSTER_LOG))
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as output:
             process = subprocess.Popen(
@@ -155,8 +161,7 @@ class Demo:
 def run(config: DemoConfig) -> dict[str, Any]:
     """Run every stage and return the summary."""
     demo = Demo(config)
-    if Path(config.output).exists():
-        shutil.rmtree(config.output)
+    clear(Path(config.output))
     corpus, recordings = demo.uri("corpus"), config.corpus
     audio_root = recordings or storage.join(corpus, "audio")
     source = ["--source", "recordings", "--recordings", recordings, "--rounds", "40"] if recordings else []
@@ -212,6 +217,17 @@ def run(config: DemoConfig) -> dict[str, Any]:
     return summary
 
 
+def clear(output: Path) -> None:
+    """Delete what an earlier demo left in `output`, and nothing else.
+
+    Raises:
+        SystemExit: the folder holds something, and no demo wrote it.
+    """
+    if output.exists() and any(output.iterdir()) and not (output / CLUSTER_LOG).exists():
+        raise SystemExit(f"{output} holds files that no demo wrote: choose another --output")
+    shutil.rmtree(output, ignore_errors=True)
+
+
 def ask(config: DemoConfig, records: list[Record], audio_root: str) -> list[dict[str, str | bool]]:
     """Ask the endpoint about clips of the test split with the official client; print answers beside the truth."""
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{config.port}/v1", api_key="not needed on loopback")
@@ -250,6 +266,11 @@ def print_report(summary: dict[str, Any], report: dict[str, Any]) -> None:
     print(f"stages: {stages}{install}")
     print(f"parameters: {summary['parameters']:,}; final loss {summary['final_loss']}")
     print(f"served answers that match the truth: {right} of {len(summary['served'])}")
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port() -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import openai
 import pytest
 
-from jobs.demo import Demo, free_port
+from jobs.demo import CLUSTER_LOG, Demo, clear, free_port
 from mellow_platform.config import DemoConfig
 from mellow_platform.data.audio import encode
 from mellow_platform.model import MellowConfig, MellowFeatureExtractor, MellowForConditionalGeneration, MellowProcessor
@@ -92,6 +92,23 @@ def test_workers_run_the_submitted_code_and_not_the_installed_one(demo: Demo, tm
     ]  # fmt: skip
     result = subprocess.run(command, cwd=tmp_path, env=demo.environment, capture_output=True, text=True)
     assert json.dumps(["of the submitted copy"] * 2) in result.stdout, result.stdout + result.stderr
+
+
+def test_a_second_demo_on_the_same_ports_is_refused(demo: Demo):
+    second = Demo(demo.config.model_copy(update={"port": free_port()}))
+    message = rf"port {demo.config.dashboard_port} is in use: .* --dashboard-port N"
+    with pytest.raises(SystemExit, match=message), second.cluster():
+        pass
+
+
+def test_the_demo_deletes_only_what_a_demo_wrote(tmp_path: Path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit, match="holds files that no demo wrote"):
+        clear(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+    (tmp_path / CLUSTER_LOG).touch()
+    clear(tmp_path)
+    assert not tmp_path.exists()
 
 
 def test_a_job_with_a_wrong_option_fails_and_says_so(demo: Demo, capsys: pytest.CaptureFixture):
