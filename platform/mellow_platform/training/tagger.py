@@ -87,7 +87,8 @@ def build_encoder(config: EncoderConfig, names: list[str]) -> HTSATEncoder:
 def build_optimizers(trained: list[torch.nn.Parameter], config: EncoderConfig) -> list[torch.optim.Optimizer]:
     """Return Muon (arXiv 2502.16982) for the matrices and AdamW for everything else, at one learning rate.
 
-    On 1,600 scenes Muon reaches in 120 steps what AdamW alone, as published for AudioSet, reaches in over 800.
+    After 320 steps of 16 synthetic scenes, four-way choice among kinds stood at 0.92 so, and at 0.50 with AdamW alone,
+    the optimizer published for AudioSet.
     """
     matrices = [parameter for parameter in trained if parameter.ndim == 2]
     others = [parameter for parameter in trained if parameter.ndim != 2]
