@@ -134,6 +134,11 @@ def test_a_clip_in_two_splits_is_refused(path: SimpleNamespace, tmp_path: Path):
         preprocess(PreprocessConfig(**path.common | {"corpus": str(tmp_path)}, output=path.run("leak")))
 
 
+def test_shards_with_the_other_features_are_refused(path: SimpleNamespace):
+    with pytest.raises(ValueError, match=r"holds features: log_mel, and features: encoder are needed"):
+        evaluate(path.evaluate_config.model_copy(update={"shards": path.run("log-mel")}))
+
+
 def test_unfinished_shards_are_refused(path: SimpleNamespace):
     with pytest.raises(FileNotFoundError, match=r"run jobs/preprocess\.py to its end first"):
         FeatureStore.load(path.run("refused"))

@@ -7,7 +7,7 @@ why), `processor/` (front end and tokenizer), and `manifest.json`, written last.
 
 import hashlib
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -68,6 +68,21 @@ class Manifest:
 
     def write(self, shards: str) -> None:
         storage.write_json(storage.join(shards, MANIFEST), asdict(self) | {"content_hash": self.content_hash})
+
+    @classmethod
+    def read_with(cls, shards: str, features: Literal["log_mel", "encoder"]) -> "Manifest":
+        """Read the manifest of a set that holds `features` of its clips.
+
+        Raises:
+            ValueError: it holds the other ones.
+        """
+        manifest = cls.read(shards)
+        if manifest.configuration["features"] != features:
+            raise ValueError(
+                f"{shards} holds features: {manifest.configuration['features']}, and features: {features} are needed: "
+                f"run jobs/preprocess.py with --features {features} into another folder"
+            )
+        return manifest
 
     @staticmethod
     def refuse_other(shards: str, configuration: dict[str, Any]) -> None:

@@ -29,8 +29,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         ValueError: the shards hold no encoder features, or the split is empty.
     """
-    if "frames" not in Manifest.read(config.shards).features:
-        raise ValueError(f"{config.shards} holds no encoder features: run jobs/preprocess.py with features: encoder")
+    Manifest.read_with(config.shards, "encoder")
     table = read_records(config.shards, config.split)
     table = table.slice(0, config.limit)
     if not len(table):
@@ -65,8 +64,9 @@ class AnswerBatch:
         self.answerer = Answerer(model, cpu_threads=1)
         self.store: FeatureStore = ray.get(store)
         self.max_new_tokens = max_new_tokens
-        extractor = self.answerer.processor.feature_extractor
-        self.silence = np.zeros(extractor.clip_samples, np.float32)
+        self.samples = self.answerer.processor.feature_extractor.clip_samples
+        self.silence = self.answerer.encode([np.zeros(self.samples, np.float32)])[0]
+        self.noise: dict[str, ClipFeatures] = {}  # by clip: drawn and encoded once, asked about many times
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -83,9 +83,12 @@ class AnswerBatch:
             arrays = self.store.arrays
             return ClipFeatures(arrays["frames"][place], arrays["latent"][place])
         if row["condition"] == "text_only":
-            return self.answerer.encode([self.silence])[0]
-        noise = np.random.default_rng(zlib.crc32(row[side].encode())).normal(0.0, NOISE_LEVEL, len(self.silence))
-        return self.answerer.encode([noise.astype(np.float32)])[0]
+            return self.silence
+        clip_id = row[side]
+        if clip_id not in self.noise:
+            noise = np.random.default_rng(zlib.crc32(clip_id.encode())).normal(0.0, NOISE_LEVEL, self.samples)
+            self.noise[clip_id] = self.answerer.encode([noise.astype(np.float32)])[0]
+        return self.noise[clip_id]
 
 
 def score(rows: list[dict[str, Any]], conditions: Sequence[str], known: list[Record]) -> dict[str, Any]:

@@ -13,12 +13,13 @@ class FeatureStore:
 
     Attributes:
         arrays: by name, fp16 [clips, ...] (`log_mel`, or `frames` and `latent`).
-        filepaths: of each row; the first one where several files have the same content.
+        filepaths, splits: of each row; those of the first file where several have the same content.
         rows: row of each clip id.
     """
 
     arrays: dict[str, np.ndarray]
     filepaths: list[str]
+    splits: list[str]
     rows: dict[str, int]
 
     @classmethod
@@ -40,7 +41,7 @@ class FeatureStore:
             arrays[name] = np.empty((len(first), *shape), np.float16)
             for row, value in enumerate(table[name]):
                 arrays[name][row] = np.frombuffer(value.as_buffer(), np.float16).reshape(shape)
-        return cls(arrays, table["filepath"].to_pylist(), rows)
+        return cls(arrays, table["filepath"].to_pylist(), table["split"].to_pylist(), rows)
 
     def __len__(self) -> int:
         return len(self.filepaths)

@@ -59,8 +59,7 @@ class AnswerExamples:
     """Arrays of numbered examples of the train split; made once, read in place from Ray's object store."""
 
     def __init__(self, shards: str):
-        if "frames" not in Manifest.read(shards).features:
-            raise ValueError(f"{shards} holds no encoder features: run jobs/preprocess.py with features: encoder")
+        Manifest.read_with(shards, "encoder")
         records = read_records(shards, "train")
         store = FeatureStore.load(shards)
         self.features = store.arrays

@@ -96,7 +96,6 @@ class Progress:
         self.writer = SummaryWriter(self.folder.name) if self.is_first else None
         self.bar: tqdm | None = None
         self.since = (time.perf_counter(), 0)
-        self.rates: list[float] = []
 
     def resume(self, load: Callable[[Path], None]) -> int:
         """Load the last checkpoint, when there is one, with `load(folder)`; return the step to go on from."""

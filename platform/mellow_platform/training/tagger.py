@@ -37,16 +37,15 @@ def tagged_clips(config: EncoderConfig) -> tuple[FeatureStore, np.ndarray, list[
     """Return the clips to train on, their tags [clips, classes] as 0 or 1, and the tags' names.
 
     Raises:
-        ValueError: the shards hold no spectrograms, no clip has labels, or there are more tags than classes.
+        ValueError: the shards hold no spectrograms, or no clip of the train split has labels.
     """
-    if "log_mel" not in Manifest.read(config.shards).features:
-        raise ValueError(f"{config.shards} holds encoder features: the encoder trains on features: log_mel")
+    Manifest.read_with(config.shards, "log_mel")
     store = FeatureStore.load(config.shards)
     clips = read_labels(config.labels)
     names = vocabulary(clips)
     by_file = {clip.file: clip.labels for clip in clips}
-    train = set(_train_files(config.shards))
-    rows = [row for row, path in enumerate(store.filepaths) if path in by_file and path in train]
+    files = zip(store.filepaths, store.splits, strict=True)
+    rows = [row for row, (path, split) in enumerate(files) if path in by_file and split == "train"]
     if not rows:
         raise ValueError(f"no clip of the train split of {config.shards} stands in {config.labels}")
     targets = np.zeros((len(rows), len(names)), np.float32)
@@ -54,12 +53,7 @@ def tagged_clips(config: EncoderConfig) -> tuple[FeatureStore, np.ndarray, list[
         for label in by_file[store.filepaths[row]]:
             targets[place, names.index(label)] = 1.0
     paths = [store.filepaths[row] for row in rows]
-    return FeatureStore({"log_mel": store.arrays["log_mel"][rows]}, paths, {}), targets, names
-
-
-def _train_files(shards: str) -> list[str]:
-    table = Manifest.read(shards).read_table(shards, "clips", columns=["filepath", "split"])
-    return [row["filepath"] for row in table.to_pylist() if row["split"] == "train"]
+    return FeatureStore({"log_mel": store.arrays["log_mel"][rows]}, paths, ["train"] * len(rows), {}), targets, names
 
 
 def gather_tagged(examples: np.ndarray, source: ray.ObjectRef) -> dict[str, np.ndarray]:
