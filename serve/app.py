@@ -5,18 +5,18 @@ python jobs/deploy.py --model /data/model          # deploys serve/config.yaml o
 
 import asyncio
 import time
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from mellow_platform.data.audio import AudioError, decode
-from mellow_platform.inference.answerer import Answer, Answerer, Question
-from serve.schema import ChatRequest, RequestError, clip_param, completion
+from mellow_platform.inference.engine import Engine, QueueFull
+from serve.schema import MAX_NEW_TOKENS, ChatRequest, RequestError, clip_param, completion
 
 MAX_CLIP_SECONDS = 600.0
 
@@ -38,12 +38,19 @@ async def refuse_malformed(request: Request, error: RequestValidationError) -> J
 @serve.deployment
 @serve.ingress(api)
 class MellowEndpoint:
-    """A replica: checks and decodes requests, and answers those that wait together in one batch."""
+    """A replica: checks and decodes requests, and answers them with an engine that batches continuously."""
 
-    def __init__(self, model: str, name: str, cpu_threads: int | None):
-        self.name = name
+    def __init__(self, arguments: "Arguments"):
+        self.name = arguments.name
         self.created = int(time.time())
-        self.answerer = Answerer(model, cpu_threads)
+        self.engine = Engine.load(
+            arguments.model,
+            dtype=arguments.dtype,
+            slots=arguments.slots,
+            max_waiting=arguments.max_waiting,
+            max_new_tokens=MAX_NEW_TOKENS,
+            cpu_threads=arguments.cpu_threads,
+        )
 
     @api.post("/v1/chat/completions")
     async def chat(self, request: ChatRequest) -> dict[str, Any]:
@@ -56,16 +63,24 @@ class MellowEndpoint:
                 "model_not_found",
             )
         text, files = request.question()
-        tokens, limit = self.answerer.prompt_tokens(text), self.answerer.processor.prompt_length
+        tokens, limit = self.engine.prompt_tokens(text), self.engine.processor.prompt_length
         if tokens > limit:
             raise RequestError(
                 f"the question takes {tokens} tokens, the model reads {limit}: shorten it",
                 "messages.0.content",
                 code="context_length_exceeded",
             )
-        waveforms = [await asyncio.to_thread(self._decode, file, number) for number, file in enumerate(files)]
-        answer: Answer = await self.answer((text, waveforms, request.new_tokens))
-        return completion(self.name, answer.text, answer.prompt_tokens, answer.completion_tokens, answer.finished)
+        clips = [await asyncio.to_thread(self._decode, file, number) for number, file in enumerate(files)]
+        try:
+            stream = self.engine.submit(request.for_engine(text, tuple(clips)))
+        except QueueFull as error:
+            raise RequestError(str(error), "messages", 429, "queue_full") from error
+        try:
+            answer = await stream.answer()
+        except asyncio.CancelledError:  # the client went away
+            stream.cancel()
+            raise
+        return completion(self.name, answer)
 
     @api.get("/v1/models")
     async def models(self) -> dict[str, Any]:
@@ -78,21 +93,13 @@ class MellowEndpoint:
         """Tell that a replica with a loaded model is alive."""
         return {"status": "ok"}
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.01)
-    async def answer(self, requests: list[tuple[str, list[np.ndarray], int]]) -> list[Answer]:
-        return await asyncio.to_thread(self._answer, requests)
-
-    def _answer(self, requests: list[tuple[str, list[np.ndarray], int]]) -> list[Answer]:
-        features = iter(self.answerer.encode([clip for _, clips, _ in requests for clip in clips]))
-        questions = [Question(text, tuple(next(features) for _ in clips), limit) for text, clips, limit in requests]
-        return self.answerer.answer(questions)
-
     def _decode(self, file: bytes, number: int) -> np.ndarray:
+        extractor = self.engine.processor.feature_extractor
         try:
-            waveform = decode(file, self.answerer.sampling_rate, MAX_CLIP_SECONDS)
+            waveform = decode(file, extractor.sampling_rate, MAX_CLIP_SECONDS)
         except AudioError as error:
             raise RequestError(f"clip {number}: {error}", clip_param(number), code=error.reason) from error
-        return self.answerer.processor.feature_extractor.fit(waveform)
+        return extractor.fit(waveform)
 
 
 class Arguments(BaseModel):
@@ -102,11 +109,12 @@ class Arguments(BaseModel):
 
     model: str
     name: str = "mellow"
+    dtype: Literal["float32", "int8", "bfloat16"] | None = None
+    slots: int = Field(16, ge=1)
+    max_waiting: int = Field(64, ge=1)
     cpu_threads: int | None = None
 
 
 def build(arguments: Arguments) -> serve.Application:
     """Build the application; what `import_path` in the Serve configuration file names."""
-    return MellowEndpoint.bind(  # type: ignore[attr-defined]  # the decorators give it
-        arguments.model, arguments.name, arguments.cpu_threads
-    )
+    return MellowEndpoint.bind(arguments)  # type: ignore[attr-defined]  # the decorators give it

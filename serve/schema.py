@@ -6,10 +6,13 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-FORMATS = ("wav", "flac", "ogg", "mp3")
+from mellow_platform.inference.request import Answer, Request
+
 MAX_CLIPS = 2
+MAX_NEW_TOKENS = 300
 
 
 class RequestError(Exception):
@@ -65,12 +68,16 @@ class ChatRequest(BaseModel):
 
     model: str
     messages: list[Message]
-    max_tokens: int | None = Field(None, ge=1, le=300)
-    max_completion_tokens: int | None = Field(None, ge=1, le=300)
-    temperature: Literal[0] | None = Field(None, description="answers are greedy")
+    max_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
+    temperature: float | None = Field(None, ge=0, le=2, description="0, the default, takes the most likely token")
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, description="the same seed draws the same answer")
+    stop: (
+        Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)]
+    ) = []
     n: Literal[1] | None = None
     stream: Literal[False] | None = None
-    seed: int | None = Field(None, description="without effect: answers are greedy")
     user: str | None = None
 
     def question(self) -> tuple[str, list[bytes]]:
@@ -96,9 +103,17 @@ class ChatRequest(BaseModel):
             )
         return text, [_decode(part.input_audio.data, number) for number, part in enumerate(audio)]
 
-    @property
-    def new_tokens(self) -> int:
-        return self.max_completion_tokens or self.max_tokens or 64
+    def for_engine(self, text: str, clips: tuple[np.ndarray, ...]) -> Request:
+        """Return the request in the engine's terms, with the question's `text` and decoded `clips`."""
+        return Request(
+            text,
+            clips,
+            max_new_tokens=self.max_completion_tokens or self.max_tokens or 64,
+            temperature=self.temperature or 0.0,
+            top_p=self.top_p or 1.0,
+            seed=self.seed,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+        )
 
 
 def _decode(data: str, number: int) -> bytes:
@@ -113,7 +128,7 @@ def clip_param(number: int) -> str:
     return f"input_audio[{number}].data"
 
 
-def completion(model: str, text: str, prompt_tokens: int, completion_tokens: int, finished: bool) -> dict[str, Any]:
+def completion(model: str, answer: Answer) -> dict[str, Any]:
     """Return a chat completion in OpenAI's shape."""
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -123,14 +138,14 @@ def completion(model: str, text: str, prompt_tokens: int, completion_tokens: int
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": text},
-                "finish_reason": "stop" if finished else "length",
+                "message": {"role": "assistant", "content": answer.text},
+                "finish_reason": answer.finish_reason,
                 "logprobs": None,
             }
         ],
         "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens": answer.prompt_tokens,
+            "completion_tokens": len(answer.tokens),
+            "total_tokens": answer.prompt_tokens + len(answer.tokens),
         },
     }

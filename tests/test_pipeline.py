@@ -20,7 +20,6 @@ from mellow_platform.data.shards import read_records as read_shard_records
 from mellow_platform.evaluation.evaluate import evaluate, markdown
 from mellow_platform.features.preprocess import preprocess
 from mellow_platform.features.store import FeatureStore
-from mellow_platform.inference.answerer import Answerer, Question
 from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.decoder import load_decoder
 from mellow_platform.model.folder import load_model, save_pretrained
@@ -195,16 +194,6 @@ def test_the_report_holds_every_family_under_every_condition(path: SimpleNamespa
     for condition in ("audio", "noise", "text_only"):
         assert [row["input"] for row in rows if row["condition"] == condition] == [r.input for r in asked]
     assert all(family in markdown(report) for family in report["families"])
-
-
-def test_an_answer_does_not_depend_on_its_batch(path: SimpleNamespace):
-    answerer = Answerer(path.run("model"))
-    rng = np.random.default_rng(0)
-    clips = answerer.encode([rng.normal(0, 0.1, 100_000).astype(np.float32) for _ in range(4)])
-    questions = [Question("caption the audio.", (clip,), 8) for clip in clips]
-    together = answerer.answer(questions)
-    assert [answerer.answer([question])[0] for question in questions] == together
-    assert all(answer.completion_tokens <= 8 for answer in together)
 
 
 def test_every_epoch_sees_every_example_once_whatever_the_number_of_workers():

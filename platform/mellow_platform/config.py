@@ -152,9 +152,12 @@ class EvaluateConfig(Section):
     )
     limit: int | None = Field(None, ge=1, description="answer only the first records")
     max_new_tokens: int = Field(64, ge=1, description="length an answer is cut to")
-    batch_size: int = Field(64, ge=1, description="questions answered at once")
+    batch_size: int = Field(64, ge=1, description="questions an actor answers at once")
     workers: int = Field(2, ge=1, description="actors that hold the model")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each actor")
+    dtype: Literal["float32", "int8", "bfloat16"] | None = Field(
+        None, description="precision: float32 or int8 on CPU, bfloat16 on a GPU; by default the device's own"
+    )
 
 
 class DeployConfig(Section):

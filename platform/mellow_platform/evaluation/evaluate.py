@@ -18,7 +18,8 @@ from mellow_platform.data.records import Record, from_row
 from mellow_platform.data.shards import Manifest, read_records
 from mellow_platform.evaluation import scores
 from mellow_platform.features.store import FeatureStore
-from mellow_platform.inference.answerer import Answerer, ClipFeatures, Question
+from mellow_platform.inference.engine import Engine
+from mellow_platform.inference.request import ClipFeatures, Request
 
 NOISE_LEVEL = 0.1  # standard deviation, full scale 1
 
@@ -41,7 +42,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     blocks = max(config.workers, len(questions) // (4 * config.batch_size))
     answered = ray.data.from_arrow(questions, override_num_blocks=blocks).map_batches(
         AnswerBatch,
-        fn_constructor_args=(config.model, store, config.max_new_tokens),
+        fn_constructor_args=(config.model, store, config.max_new_tokens, config.batch_size, config.dtype),
         batch_size=config.batch_size,
         concurrency=config.workers,
         num_gpus=config.gpus_per_worker or None,
@@ -60,21 +61,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 class AnswerBatch:
     """Ray Data actor that answers batches of questions from stored features."""
 
-    def __init__(self, model: str, store: ray.ObjectRef, max_new_tokens: int):
-        self.answerer = Answerer(model, cpu_threads=1)
+    def __init__(self, model: str, store: ray.ObjectRef, max_new_tokens: int, batch_size: int, dtype: str | None):
+        self.engine = Engine.load(
+            model, dtype=dtype, slots=batch_size, max_new_tokens=max_new_tokens, max_waiting=batch_size, cpu_threads=1
+        )
         self.store: FeatureStore = ray.get(store)
         self.max_new_tokens = max_new_tokens
-        self.samples = self.answerer.processor.feature_extractor.clip_samples
-        self.silence = self.answerer.encode([np.zeros(self.samples, np.float32)])[0]
+        self.samples = self.engine.processor.feature_extractor.clip_samples
+        self.silence = self.engine.encode([np.zeros(self.samples, np.float32)])[0]
         self.noise: dict[str, ClipFeatures] = {}  # by clip: drawn and encoded once, asked about many times
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        questions = [
-            Question(row["input"], (self._clip(row, "clip1"), self._clip(row, "clip2")), self.max_new_tokens)
+        requests = [
+            Request(row["input"], (self._clip(row, "clip1"), self._clip(row, "clip2")), self.max_new_tokens)
             for row in rows
         ]
-        batch["prediction"] = np.array([answer.text for answer in self.answerer.answer(questions)], object)
+        batch["prediction"] = np.array([answer.text for answer in self.engine.generate(requests)], object)
         return batch
 
     def _clip(self, row: dict[str, Any], side: str) -> ClipFeatures:
@@ -87,7 +90,7 @@ class AnswerBatch:
         clip_id = row[side]
         if clip_id not in self.noise:
             noise = np.random.default_rng(zlib.crc32(clip_id.encode())).normal(0.0, NOISE_LEVEL, self.samples)
-            self.noise[clip_id] = self.answerer.encode([noise.astype(np.float32)])[0]
+            self.noise[clip_id] = self.engine.encode([noise.astype(np.float32)])[0]
         return self.noise[clip_id]
 
 

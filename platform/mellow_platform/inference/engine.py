@@ -1,0 +1,445 @@
+"""The engine that evaluation and serving share: continuous batching over a key-value cache of preallocated slots.
+
+Requests join and leave between two tokens. What is the same for many requests is computed once: a clip's audio tokens
+(by content), and the keys and values of `[audio 1][separator][audio 2][separator]` (by both clips).
+
+Callers use `submit`, `generate`, `score`, `encode` and `close`, and see nothing of slots or caches; another engine only
+has to offer the same.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from mellow_platform.inference.decoder import Decoder, KeyValueCache
+from mellow_platform.inference.linear import pack_linears
+from mellow_platform.inference.lru import TensorLRU
+from mellow_platform.inference.request import (
+    Answer,
+    Cancelled,
+    ChoiceScore,
+    Clip,
+    ClipFeatures,
+    Request,
+    Stream,
+    Token,
+    content_key,
+)
+from mellow_platform.inference.sampling import Sampler
+from mellow_platform.inference.text import AnswerText
+from mellow_platform.model import MellowForConditionalGeneration, MellowProcessor
+from mellow_platform.model.folder import load_model
+
+# Positions that may be read in between two tokens of the answers being written: about one new question on new clips.
+# More would let many arrivals hold up what others are reading; the rest of a queue goes on after the next token.
+POSITIONS_A_STEP = 512
+
+Result = TypeVar("Result")
+
+
+class QueueFull(RuntimeError):  # noqa: N818 (a state, as in queue)
+    """Too many requests wait already; try again later."""
+
+
+class EngineClosed(RuntimeError):  # noqa: N818
+    """The engine was closed, or broke down; its cause is chained."""
+
+
+@dataclass
+class _Sequence:
+    """A request between its arrival and its answer."""
+
+    request: Request
+    clips: tuple[Clip, Clip]
+    keys: tuple[bytes, bytes]
+    prompt: list[int]
+    prompt_tokens: int
+    text: AnswerText
+    sampler: Sampler
+    stream: Stream = field(default_factory=Stream)
+    length: int = 0  # positions in the cache
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class Engine:
+    """Answers questions with a Mellow model.
+
+    Args:
+        model: its decoder's weights are taken over (see `Decoder`): do not use it afterwards.
+        processor: of the model.
+        dtype: `float32` or `int8` on CPU, `bfloat16` on a GPU; by default the device's own.
+        slots: answers written at once.
+        max_new_tokens: the most that a request may ask for; slots are as long as that takes.
+        max_waiting: requests that wait for a slot before `submit` refuses.
+        clip_cache_bytes, prefix_cache_bytes: bounds of the two caches.
+        cpu_threads: threads to compute with; by default torch's own.
+    """
+
+    def __init__(
+        self,
+        model: MellowForConditionalGeneration,
+        processor: MellowProcessor,
+        *,
+        dtype: str | None = None,
+        slots: int = 16,
+        max_new_tokens: int = 300,
+        max_waiting: int = 256,
+        clip_cache_bytes: int = 64 << 20,
+        prefix_cache_bytes: int = 256 << 20,
+        cpu_threads: int | None = None,
+    ):
+        self.device = model.device.type
+        self.dtype = dtype or ("bfloat16" if self.device == "cuda" else "float32")
+        self.processor = processor
+        self.max_new_tokens, self.max_waiting = max_new_tokens, max_waiting
+        self._end_token = processor.tokenizer.eos_token_id
+        self._prefix_length = 2 * (model.config.num_audio_tokens + 1)
+        self._separator_token = model.config.separator_token_id
+        with torch.inference_mode():
+            self._decoder = Decoder(model.language_model, self.dtype)
+            # What is left of the model encodes clips; it needs no decoder any more.
+            del model.language_model
+            self._model = pack_linears(model, self.dtype)
+            length = self._prefix_length + processor.prompt_length + max_new_tokens
+            self._cache = self._decoder.new_cache(slots, length)
+        self._clip_tokens = TensorLRU(clip_cache_bytes)
+        self._prefixes = TensorLRU(prefix_cache_bytes)
+        self._active: list[_Sequence] = []  # the sequence in slot i is number i
+        self._waiting: deque[_Sequence] = deque()
+        self._calls: deque[tuple[Callable[[], object], Future]] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._broken: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(cpu_threads,), name="mellow-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def load(cls, model_uri: str, **options) -> "Engine":
+        """Load the model folder `model_uri`, onto the GPU where there is one; `options` are the constructor's."""
+        model, processor = load_model(model_uri)
+        if torch.cuda.is_available():
+            model.to("cuda", torch.bfloat16)
+        return cls(model, processor, **options)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop; whatever is unanswered ends with `EngineClosed`."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counts to watch: requests active and waiting, hits and misses of the caches, and bytes in them."""
+        return {
+            "active": len(self._active),
+            "waiting": len(self._waiting),
+            "clip_hits": self._clip_tokens.hits,
+            "clip_misses": self._clip_tokens.misses,
+            "clip_bytes": self._clip_tokens.bytes,
+            "prefix_hits": self._prefixes.hits,
+            "prefix_misses": self._prefixes.misses,
+            "prefix_bytes": self._prefixes.bytes,
+        }
+
+    def prompt_tokens(self, text: str) -> int:
+        """Return how many tokens `text` takes, the end marker included."""
+        return len(self.processor.token_ids(text))
+
+    def submit(self, request: Request) -> Stream:
+        """Queue a request; its tokens arrive in the stream.
+
+        Raises:
+            QueueFull: `max_waiting` requests wait already.
+            ValueError: more tokens are asked for than the engine has room for, or a clip is no waveform.
+            EngineClosed: it was closed.
+        """
+        sequence = self._prepare(request)
+        with self._changed:
+            self._check_open()
+            if len(self._waiting) >= self.max_waiting:
+                raise QueueFull(f"{len(self._waiting)} requests wait already: try again later")
+            self._waiting.append(sequence)
+            self._changed.notify_all()
+        return sequence.stream
+
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer all requests; waits where the queue is full.
+
+        Raises:
+            Exception: of the first request that failed.
+        """
+        streams = []
+        for request in requests:
+            sequence = self._prepare(request)
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._waiting) < self.max_waiting or self._closed)
+                self._check_open()
+                self._waiting.append(sequence)
+                self._changed.notify_all()
+            streams.append(sequence.stream)
+        return [stream.result() for stream in streams]
+
+    def score(self, request: Request, choices: Sequence[str]) -> list[ChoiceScore]:
+        """Rank given answers to a request by their log-probability, the likeliest first.
+
+        Clips and prompt are read once, then all choices in one batch.
+
+        Raises:
+            ValueError: no choices.
+        """
+        if not choices:
+            raise ValueError("no choices to score: give at least one")
+        sequence = self._prepare(request)
+        answers = [self.processor.answer_ids(choice) for choice in choices]
+        logprobs = self._call(lambda: self._score(sequence, answers))
+        shares = torch.tensor(logprobs).softmax(dim=0).tolist()
+        scored = [ChoiceScore(*values) for values in zip(choices, logprobs, shares, strict=True)]
+        return sorted(scored, key=lambda score: -score.logprob)
+
+    def encode(self, waveforms: Sequence[np.ndarray]) -> list[ClipFeatures]:
+        """Return what the encoder makes of waveforms [samples], in fp16 as shards store it."""
+        fitted = [self.processor.feature_extractor.fit(waveform) for waveform in waveforms]
+        encoded = self._call(lambda: [self._encode(waveform) for waveform in fitted])
+        return [ClipFeatures(*(part[0].half().cpu().numpy() for part in parts)) for parts in encoded]
+
+    def _prepare(self, request: Request) -> _Sequence:
+        if request.max_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens is {request.max_new_tokens}: this engine has room for {self.max_new_tokens}"
+            )
+        fit = self.processor.feature_extractor.fit
+        clips = [fit(clip) if isinstance(clip, np.ndarray) else clip for clip in request.clips]
+        keys = [content_key(clip) for clip in clips]
+        return _Sequence(
+            request,
+            (clips[0], clips[-1]),
+            (keys[0], keys[-1]),
+            self.processor.prompt_ids(request.text),
+            self.prompt_tokens(request.text),
+            AnswerText(self.processor.tokenizer, request.stop),
+            Sampler(request, self.device),
+        )
+
+    def _check_open(self) -> None:
+        if self._broken:
+            raise EngineClosed("the engine broke down") from self._broken
+        if self._closed:
+            raise EngineClosed("the engine was closed")
+
+    def _call(self, function: Callable[[], Result]) -> Result:
+        """Run `function` in the engine's thread, between two tokens."""
+        future: Future[Result] = Future()
+        with self._changed:
+            self._check_open()
+            self._calls.append((function, future))
+            self._changed.notify_all()
+        return future.result()
+
+    # What follows runs in the engine's thread.
+
+    def _run(self, cpu_threads: int | None) -> None:
+        if cpu_threads:
+            torch.set_num_threads(cpu_threads)  # counts for the thread that calls it
+        try:
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    self._step()
+        except BaseException as error:
+            self._broken = error
+            raise
+        finally:
+            with self._changed:
+                self._closed = True
+                left = [*self._active, *self._waiting]
+                self._active.clear()
+                self._waiting.clear()
+                self._changed.notify_all()
+            closed = EngineClosed("the engine broke down" if self._broken else "the engine was closed")
+            closed.__cause__ = self._broken
+            for sequence in left:
+                sequence.stream.put(closed)
+            for _, future in self._calls:
+                future.set_exception(closed)
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._active or self._waiting or self._calls)
+            return not self._closed
+
+    def _step(self) -> None:
+        """Let go of what was cancelled, let in what waits, and write the next token of every answer."""
+        for slot in reversed(range(len(self._active))):
+            if self._active[slot].stream.cancelled:
+                self._active[slot].stream.put(Cancelled())
+                self._release(slot)
+        while self._calls:
+            function, future = self._calls.popleft()
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+        read = 0
+        while read < POSITIONS_A_STEP and len(self._active) < self._cache.slots and (sequence := self._next()):
+            try:
+                read += self._begin(sequence)
+            except Exception as error:  # of this request alone
+                sequence.stream.put(error)
+        if self._active:
+            self._decode()
+
+    def _next(self) -> _Sequence | None:
+        """Take the next request that still wants an answer."""
+        with self._changed:
+            while self._waiting:
+                sequence = self._waiting.popleft()
+                self._changed.notify_all()
+                if not sequence.stream.cancelled:
+                    return sequence
+                sequence.stream.put(Cancelled())
+        return None
+
+    def _begin(self, sequence: _Sequence) -> int:
+        """Read clips and prompt into the next free slot and write the first token; return the positions read."""
+        slot = len(self._active)
+        hidden, read = self._read(sequence, self._cache, slot)
+        logits = self._decoder.logits(hidden)
+        self._active.append(sequence)
+        self._push(slot, logits, int(logits.argmax()))
+        return read
+
+    def _read(self, sequence: _Sequence, cache: KeyValueCache, slot: int) -> tuple[torch.Tensor, int]:
+        """Read clips and prompt into a slot; return the last position's hidden state and the positions computed.
+
+        Prefix and prompt are read apart, one sequence at a time, whether the prefix is cached or not: so the same
+        numbers come out warm and cold, alone and in company.
+        """
+        read = len(sequence.prompt)
+        prefix = self._prefixes.get(sequence.keys)
+        if prefix is None:
+            embeddings = self._prefix_embeddings(sequence)
+            self._decoder(embeddings, cache, [0], first=slot)
+            self._prefixes.put(sequence.keys, cache.copy_out(slot, self._prefix_length))
+            read += self._prefix_length
+        else:
+            cache.copy_in(slot, prefix)
+        prompt = self._decoder.embed(torch.tensor([sequence.prompt], device=self.device))
+        hidden = self._decoder(prompt, cache, [self._prefix_length], first=slot)
+        sequence.length = self._prefix_length + len(sequence.prompt)
+        return hidden[0, -1], read
+
+    def _prefix_embeddings(self, sequence: _Sequence) -> torch.Tensor:
+        """Return `[audio 1][separator][audio 2][separator]` as embeddings [1, positions, hidden]."""
+        separator = self._decoder.embed(torch.tensor([self._separator_token], device=self.device))
+        parts = []
+        for clip, key in zip(sequence.clips, sequence.keys, strict=True):
+            tokens = self._clip_tokens.get(key)
+            if tokens is None:
+                tokens = self._audio_tokens(clip)
+                self._clip_tokens.put(key, tokens)
+            parts += [tokens, separator]
+        return torch.cat(parts)[None]
+
+    def _audio_tokens(self, clip: Clip) -> torch.Tensor:
+        """Return a clip's embeddings [tokens, hidden].
+
+        Raises:
+            ValueError: stored features are those of another encoder.
+        """
+        if isinstance(clip, np.ndarray):
+            frames, latent = self._encode(clip)
+        else:
+            audio = self._model.config.audio_config
+            known = ((audio.num_frames, audio.num_classes), (audio.hidden_size,))
+            if (clip.frames.shape, clip.latent.shape) != known:
+                raise ValueError(
+                    f"features of shapes {clip.frames.shape} and {clip.latent.shape}: "
+                    f"the model reads {known[0]} and {known[1]}"
+                )
+            parts = (torch.from_numpy(part)[None].to(self.device) for part in (clip.frames, clip.latent))
+            frames, latent = (part.to(self._model.dtype) for part in parts)
+        return self._model.audio_tokens(frames, latent)[0]
+
+    def _encode(self, waveform: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return frames [1, F, classes] and latent [1, H] of a fitted waveform."""
+        spectrogram = self.processor.feature_extractor.log_mel(waveform[None])
+        encoded = self._model.audio_encoder(spectrogram.to(self.device, self._model.dtype))
+        return encoded.frames, encoded.latent
+
+    def _decode(self) -> None:
+        """Write the next token of every active answer."""
+        tokens = torch.tensor([[sequence.tokens[-1]] for sequence in self._active], device=self.device)
+        lengths = [sequence.length for sequence in self._active]
+        logits = self._decoder.logits(self._decoder(self._decoder.embed(tokens), self._cache, lengths)[:, 0])
+        likeliest = logits.argmax(dim=-1).tolist()
+        for sequence in self._active:
+            sequence.length += 1
+        for slot in reversed(range(len(self._active))):
+            self._push(slot, logits[slot], likeliest[slot])
+
+    def _push(self, slot: int, logits: torch.Tensor, likeliest: int) -> None:
+        """Choose the next token of the answer in `slot`, deliver it, and free the slot where it was the last."""
+        sequence = self._active[slot]
+        token, logprob = sequence.sampler.choose(logits, likeliest)
+        sequence.tokens.append(token)
+        if logprob is not None:
+            sequence.logprobs.append(logprob)
+        ended = token == self._end_token
+        text = "" if ended else sequence.text.push(token)
+        stopped = ended or sequence.text.stopped
+        last = stopped or len(sequence.tokens) == sequence.request.max_new_tokens
+        if last and not sequence.text.stopped:
+            text += sequence.text.finish()
+        sequence.stream.put(Token(token, text, logprob))
+        if last:
+            answer = Answer(
+                sequence.text.text,
+                tuple(sequence.tokens),
+                sequence.prompt_tokens,
+                "stop" if stopped else "length",
+                tuple(sequence.logprobs) if sequence.request.logprobs else None,
+            )
+            sequence.stream.put(answer)
+            self._release(slot)
+
+    def _release(self, slot: int) -> None:
+        """Free a slot; the last active sequence moves into it, so that active slots stay together."""
+        last = self._active.pop()
+        if slot < len(self._active):
+            self._cache.move(len(self._active), slot, last.length)
+            self._active[slot] = last
+
+    def _score(self, sequence: _Sequence, answers: list[list[int]]) -> list[float]:
+        """Return the log-probability of each of `answers` to a request."""
+        longest = max(map(len, answers))
+        length = self._prefix_length + len(sequence.prompt) + longest
+        cache = self._decoder.new_cache(len(answers), length)
+        hidden, _ = self._read(sequence, cache, 0)
+        for slot in range(1, len(answers)):
+            cache.move(0, slot, sequence.length)
+        tokens = torch.full((len(answers), longest), self._end_token)
+        for row, ids in zip(tokens, answers, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        tokens = tokens.to(self.device)
+        states = hidden.expand(len(answers), 1, -1)
+        if longest > 1:
+            known = self._decoder.embed(tokens[:, :-1])
+            states = torch.cat([states, self._decoder(known, cache, [sequence.length] * len(answers))], dim=1)
+        logprobs = self._decoder.logits(states).log_softmax(dim=-1).gather(2, tokens[..., None])[..., 0]
+        return [float(row[: len(ids)].sum()) for row, ids in zip(logprobs, answers, strict=True)]

@@ -1,0 +1,461 @@
+"""The engine: the same numbers as the model, whatever the batch and the caches; queue, cancellation, sampling."""
+
+import asyncio
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+
+from mellow_platform.inference.decoder import Decoder
+from mellow_platform.inference.engine import Engine, EngineClosed, QueueFull
+from mellow_platform.inference.linear import pack
+from mellow_platform.inference.lru import TensorLRU
+from mellow_platform.inference.request import Answer, Cancelled, ClipFeatures, Request
+from mellow_platform.inference.sampling import Sampler
+from mellow_platform.inference.text import AnswerText
+from mellow_platform.inference.windows import windows
+from mellow_platform.model import (
+    MellowConfig,
+    MellowFeatureExtractor,
+    MellowForConditionalGeneration,
+    MellowProcessor,
+)
+from mellow_platform.model.tokenizer import train_tokenizer
+
+TEXTS = [
+    "which of these is heard? a) tone b) noise burst",
+    "caption the audio.",
+    "is the first sound louder than the second?",
+    "how many sounds are there?",
+]
+CHOICES = ["a) tone", "b) noise burst", "yes"]
+
+
+def build_processor() -> MellowProcessor:
+    extractor = MellowFeatureExtractor.from_size("mellow-tiny")
+    return MellowProcessor(extractor, train_tokenizer(TEXTS + CHOICES), prompt_length=24, answer_length=12)
+
+
+def build_model() -> MellowForConditionalGeneration:
+    torch.manual_seed(0)
+    config = MellowConfig.from_size("mellow-tiny", vocab_size=len(build_processor().tokenizer))
+    return MellowForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="module")
+def processor() -> MellowProcessor:
+    return build_processor()
+
+
+@pytest.fixture(scope="module")
+def model() -> MellowForConditionalGeneration:
+    """The model in its own straightforward form, without engine, cache or batch."""
+    return build_model()
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with Engine(build_model(), build_processor()) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def clips() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.normal(0, 0.1, length).astype(np.float32) for length in (50_000, 320_000, 400_000, 8_000)]
+
+
+@pytest.fixture(scope="module")
+def requests(clips: list[np.ndarray]) -> list[Request]:
+    """16 questions about one and two clips, each pair asked about several times, answers of 4 to 19 tokens."""
+    pairs = [(clips[0],), (clips[0], clips[1]), (clips[2], clips[3]), (clips[1],)]
+    asked = itertools.product(pairs, TEXTS)
+    return [Request(text, pair, 4 + number, logprobs=True) for number, (pair, text) in enumerate(asked)]
+
+
+def uncached(
+    model: MellowForConditionalGeneration, processor: MellowProcessor, request: Request
+) -> tuple[list[int], list[float]]:
+    """Answer greedily by running the whole sequence for every token; return tokens and their log-probabilities."""
+    inputs = processor(audio=[list(request.clips)], text=[request.text])
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    with torch.no_grad():
+        while len(tokens) < request.max_new_tokens and tokens[-1:] != [processor.tokenizer.eos_token_id]:
+            labels = torch.tensor([[*tokens, 0]])
+            row = model(**inputs, labels=labels).logits[0, -1].log_softmax(-1)
+            tokens.append(int(row.argmax()))
+            logprobs.append(float(row.max()))
+    return tokens, logprobs
+
+
+@pytest.fixture(scope="module")
+def expected(model, processor, requests) -> list[tuple[list[int], list[float]]]:
+    return [uncached(model, processor, request) for request in requests]
+
+
+def check(answers: list[Answer], expected: list[tuple[list[int], list[float]]], tolerance: float = 1e-4) -> None:
+    for answer, (tokens, logprobs) in zip(answers, expected, strict=True):
+        assert list(answer.tokens) == tokens
+        assert answer.logprobs == pytest.approx(logprobs, abs=tolerance)
+
+
+def small_llama(**options) -> PreTrainedModel:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, **options,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm.weight", "layernorm.weight", ".bias")):
+            torch.nn.init.normal_(parameter, 1.0 if name.endswith("norm.weight") else 0.0, 0.3)
+    return model
+
+
+def small_gpt2() -> PreTrainedModel:
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=101, n_positions=64, n_embd=48, n_layer=3, n_head=4, initializer_range=0.2)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+DECODERS = {
+    "grouped queries": small_llama,
+    "tied embeddings": lambda: small_llama(tie_word_embeddings=True),
+    "biases": lambda: small_llama(attention_bias=True, mlp_bias=True),
+    "scaled positions": lambda: small_llama(
+        rope_parameters={"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}
+    ),
+    "gpt2": small_gpt2,
+}
+
+
+@pytest.mark.parametrize("build", DECODERS.values(), ids=DECODERS.keys())
+@torch.inference_mode()
+def test_cached_decoding_gives_the_logits_of_the_whole_sequence(build):
+    reference = build()
+    tokens = torch.randint(0, 101, (3, 20))
+    logits = reference(tokens).logits
+    decoder = Decoder(build(), "float32")
+    cache = decoder.new_cache(4, 32)
+    # Sequences of different lengths in slots 1 to 3, read in two parts, then continued token by token together.
+    lengths = [5, 11, 8]
+    for slot, length in enumerate(lengths):
+        embedded = decoder.embed(tokens[slot : slot + 1, :length])
+        decoder(embedded[:, :3], cache, [0], first=1 + slot)
+        hidden = decoder(embedded[:, 3:], cache, [3], first=1 + slot)
+        torch.testing.assert_close(decoder.logits(hidden[0]), logits[slot, 3:length], atol=2e-5, rtol=1e-5)
+    for step in range(8):
+        known = [length + step for length in lengths]
+        new = torch.stack([tokens[row, length] for row, length in enumerate(known)])[:, None]
+        got = decoder.logits(decoder(decoder.embed(new), cache, known, first=1))[:, 0]
+        wanted = torch.stack([logits[row, length] for row, length in enumerate(known)])
+        torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-5)
+
+
+def test_the_decoder_takes_the_weights_over_and_does_not_keep_them_twice():
+    model = small_llama()
+    Decoder(model, "float32")
+    assert all(parameter.is_meta for parameter in model.model.layers.parameters())
+
+
+def test_a_family_that_the_engine_does_not_run_is_named():
+    model = small_llama()
+    model.config.model_type = "mamba"
+    with pytest.raises(ValueError, match="'mamba' model; the engine runs llama, gpt2"):
+        Decoder(model, "float32")
+
+
+def test_a_cache_longer_than_the_decoders_positions_is_refused():
+    with pytest.raises(ValueError, match="100 positions a sequence: the decoder has 64; lower max_new_tokens"):
+        Decoder(small_llama(), "float32").new_cache(1, 100)
+
+
+@torch.inference_mode()
+def test_int8_rows_depend_on_themselves_alone_and_stay_close_to_float32():
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(64, 96), torch.randn(64), torch.randn(7, 96)
+    x[:, 5] *= 40  # an outlier channel, as language models have
+    linear = pack(weight, bias, "int8")
+    y = linear(x)
+    exact = torch.nn.functional.linear(x, weight, bias)
+    assert float((y - exact).norm() / exact.norm()) < 0.01
+    loud = x.clone()
+    loud[1:] *= 1e4
+    assert torch.equal(linear(loud)[0], y[0])
+    assert torch.equal(linear(x[:1])[0], y[0])
+    assert torch.equal(linear(torch.zeros(1, 96))[0], bias)
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="dtype 'int3' is not one of float32, int8, bfloat16"):
+        pack(torch.zeros(2, 2), None, "int3")
+
+
+def test_answers_alone_are_those_of_the_uncached_model(engine: Engine, requests, expected):
+    check([engine.generate([request])[0] for request in requests], expected)
+
+
+def test_answers_in_a_batch_are_those_of_the_uncached_model(engine: Engine, requests, expected):
+    check(engine.generate(requests), expected)
+    check(engine.generate(requests), expected)  # all caches warm
+
+
+def test_answers_are_those_of_generate(engine: Engine, model, processor, requests):
+    request = requests[5]
+    inputs = processor(audio=[list(request.clips)], text=[request.text])
+    tokens = model.generate(**inputs, max_new_tokens=request.max_new_tokens)[0].tolist()
+    answer = engine.generate([request])[0]
+    assert list(answer.tokens) == tokens
+    # An unfinished character at the end is left out, where decoding it gives a replacement character.
+    assert answer.text == processor.decode_answers(torch.tensor([tokens]))[0].rstrip("\ufffd ")
+    assert answer.prompt_tokens == len(processor.token_ids(request.text))
+
+
+def test_fewer_slots_than_requests_give_the_same_answers(requests, expected):
+    with Engine(build_model(), build_processor(), slots=3, max_waiting=2) as engine:
+        check(engine.generate(requests), expected)
+
+
+def test_int8_answers_do_not_depend_on_the_batch(requests):
+    with Engine(build_model(), build_processor(), dtype="int8") as engine:
+        alone = [engine.generate([request])[0] for request in requests]
+        # Float32 rounding between the integer products may tip a rounding to integers: a step of the second row.
+        known = [(list(answer.tokens), list(answer.logprobs or ())) for answer in alone]
+        check(engine.generate(requests), known, tolerance=2e-3)
+
+
+def test_stored_features_and_the_waveform_they_came_from_give_one_answer(engine: Engine, clips):
+    stored = engine.encode(clips[:2])
+    for features, clip in zip(stored, clips, strict=False):
+        assert features.frames.dtype == np.float16
+        (from_stored,) = engine.score(Request(TEXTS[0], (features,)), ["a) tone"])
+        (from_waveform,) = engine.score(Request(TEXTS[0], (clip,)), ["a) tone"])
+        assert from_stored.logprob == pytest.approx(from_waveform.logprob, abs=2e-2)
+
+
+def test_a_clip_is_encoded_once_and_a_pair_is_read_once(engine: Engine, clips):
+    one, two = clips[:2]
+    engine.generate([Request(text, (one, two), 2) for text in TEXTS])
+    assert (engine.stats["clip_misses"], engine.stats["prefix_misses"]) == (2, 1)
+    assert engine.stats["prefix_hits"] == len(TEXTS) - 1
+    engine.generate([Request(TEXTS[0], (two, one), 2)])  # the other order is another prefix of known clips
+    assert (engine.stats["clip_misses"], engine.stats["prefix_misses"]) == (2, 2)
+    engine.generate([Request(TEXTS[0], (one.copy(), two.copy()), 2)])  # content counts, not the array
+    assert (engine.stats["clip_misses"], engine.stats["prefix_misses"]) == (2, 2)
+
+
+def test_a_cache_keeps_to_its_bytes_and_forgets_the_least_recently_used():
+    cache = TensorLRU(100)
+    for name in "abc":
+        cache.put(name, torch.zeros(10))
+        cache.get("a")
+    assert [cache.get(name) is None for name in "abc"] == [False, True, False]
+    cache.put("too large", torch.zeros(30))
+    assert cache.get("too large") is None
+    assert (len(cache), cache.bytes) == (2, 80)
+
+
+def test_engines_with_caches_too_small_for_anything_still_answer(requests, expected):
+    with Engine(build_model(), build_processor(), clip_cache_bytes=0, prefix_cache_bytes=0) as engine:
+        check(engine.generate(requests[:4]), expected[:4])
+        assert engine.stats["prefix_bytes"] == 0
+
+
+def long_request(engine: Engine, clip: np.ndarray) -> Request:
+    """A request whose answer takes all the room there is: the end marker is not drawn at such a temperature."""
+    return Request(TEXTS[0], (clip,), engine.max_new_tokens, temperature=10.0, seed=3)
+
+
+def test_a_long_answer_does_not_hold_up_a_short_one(engine: Engine, clips):
+    long = engine.submit(long_request(engine, clips[0]))
+    next(iter(long))
+    short = engine.submit(Request(TEXTS[1], (clips[0],), 2))
+    assert len(short.result().tokens) <= 2
+    assert engine.stats["active"] == 1
+    assert len(long.result().tokens) > 20
+
+
+def test_a_full_queue_refuses_and_a_cancelled_answer_makes_room_at_once(clips):
+    with Engine(build_model(), build_processor(), slots=1, max_waiting=1) as engine:
+        long = engine.submit(long_request(engine, clips[0]))
+        next(iter(long))
+        waiting = engine.submit(Request(TEXTS[1], (clips[0],), 2))
+        with pytest.raises(QueueFull, match="1 requests wait already"):
+            engine.submit(Request(TEXTS[2], (clips[0],), 2))
+        long.cancel()
+        waiting.result()
+        with pytest.raises(Cancelled):
+            long.result()
+        assert engine.stats["active"] == 0
+
+
+def test_a_request_cancelled_while_it_waits_is_never_computed(clips):
+    with Engine(build_model(), build_processor(), slots=1) as engine:
+        long = engine.submit(long_request(engine, clips[0]))
+        next(iter(long))
+        waiting = engine.submit(Request(TEXTS[1], (clips[1],), 2))
+        waiting.cancel()
+        long.cancel()
+        with pytest.raises(Cancelled):
+            waiting.result()
+        assert engine.stats["clip_misses"] == 1
+
+
+def test_one_request_that_fails_disturbs_no_other(engine: Engine, requests, expected):
+    broken = ClipFeatures(np.zeros((3, 5), np.float16), np.zeros(7, np.float16))
+    streams = [engine.submit(request) for request in (requests[0], Request(TEXTS[0], (broken,)), requests[1])]
+    with pytest.raises(
+        ValueError, match=r"features of shapes \(3, 5\) and \(7,\): the model reads \(16, 64\) and \(128,\)"
+    ):
+        streams[1].result()
+    check([streams[0].result(), streams[2].result()], expected[:2])
+
+
+def test_a_closed_engine_says_so_to_those_who_wait_and_those_who_come(clips):
+    engine = Engine(build_model(), build_processor())
+    stream = engine.submit(long_request(engine, clips[0]))
+    next(iter(stream))
+    engine.close()
+    with pytest.raises(EngineClosed, match="was closed"):
+        stream.result()
+    with pytest.raises(EngineClosed, match="was closed"):
+        engine.submit(Request(TEXTS[0], (clips[0],)))
+
+
+def test_streams_are_read_by_many_coroutines_at_once(engine: Engine, requests, expected):
+    async def read(request: Request) -> list[int]:
+        return [token.id async for token in engine.submit(request)]
+
+    async def read_all() -> list[list[int]]:
+        return await asyncio.gather(*map(read, requests))
+
+    assert asyncio.run(read_all()) == [tokens for tokens, _ in expected]
+
+
+def test_pieces_of_a_stream_add_up_to_the_answer(engine: Engine, clips):
+    stream = engine.submit(Request(TEXTS[0], (clips[0],), 60, temperature=2.0, seed=1))
+    pieces = [token.text for token in stream]
+    assert "".join(pieces) == stream.result().text
+
+
+def test_drawn_answers_follow_their_seed(engine: Engine, clips):
+    def draw(seed: int | None, **options) -> tuple[int, ...]:
+        options = {"temperature": 2.0} | options
+        return engine.generate([Request(TEXTS[0], (clips[0],), 20, seed=seed, **options)])[0].tokens
+
+    assert draw(1) == draw(1)
+    assert len({draw(seed) for seed in range(4)}) > 1
+    assert draw(None) != draw(None)
+    greedy = engine.generate([Request(TEXTS[0], (clips[0],), 20)])[0].tokens
+    assert draw(1, top_p=1e-6) == draw(1, temperature=1e-3) == greedy
+
+
+def test_tokens_are_drawn_with_the_probabilities_of_the_model():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    request = Request("?", (np.zeros(1),), temperature=0.7, top_p=0.95, seed=0, logprobs=True)
+    sampler = Sampler(request, "cpu")
+    drawn = [sampler.choose(logits, 0) for _ in range(4000)]
+    share = torch.bincount(torch.tensor([token for token, _ in drawn]), minlength=4) / len(drawn)
+    warm = (logits / 0.7).softmax(0)
+    assert warm[:2].sum() < 0.95 < warm[:3].sum()
+    kept = torch.tensor([*warm[:3].tolist(), 0.0])
+    assert (share - kept / kept.sum()).abs().max() < 0.03
+    token, logprob = drawn[0]
+    assert logprob == pytest.approx(float(logits.log_softmax(0)[token]))
+
+
+def test_a_stop_string_ends_the_answer_before_it(engine: Engine, clips):
+    request = Request(TEXTS[0], (clips[0],), 60, temperature=2.0, seed=1)
+    whole = engine.generate([request])[0].text
+    stop = whole[10:13]
+    stopped = engine.generate([Request(TEXTS[0], (clips[0],), 60, temperature=2.0, seed=1, stop=(stop,))])[0]
+    assert stopped.text == whole[: whole.index(stop)].rstrip()
+    assert stopped.finish_reason == "stop"
+
+
+def test_text_is_released_when_it_is_certain(processor: MellowProcessor):
+    tokenizer = processor.tokenizer
+    ids = tokenizer("a naïve 音 end of it")["input_ids"]
+    text = AnswerText(tokenizer, ())
+    pieces = [text.push(token) for token in ids]
+    assert "".join(pieces) + text.finish() == "a naïve 音 end of it"
+    assert not any("�" in piece for piece in pieces)
+
+    text = AnswerText(tokenizer, ("end now", "stop"))
+    pieces = [text.push(token) for token in ids] + [text.finish()]
+    assert "".join(pieces) == text.text == "a naïve 音 end of it"
+    text = AnswerText(tokenizer, ("end o",))
+    shown = ""
+    for token in ids:
+        shown += text.push(token)
+        assert "a naïve 音".startswith(shown)  # never a piece of the stop string, nor the space before it
+        if text.stopped:
+            break
+    assert text.stopped
+    assert shown == text.text == "a naïve 音"
+
+
+def test_choices_are_ranked_by_the_log_probability_of_the_model(engine: Engine, model, processor, clips):
+    request = Request(TEXTS[0], (clips[0], clips[1]))
+    scores = engine.score(request, CHOICES)
+    inputs = processor(audio=[list(request.clips)], text=[request.text])
+    for score in scores:
+        ids = torch.tensor([processor.answer_ids(score.choice)])
+        logprobs = model(**inputs, labels=ids).logits[0].log_softmax(-1)
+        assert score.logprob == pytest.approx(float(logprobs.gather(1, ids[0, :, None]).sum()), abs=1e-4)
+    assert [score.logprob for score in scores] == sorted((score.logprob for score in scores), reverse=True)
+    assert sum(score.probability for score in scores) == pytest.approx(1)
+    with pytest.raises(ValueError, match="no choices"):
+        engine.score(request, [])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clips": ()}, "the request has 0 clips: give one or two"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"stop": ("",)}, "a stop string is empty"),
+    ],
+)
+def test_requests_out_of_range_are_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        Request(**{"text": "?", "clips": (np.zeros(1),)} | options)
+
+
+def test_more_tokens_than_the_engine_has_room_for_are_refused(engine: Engine, clips):
+    with pytest.raises(ValueError, match="max_new_tokens is 301: this engine has room for 300"):
+        engine.submit(Request("?", (clips[0],), 301))
+
+
+def test_windows_of_a_recording_say_what_was_heard():
+    recording = np.arange(25, dtype=np.float32)
+    (first,) = windows([recording], 10, 1, "first")
+    assert first.seconds == ((0.0, 10.0),)
+    each = windows([recording], 10, 1, "each")
+    assert [heard.seconds for heard in each] == [((0.0, 10.0),), ((10.0, 20.0),), ((20.0, 25.0),)]
+    assert each[1].clips[0].tolist() == list(range(10, 20))
+    (pair,) = windows([recording], 10, 1, "pair")
+    assert pair.seconds == ((0.0, 10.0), (15.0, 25.0))
+    assert windows([recording[:4]], 10, 1, "pair")[0].seconds == ((0.0, 4.0), (0.0, 4.0))
+    side_by_side = windows([recording, recording[:12]], 10, 1, "each")
+    assert [heard.seconds for heard in side_by_side] == [((0.0, 10.0), (0.0, 10.0)), ((10.0, 20.0), (10.0, 12.0))]
+
+
+@pytest.mark.parametrize(
+    ("recordings", "rule", "message"),
+    [
+        ([np.zeros(5)], "last", "'last' is not one of first, each, pair"),
+        ([np.zeros(5), np.zeros(5)], "pair", "makes two clips of one recording"),
+        ([np.zeros(0)], "first", "0 samples"),
+        ([], "first", "0 recordings"),
+    ],
+)
+def test_windows_that_cannot_be_made_are_refused(recordings: list[np.ndarray], rule: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        windows(recordings, 10, 1, rule)
