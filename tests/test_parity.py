@@ -311,6 +311,13 @@ def test_a_decoder_with_an_output_layer_of_its_own_does_not_export():
         to_reference(MellowForConditionalGeneration(config), TINY_FRONT_END)
 
 
+def test_a_model_of_other_parts_does_not_export(tiny: MellowForConditionalGeneration):
+    other = MellowForConditionalGeneration(tiny.config)
+    other.language_model.model.layers[0].self_attn.q_proj.register_buffer("lora_A", torch.zeros(1))
+    with pytest.raises(ValueError, match=r"the published parts; this model differs in .*q_proj\.lora_A"):
+        to_reference(other, TINY_FRONT_END)
+
+
 def questions(count: int, config: MellowConfig) -> dict[str, torch.Tensor]:
     """Return `count` questions with prompts of several lengths, padded to one."""
     generator = torch.Generator().manual_seed(1)

@@ -136,18 +136,23 @@ def to_reference(
     """Return the reference's state dict of `model`: weights, tied output layer, and all constants.
 
     Args:
-        model: of the published encoder and a decoder that ties its embeddings.
+        model: of the published parts, in any size.
         extractor: the front end it was trained with, the published one by default.
 
     Raises:
         ValueError: the reference has no place for this model's weights.
     """
-    if model.config.audio_config.model_type != "mellow_htsat" or not model.config.text_config.tie_word_embeddings:
+    audio, text = model.config.audio_config, model.config.text_config
+    if (audio.model_type, text.model_type, text.tie_word_embeddings) != ("mellow_htsat", "llama", True):
         raise ValueError(
-            f"a reference checkpoint holds HTSAT and a decoder with tied embeddings; this model has "
-            f"{model.config.audio_config.model_type} and {model.config.text_config.model_type} with "
-            f"tie_word_embeddings: {model.config.text_config.tie_word_embeddings}"
+            f"a reference checkpoint holds HTSAT and a Llama with tied embeddings; this model has "
+            f"{audio.model_type} and {text.model_type} with tie_word_embeddings: {text.tie_word_embeddings}"
         )
+    with torch.device("meta"):
+        published = MellowForConditionalGeneration(MellowConfig(audio_config=audio, text_config=text))
+    other = sorted(model.state_dict().keys() ^ published.state_dict().keys())
+    if other:
+        raise ValueError(f"a reference checkpoint holds the published parts; this model differs in {', '.join(other)}")
     ours = model.state_dict()
     entries = {name: _whole(ours, parts) for name, parts in name_table(model).items()}
     entries[TIED] = entries[EMBEDDING]
