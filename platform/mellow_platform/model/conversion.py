@@ -5,7 +5,6 @@ checkpoint also carries constants (windows, filters, masks, indices): they are c
 and network compute, and computed anew on the way back.
 """
 
-import pickle
 import re
 import tempfile
 import zipfile
@@ -204,11 +203,13 @@ def read_state_dict(checkpoint: str | Path) -> dict[str, Any]:
     try:
         # torch.save wrote no zip file before version 1.6, and only a zip file can be mapped.
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{checkpoint} holds more than tensors, and is not read ({reason})") from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{checkpoint} is no checkpoint of PyTorch, or a damaged one: {error}") from error
+    except Exception as error:  # bytes of another kind fail in many ways: KeyError, IndexError, UnpicklingError, ...
+        # PyTorch's own message goes on to say how to run what is in the file; its cause names it.
+        reason = str(error.__context__ or error).split(". ")[0]
+        raise ValueError(
+            f"{checkpoint} is not read: it is no checkpoint of PyTorch, or holds more than tensors "
+            f"({type(error).__name__}: {reason})"
+        ) from error
     if isinstance(content, dict):
         content = content.get("state_dict", content)
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
