@@ -12,6 +12,7 @@ import soundfile
 from mellow_platform.data import corpus
 from mellow_platform.data.audio import AudioError, decode, encode
 from mellow_platform.data.labels import ClipLabels, read_labels
+from mellow_platform.data.partners import draw_partner, second_clip
 from mellow_platform.data.records import Record, from_row, read_records, to_table, write_records
 from mellow_platform.data.scenes import KINDS, PITCHES, Event, Scene, draw_scene, render
 
@@ -194,3 +195,23 @@ def test_audioset_csv_and_json_labels_are_read(tmp_path: Path):
     labels.write_text('[{"file": "frog.ogg"}]')
     with pytest.raises(ValueError, match="entry 0 needs `file` and `labels`"):
         read_labels(str(labels))
+
+
+def test_a_single_clip_is_joined_by_its_partner_and_a_pair_is_left_alone():
+    assert second_clip(["a"], "same", "silence", drawn="b") == "a"
+    assert second_clip(["a"], "silence", "silence", drawn="b") == "silence"
+    assert second_clip(["a"], "random", "silence", drawn="b") == "b"
+    assert second_clip(["a"], "random", "silence") == "a"
+    for rule in ("same", "silence", "random"):
+        assert second_clip(["a", "c"], rule, "silence", drawn="b") == "c"
+
+
+def test_a_random_partner_is_any_other_clip_and_always_the_same_one():
+    clips = [f"{number:02d}" for number in range(20)]
+    drawn = [draw_partner("07", position, clips) for position in range(2000)]
+    assert drawn == [draw_partner("07", position, clips) for position in range(2000)]
+    counts = {clip: drawn.count(clip) for clip in clips}
+    assert counts.pop("07") == 0
+    assert min(counts.values()) > 60
+    assert draw_partner("00", 0, ["00"]) == "00"
+    assert draw_partner("99", 0, ["00"]) == "00"

@@ -1,5 +1,6 @@
 """The network, its processor and its tokenizers: sizes, shapes, saving, and what they refuse."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from mellow_platform.model import (
     MellowFeatureExtractor,
     MellowForConditionalGeneration,
     MellowProcessor,
+    pad_labels,
 )
 from mellow_platform.model.decoder import load_decoder, load_tokenizer
 from mellow_platform.model.tokenizer import train_tokenizer
@@ -171,6 +173,58 @@ def test_prompts_are_lower_cased_closed_and_padded(processor: MellowProcessor):
     assert tokenizer.eos_token_id in ids
     assert ids[-1] == tokenizer.pad_token_id
     assert len(processor.prompt_ids("tone " * 100)) == 24
+
+
+def with_rules(processor: MellowProcessor, **rules) -> MellowProcessor:
+    """Return the processor with other rules, saved and loaded once."""
+    with tempfile.TemporaryDirectory() as folder:
+        MellowProcessor(processor.feature_extractor, processor.tokenizer, prompt_length=24, **rules).save_pretrained(
+            folder
+        )
+        return AutoProcessor.from_pretrained(folder)
+
+
+def test_prompts_without_padding_are_as_long_as_they_are(processor: MellowProcessor):
+    unpadded = with_rules(processor, pad_prompt=False)
+    ids = unpadded.prompt_ids("a loud tone")
+    assert ids == processor.token_ids("a loud tone")
+    assert len(unpadded.prompt_ids("tone " * 100)) == 24
+    clip = np.zeros(1000, np.float32)
+    assert unpadded([[clip]] * 2, ["a loud tone", "A loud tone"])["input_ids"].shape == (2, len(ids))
+    with pytest.raises(ValueError, match=rf"prompts of {len(ids)}, \d+ tokens make no batch without padding"):
+        unpadded([[clip]] * 2, ["a loud tone", "which of these is heard?"])
+
+
+def test_prompts_without_an_end_marker_have_none(processor: MellowProcessor):
+    unmarked = with_rules(processor, prompt_end_marker=False)
+    ids = unmarked.prompt_ids("A loud tone ")
+    assert unmarked.tokenizer.eos_token_id not in ids
+    length = ids.index(unmarked.tokenizer.pad_token_id)
+    assert ids[:length] == unmarked.tokenizer("a loud tone")["input_ids"]
+    assert len(ids) == 24
+    # Answers end all the same.
+    assert unmarked.answer_ids("a tone")[-1] == unmarked.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("partner", ["same", "silence", "random"])
+def test_a_single_clip_is_joined_by_the_processors_partner(partner: str, processor: MellowProcessor):
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(0, 0.1, (2, 50_000)).astype(np.float32)
+    features = with_rules(processor, partner=partner)([[first], [first, second]], TEXTS[:2])["input_features"]
+    silence = processor.feature_extractor(np.zeros(1, np.float32))["input_features"][0]
+    # There is no corpus to draw from: a random partner is the clip itself, and the answer deterministic.
+    assert torch.equal(features[0, 1], silence if partner == "silence" else features[0, 0])
+    assert torch.equal(features[1, 1], processor.feature_extractor(second)["input_features"][0])
+
+
+def test_an_unknown_partner_is_refused(processor: MellowProcessor):
+    with pytest.raises(ValueError, match="partner 'any' is not one of random, same, silence"):
+        MellowProcessor(processor.feature_extractor, processor.tokenizer, partner="any")  # type: ignore[arg-type]
+
+
+def test_a_real_padding_character_in_an_answer_is_learned(processor: MellowProcessor):
+    padding = processor.tokenizer.pad_token_id
+    assert pad_labels([[5, padding, 0], [5]]).tolist() == [[5, padding, 0], [5, -100, -100]]
 
 
 def test_no_text_is_unknown_to_the_tiny_tokenizer(processor: MellowProcessor):

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from huggingface_hub import ModelCard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel
 
@@ -22,7 +23,7 @@ from mellow_platform.features.preprocess import preprocess
 from mellow_platform.features.store import FeatureStore
 from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.decoder import load_decoder
-from mellow_platform.model.folder import load_model, save_pretrained
+from mellow_platform.model.folder import load_model, load_processor, save_pretrained
 from mellow_platform.training.batches import Plan, batches, epoch_order
 from mellow_platform.training.finetune import train_answers
 from mellow_platform.training.loop import run_training
@@ -88,6 +89,49 @@ def test_records_of_quarantined_clips_are_counted_and_nothing_else_is_lost(path:
     assert counts["records"]["test"] == len(written["test"])
     stored = read_shard_records(path.run("log-mel"), "test").to_pylist()
     assert [row["input"] for row in stored] == [record.input for record in written["test"]]
+
+
+@pytest.mark.parametrize("partner", ["random", "silence"])
+def test_a_question_about_one_clip_is_stored_with_its_partner(partner: str, path: SimpleNamespace):
+    shards = path.run(f"partner-{partner}")
+    manifest = preprocess(PreprocessConfig(**path.common, partner=partner, output=shards))
+    # A stored silence is no clip of the corpus: counts and shards of clips are those of the rule `same`.
+    assert manifest.counts == path.log_mel.counts
+    store = FeatureStore.load(shards)
+    assert ("<silence>" in store.filepaths) == (partner == "silence")
+    splits = dict(zip(store.filepaths, store.splits, strict=True))
+    files = {clip_id: store.filepaths[row] for clip_id, row in store.rows.items()}
+    drawn = set()
+    for split in SPLITS:
+        rows = read_shard_records(shards, split).to_pylist()
+        same = read_shard_records(path.run("log-mel"), split).to_pylist()
+        for row, before in zip(rows, same, strict=True):
+            assert {**row, "clip2": ""} == {**before, "clip2": ""}
+            second = files[row["clip2"]]
+            drawn.add(second)
+            if row["filepath2"]:
+                assert second == row["filepath2"]
+            elif partner == "silence":
+                assert second == "<silence>"
+            else:
+                assert splits[second] == split
+                assert second != row["filepath1"]
+    if partner == "random":
+        assert len(drawn) > 20
+    else:
+        silence = store.arrays["log_mel"][store.filepaths.index("<silence>")]
+        assert (silence == silence.flat[0]).all()
+    processor = load_processor(f"{shards}/processor")
+    assert processor.partner == partner
+
+
+def test_prompts_are_stored_without_an_end_marker_where_the_job_says_so(path: SimpleNamespace):
+    shards = path.run("unmarked")
+    preprocess(PreprocessConfig(**path.common, prompt_end_marker=False, output=shards))
+    end = load_processor(f"{shards}/processor").tokenizer.eos_token_id
+    rows = read_shard_records(shards, "test").to_pylist()
+    assert not any(end in row["prompt_ids"] for row in rows)
+    assert all(row["answer_ids"][-1] == end for row in rows)
 
 
 def test_too_many_unusable_clips_stop_the_job(path: SimpleNamespace):
@@ -162,6 +206,11 @@ def test_training_reports_loss_and_throughput_and_checkpoints(path: SimpleNamesp
     losses = path.train_result.metrics_dataframe["loss"].tolist()
     assert losses[-1] < losses[0]
     assert list((path.root / "runs/mellow/tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_the_trained_folder_has_a_model_card(path: SimpleNamespace):
+    card = ModelCard.load(path.root / "model/README.md")
+    assert f"| prompt, in tokens | {load_processor(path.run('model')).prompt_length}, " in card.text
 
 
 def test_the_trained_folder_loads_with_plain_transformers_and_keeps_its_encoder(path: SimpleNamespace):

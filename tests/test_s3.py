@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 from mellow_platform import storage
 from mellow_platform.config import EncoderConfig, EvaluateConfig, PreprocessConfig, TrainConfig
 from mellow_platform.evaluation.evaluate import evaluate
 from mellow_platform.features.preprocess import preprocess
-from mellow_platform.model.folder import load_model
+from mellow_platform.model import MellowConfig, MellowFeatureExtractor, MellowForConditionalGeneration, MellowProcessor
+from mellow_platform.model.conversion import export, from_reference
+from mellow_platform.model.folder import load_model, save_model
+from mellow_platform.model.tokenizer import train_tokenizer
 from mellow_platform.training.finetune import train_answers
 from mellow_platform.training.loop import run_training
 from mellow_platform.training.tagger import train_tagger
@@ -109,7 +113,7 @@ def test_the_whole_path_runs_in_object_storage(cluster_on_s3: str):
 
 
 def test_a_missing_folder_is_named(bucket: str):
-    with pytest.raises(FileNotFoundError, match=r"s3://bucket/nothing: no such folder; check the URI"):
+    with pytest.raises(FileNotFoundError, match=r"s3://bucket/nothing: no such file or folder; check the URI"):
         storage.local_copy("s3://bucket/nothing")
 
 
@@ -120,3 +124,13 @@ def test_writes_are_read_back_and_reads_are_not_stale(bucket: str):
         storage.write_json(uri, value)
         assert storage.exists(uri)
         assert storage.read_json(uri) == value
+
+
+def test_a_checkpoint_is_written_to_and_read_from_the_bucket(bucket: str):
+    config, extractor = MellowConfig.from_size("mellow-tiny"), MellowFeatureExtractor.from_size("mellow-tiny")
+    model = MellowForConditionalGeneration(config)
+    processor = MellowProcessor(extractor, train_tokenizer(["a loud tone"]))
+    save_model(model, processor, f"{bucket}/exported")
+    export(f"{bucket}/exported", f"{bucket}/checkpoints/tiny.ckpt")
+    back = from_reference(f"{bucket}/checkpoints/tiny.ckpt", config, extractor).state_dict()
+    assert all(torch.equal(value, back[name]) for name, value in model.state_dict().items())

@@ -17,6 +17,7 @@ from mellow_platform import storage
 
 Uri = Annotated[str, AfterValidator(storage.absolute)]
 Size = Literal["mellow-v0", "mellow-tiny"]
+Partner = Literal["random", "same", "silence"]
 
 
 class Section(BaseModel):
@@ -63,6 +64,10 @@ class PreprocessConfig(Section):
     features: Literal["log_mel", "encoder"] = Field("log_mel", description="what is stored of a clip")
     encoder: Uri | None = Field(None, description="folder of the frozen encoder, for features: encoder")
     short_clip: Literal["pad", "repeat"] = Field("pad", description="what fills a clip shorter than 10 s")
+    partner: Partner = Field(
+        "same", description="second clip of a question about one: a random other of its split, itself, or silence"
+    )
+    prompt_end_marker: bool = Field(True, description="close prompts with the end token, as answers are")
     max_seconds: float = Field(600.0, gt=0, description="longer clips are quarantined before decoding")
     max_failed_share: float = Field(0.05, ge=0, le=1, description="quarantined share of clips past which the job fails")
     clips_per_shard: int = Field(64, ge=1, description="clips in a shard")

@@ -120,8 +120,8 @@ def upload(folder: str | Path, uri: str) -> None:
 
 
 def local_copy(uri: str) -> Path:
-    """Return a local folder with the contents of `uri`: itself when it is local, else a download kept while the
-    process lives.
+    """Return a local folder (or file) with the contents of `uri`: itself when it is local, else a download kept
+    while the process lives.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -129,11 +129,16 @@ def local_copy(uri: str) -> Path:
     fs, path = filesystem(uri)
     fs.invalidate_cache()
     if not fs.exists(path):
-        raise FileNotFoundError(f"{uri}: no such folder; check the URI and, on S3, AWS_ENDPOINT_URL and the keys")
+        raise FileNotFoundError(
+            f"{uri}: no such file or folder; check the URI and, on S3, AWS_ENDPOINT_URL and the keys"
+        )
     if "file" in fs.protocol:
         return Path(path)
     target = Path(tempfile.mkdtemp(prefix="mellow-"))
     atexit.register(shutil.rmtree, target, ignore_errors=True)
+    if fs.isfile(path):
+        fs.get_file(path, str(target / Path(path).name))
+        return target / Path(path).name
     for remote in fs.find(path):
         local = target / Path(remote).relative_to(path)
         local.parent.mkdir(parents=True, exist_ok=True)

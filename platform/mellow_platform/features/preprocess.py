@@ -20,6 +20,7 @@ from mellow_platform.data import records as record_format
 from mellow_platform.data import shards
 from mellow_platform.data.audio import AudioError, decode
 from mellow_platform.data.labels import ClipLabels, read_labels
+from mellow_platform.data.partners import SILENCE, draw_partner, second_clip
 from mellow_platform.data.records import Record
 from mellow_platform.model import HTSATConfig, HTSATEncoder, MellowFeatureExtractor, MellowProcessor
 from mellow_platform.model.decoder import load_tokenizer
@@ -47,12 +48,16 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
     )
     splits = clip_splits(records, read_labels(config.labels) if config.labels else [])
     extractor = MellowFeatureExtractor.from_size(config.size, config.short_clip)
-    written, features = write_clip_shards(sorted(splits.items()), extractor, config)
+    clips = sorted(splits.items())
+    if records and config.partner == "silence":
+        clips.append((SILENCE, ""))  # of no split: nothing is asked about it
+    written, features = write_clip_shards(clips, extractor, config)
 
     files = {name: digest for row in written for name, digest in zip(row["files"], row["digests"], strict=True)}
     clip_ids = {
         path: clip_id for row in written for path, clip_id in zip(row["filepaths"], row["clip_ids"], strict=True)
     }
+    recorded = {path: clip_id for path, clip_id in clip_ids.items() if path != SILENCE}
     usable = {
         split: [record for record in members if all(path in clip_ids for path in record.filepaths)]
         for split, members in records.items()
@@ -61,13 +66,14 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
         processor = build_processor(config, extractor, records)
         save_pretrained(processor, storage.join(config.output, "processor"))
         for split, members in usable.items():
-            files |= write_record_shards(members, split, clip_ids, processor, config)
+            own = sorted({clip_id for path, clip_id in recorded.items() if splits[path] == split})
+            files |= write_record_shards(members, split, clip_ids, own, processor, config)
     reasons = Counter(reason for row in written for reason in row["reasons"])
     manifest = shards.Manifest(
         features=features,
         counts={
-            "clips": len(clip_ids),
-            "distinct_clips": len(set(clip_ids.values())),
+            "clips": len(recorded),
+            "distinct_clips": len(set(recorded.values())),
             "audio_seconds": round(sum(row["seconds"] for row in written), 3),
             "quarantined": reasons.total(),
             "quarantined_by_reason": dict(sorted(reasons.items())),
@@ -113,10 +119,11 @@ def write_clip_shards(
         features = {"frames": [encoder.num_frames, encoder.num_classes], "latent": [encoder.hidden_size]}
     written = dataset.map(write_clip_shard, fn_kwargs={"output": config.output, "features": features}).take_all()
     reasons = Counter(reason for row in written for reason in row["reasons"])
-    if reasons.total() > config.max_failed_share * len(clips):
+    recorded = sum(path != SILENCE for path, _ in clips)
+    if reasons.total() > config.max_failed_share * recorded:
         counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
         raise ValueError(
-            f"{reasons.total()} of {len(clips)} clips are unusable ({counts}): see {config.output}/quarantine, "
+            f"{reasons.total()} of {recorded} clips are unusable ({counts}): see {config.output}/quarantine, "
             f"or raise max_failed_share (now {config.max_failed_share:g})"
         )
     return written, features
@@ -147,16 +154,24 @@ def build_processor(
     Raises:
         ValueError: the size has no tokenizer of its own and none is given.
     """
-    if config.decoder:
-        return MellowProcessor(extractor, load_tokenizer(config.decoder), *PUBLISHED_LENGTHS)
-    if config.size != "mellow-tiny":
-        raise ValueError(f"{config.size} has no tokenizer of its own: set `decoder` to a hub name, folder or GGUF file")
     training = records.get("train") or [record for members in records.values() for record in members]
-    prompts, answers = {record.input for record in training}, {record.answer for record in training}
-    tokenizer = train_tokenizer(
-        [text for record in training for text in (record.input, record.answer)], config.vocab_size
+    if config.decoder:
+        tokenizer = load_tokenizer(config.decoder)
+    elif config.size == "mellow-tiny":
+        texts = [text for record in training for text in (record.input, record.answer)]
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+    else:
+        raise ValueError(f"{config.size} has no tokenizer of its own: set `decoder` to a hub name, folder or GGUF file")
+    processor = MellowProcessor(
+        extractor,
+        tokenizer,
+        *PUBLISHED_LENGTHS,
+        prompt_end_marker=config.prompt_end_marker,
+        partner=config.partner,
     )
-    processor = MellowProcessor(extractor, tokenizer, *PUBLISHED_LENGTHS)
+    if config.decoder:
+        return processor
+    prompts, answers = {record.input for record in training}, {record.answer for record in training}
     # Every padded position of a prompt is seen and paid for, so prompts are as long as the corpus needs.
     processor.prompt_length = min(PUBLISHED_LENGTHS[0], max(len(processor.token_ids(text)) for text in prompts) + 4)
     processor.answer_length = min(PUBLISHED_LENGTHS[1], max(len(processor.token_ids(text)) for text in answers) + 4)
@@ -179,8 +194,11 @@ def decode_shard(
     spectrograms = []
     for path, split in zip(row["filepaths"], row["splits"], strict=True):
         try:
-            data = _read_clip(storage.join(audio_root, path))
-            waveform = decode(data, extractor.sampling_rate, max_seconds)
+            if path == SILENCE:
+                data, waveform = SILENCE.encode(), np.zeros(extractor.clip_samples, np.float32)
+            else:
+                data = _read_clip(storage.join(audio_root, path))
+                waveform = decode(data, extractor.sampling_rate, max_seconds)
         except AudioError as error:
             rejected.append({"filepath": path, "split": split, "reason": error.reason, "detail": str(error)})
             continue
@@ -242,7 +260,9 @@ def write_clip_shard(row: dict[str, Any], output: str, features: dict[str, list[
     return {
         "filepaths": list(row["filepaths"]),
         "clip_ids": list(row["clip_ids"]),
-        "seconds": float(sum(row["clip_seconds"])),
+        "seconds": float(
+            sum(seconds for path, seconds in zip(row["filepaths"], row["clip_seconds"], strict=True) if path != SILENCE)
+        ),
         "reasons": [item["reason"] for item in rejected],
         "files": list(names.values()),
         "digests": [storage.write_table(storage.join(output, names[kind]), table) for kind, table in tables.items()],
@@ -253,13 +273,27 @@ def write_record_shards(
     records: list[Record],
     split: str,
     clip_ids: dict[str, str],
+    partners: list[str],
     processor: MellowProcessor,
     config: PreprocessConfig,
 ) -> dict[str, str]:
-    """Tokenise and write the records of a split on Ray Data; return file names and hashes."""
+    """Tokenise and write the records of a split on Ray Data; return file names and hashes.
+
+    Args:
+        clip_ids: of every clip by its path, and of silence where the partner rule asks for it.
+        partners: the split's clip ids, sorted, that a random partner is drawn from.
+    """
     table = record_format.to_table(records)
     table = table.append_column("clip1", pa.array([clip_ids[record.filepath1] for record in records], pa.string()))
-    second = [clip_ids[record.filepaths[-1]] for record in records]
+    second = [
+        second_clip(
+            [clip_ids[path] for path in record.filepaths],
+            config.partner,
+            silence=clip_ids.get(SILENCE, ""),
+            drawn=draw_partner(clip_ids[record.filepath1], position, partners),
+        )
+        for position, record in enumerate(records)
+    ]
     table = table.append_column("clip2", pa.array(second, pa.string()))
     source = ray.put(table)
     size = config.records_per_shard

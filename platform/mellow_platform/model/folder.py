@@ -6,15 +6,23 @@ from typing import Any
 from transformers import AutoProcessor
 
 from mellow_platform import storage
+from mellow_platform.model.card import CARD, model_card
 from mellow_platform.model.modeling_mellow import MellowForConditionalGeneration
 from mellow_platform.model.processing_mellow import MellowProcessor
 
 
 def save_pretrained(part: Any, uri: str) -> None:
-    """Save a model, encoder or processor to the folder `uri`."""
+    """Save a part (model, encoder or processor) to the folder `uri`."""
     with tempfile.TemporaryDirectory() as folder:
         part.save_pretrained(folder)
         storage.upload(folder, uri)
+
+
+def save_model(model: MellowForConditionalGeneration, processor: MellowProcessor, uri: str, **card: Any) -> None:
+    """Save a model with its processor and its model card to the folder `uri`; `card` is told to `model_card`."""
+    save_pretrained(model, uri)
+    save_pretrained(processor, uri)
+    storage.write_bytes(storage.join(uri, CARD), str(model_card(model, processor, **card)).encode())
 
 
 def load_processor(uri: str) -> MellowProcessor:

@@ -1,11 +1,15 @@
 """Mellow's processor: waveforms and questions to what the network reads, and tokens back to text."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
+
+from mellow_platform.config import Partner
+from mellow_platform.data.partners import second_clip
 
 
 class MellowProcessor(ProcessorMixin):
@@ -16,12 +20,36 @@ class MellowProcessor(ProcessorMixin):
         tokenizer: of the decoder; its padding token fills prompts.
         prompt_length: tokens that every prompt is padded or cut to.
         answer_length: tokens that an answer is cut to.
+        pad_prompt: fill shorter prompts to `prompt_length` with the padding token, which the network sees, as
+            published. Without it only prompts of equal length make a batch.
+        prompt_end_marker: close prompts with the end token, as the reference does in training and evaluation; its
+            inference wrapper does not.
+        partner: second clip of a question about one. Shards are written with a `random` other clip where it says
+            so; a question asked here has no corpus to draw from and gets the `same` clip, so that its answer is
+            deterministic.
+
+    Raises:
+        ValueError: no such `partner`.
     """
 
-    def __init__(self, feature_extractor, tokenizer, prompt_length: int = 129, answer_length: int = 250):
+    def __init__(
+        self,
+        feature_extractor,
+        tokenizer,
+        prompt_length: int = 129,
+        answer_length: int = 250,
+        pad_prompt: bool = True,
+        prompt_end_marker: bool = True,
+        partner: Partner = "same",
+    ):
         super().__init__(feature_extractor, tokenizer)
+        if partner not in get_args(Partner):
+            raise ValueError(f"partner {partner!r} is not one of {', '.join(get_args(Partner))}")
         self.prompt_length = prompt_length
         self.answer_length = answer_length
+        self.pad_prompt = pad_prompt
+        self.prompt_end_marker = prompt_end_marker
+        self.partner = partner
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -32,8 +60,13 @@ class MellowProcessor(ProcessorMixin):
         return self.tokenizer(f"{text.lower().strip()} {self.tokenizer.eos_token}")["input_ids"]
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Return the `prompt_length` tokens of `prompt`, padded or cut."""
-        ids = self.token_ids(prompt)[: self.prompt_length]
+        """Return the tokens of `prompt` by the rules above: at most `prompt_length`, and exactly so many if padded."""
+        if self.prompt_end_marker:
+            ids = self.token_ids(prompt)[: self.prompt_length]
+        else:
+            ids = self.tokenizer(prompt.lower().strip())["input_ids"][: self.prompt_length]
+        if not self.pad_prompt:
+            return ids
         return ids + [self.tokenizer.pad_token_id] * (self.prompt_length - len(ids))
 
     def answer_ids(self, answer: str) -> list[int]:
@@ -51,24 +84,32 @@ class MellowProcessor(ProcessorMixin):
         """Return `input_ids` [batch, prompt], `input_features` [batch, 2, frames, bands] and, with answers, `labels`.
 
         Args:
-            audio: one or two waveforms [samples] a question; a single one stands in both places.
+            audio: one or two waveforms [samples] a question; a single one is joined by its `partner`.
             text: a question each.
             answers: to train on.
             sampling_rate: of the waveforms in Hz, checked when given.
 
         Raises:
-            ValueError: the lists differ in length, or a question has no clip or more than two.
+            ValueError: the lists differ in length, a question has no clip or more than two, or unpadded prompts
+                differ in length.
         """
         if len(audio) != len(text):
             raise ValueError(f"{len(audio)} sets of clips for {len(text)} questions: give one set a question")
+        prompts = [self.prompt_ids(question) for question in text]
+        if len(lengths := sorted({len(ids) for ids in prompts})) > 1:
+            raise ValueError(
+                f"prompts of {', '.join(map(str, lengths))} tokens make no batch without padding: "
+                "ask those of one length together, or set pad_prompt"
+            )
+        silence = np.zeros(self.feature_extractor.clip_samples, np.float32)
         clips: list[np.ndarray] = []
         for number, pair in enumerate(audio):
             if len(pair) not in (1, 2):
                 raise ValueError(f"question {number} has {len(pair)} clips: give one or two")
-            clips += [pair[0], pair[-1]]
+            clips += [pair[0], second_clip(pair, self.partner, silence)]
         features = self.feature_extractor(clips, sampling_rate=sampling_rate)["input_features"]
         batch = {
-            "input_ids": torch.tensor([self.prompt_ids(question) for question in text]),
+            "input_ids": torch.tensor(prompts),
             "input_features": features.unflatten(0, (len(text), 2)),
         }
         if answers is not None:

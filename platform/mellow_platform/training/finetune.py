@@ -22,7 +22,7 @@ from mellow_platform.model import (
     pad_labels,
 )
 from mellow_platform.model.decoder import load_decoder
-from mellow_platform.model.folder import load_processor, save_pretrained
+from mellow_platform.model.folder import load_processor, save_model
 from mellow_platform.training.batches import Plan, batches
 from mellow_platform.training.loop import (
     Progress,
@@ -153,8 +153,7 @@ def train_answers(values: dict[str, Any]) -> None:
             progress.advance(losses, rate, lambda folder: _save(engine, folder))
     with _gathered(engine, config.zero_stage):
         if rank == 0:
-            save_pretrained(model.eval(), config.output)
-            save_pretrained(processor, config.output)
+            save_model(model.eval(), processor, config.output)
 
 
 def _save(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
