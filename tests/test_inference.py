@@ -76,11 +76,17 @@ def requests(clips: list[np.ndarray]) -> list[Request]:
     return [Request(text, pair, 4 + number, logprobs=True) for number, (pair, text) in enumerate(asked)]
 
 
+def read(processor: MellowProcessor, request: Request) -> dict[str, torch.Tensor]:
+    """Return what the model takes of a request about waveforms."""
+    waveforms = [clip for clip in request.clips if isinstance(clip, np.ndarray)]
+    return dict(processor(audio=[waveforms], text=[request.text]))
+
+
 def uncached(
     model: MellowForConditionalGeneration, processor: MellowProcessor, request: Request
 ) -> tuple[list[int], list[float]]:
     """Answer greedily by running the whole sequence for every token; return tokens and their log-probabilities."""
-    inputs = processor(audio=[list(request.clips)], text=[request.text])
+    inputs = read(processor, request)
     tokens: list[int] = []
     logprobs: list[float] = []
     with torch.no_grad():
@@ -206,7 +212,7 @@ def test_answers_in_a_batch_are_those_of_the_uncached_model(engine: Engine, requ
 
 def test_answers_are_those_of_generate(engine: Engine, model, processor, requests):
     request = requests[5]
-    inputs = processor(audio=[list(request.clips)], text=[request.text])
+    inputs = read(processor, request)
     tokens = model.generate(**inputs, max_new_tokens=request.max_new_tokens)[0].tolist()
     answer = engine.generate([request])[0]
     assert list(answer.tokens) == tokens
@@ -225,7 +231,7 @@ def test_int8_answers_do_not_depend_on_the_batch(requests):
         alone = [engine.generate([request])[0] for request in requests]
         # Float32 rounding between the integer products may tip a rounding to integers: a step of the second row.
         known = [(list(answer.tokens), list(answer.logprobs or ())) for answer in alone]
-        check(engine.generate(requests), known, tolerance=2e-3)
+        check(engine.generate(requests), known, tolerance=5e-4)
 
 
 def test_stored_features_and_the_waveform_they_came_from_give_one_answer(engine: Engine, clips):
@@ -402,7 +408,7 @@ def test_text_is_released_when_it_is_certain(processor: MellowProcessor):
 def test_choices_are_ranked_by_the_log_probability_of_the_model(engine: Engine, model, processor, clips):
     request = Request(TEXTS[0], (clips[0], clips[1]))
     scores = engine.score(request, CHOICES)
-    inputs = processor(audio=[list(request.clips)], text=[request.text])
+    inputs = read(processor, request)
     for score in scores:
         ids = torch.tensor([processor.answer_ids(score.choice)])
         logprobs = model(**inputs, labels=ids).logits[0].log_softmax(-1)

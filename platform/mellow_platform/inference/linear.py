@@ -88,10 +88,11 @@ class Int8Linear:
         values = x.reshape(-1, x.shape[-1])
         scale = values.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12).div_(self.levels)
         values = values / scale
-        remainder = (values - values.round()).mul_(2 * self.levels)
-        # The operator rounds what it is given to integers around 128 and multiplies those; scales stay outside.
+        # Rounded here: the operator adds 128 before it rounds, and would now and then take the other neighbour of x.5.
+        whole = values.round()
+        remainder = values.sub_(whole).mul_(2 * self.levels)
         rows = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            torch.cat([values, remainder]), 1.0, 128, self.weight
+            torch.cat([whole, remainder]), 1.0, 128, self.weight
         )
         y, rest = rows.chunk(2)
         y = y.add_(rest, alpha=0.5 / self.levels).mul_(scale)
