@@ -21,7 +21,7 @@ from mellow_platform.data import shards
 from mellow_platform.data.audio import AudioError, decode
 from mellow_platform.data.labels import ClipLabels, read_labels
 from mellow_platform.data.records import Record
-from mellow_platform.model import HTSATConfig, HTSATEncoder, MellowFeatureExtractor, MellowProcessor
+from mellow_platform.model import MellowFeatureExtractor, MellowProcessor, load_encoder, load_encoder_config
 from mellow_platform.model.decoder import load_tokenizer
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.model.tokenizer import train_tokenizer
@@ -46,7 +46,7 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
         else {}
     )
     splits = clip_splits(records, read_labels(config.labels) if config.labels else [])
-    extractor = MellowFeatureExtractor.from_size(config.size, config.short_clip)
+    extractor = front_end(config)
     written, features = write_clip_shards(sorted(splits.items()), extractor, config)
 
     files = {name: digest for row in written for name, digest in zip(row["files"], row["digests"], strict=True)}
@@ -81,6 +81,13 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
     return manifest
 
 
+def front_end(config: PreprocessConfig) -> MellowFeatureExtractor:
+    """Return the front end that clips go through: that of the encoder's folder, or of the named encoder and size."""
+    if config.encoder:
+        return MellowFeatureExtractor.for_encoder(load_encoder_config(config.encoder), config.short_clip)
+    return MellowFeatureExtractor.from_size(config.size, config.short_clip, config.encoder_name)
+
+
 def write_clip_shards(
     clips: list[tuple[str, str]], extractor: MellowFeatureExtractor, config: PreprocessConfig
 ) -> tuple[list[dict[str, Any]], dict[str, list[int]]]:
@@ -109,8 +116,8 @@ def write_clip_shards(
             concurrency=config.encoder_workers,
             num_gpus=config.gpus_per_worker or None,
         )
-        encoder = HTSATConfig.from_pretrained(storage.local_copy(config.encoder))
-        features = {"frames": [encoder.num_frames, encoder.num_classes], "latent": [encoder.hidden_size]}
+        encoder = load_encoder_config(config.encoder)
+        features = {"frames": [encoder.num_frames, encoder.frame_size], "latent": [encoder.hidden_size]}
     written = dataset.map(write_clip_shard, fn_kwargs={"output": config.output, "features": features}).take_all()
     reasons = Counter(reason for row in written for reason in row["reasons"])
     if reasons.total() > config.max_failed_share * len(clips):
@@ -209,7 +216,7 @@ class EncodeShard:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cpu":
             torch.set_num_threads(1)
-        self.encoder = HTSATEncoder.from_pretrained(storage.local_copy(encoder)).eval().to(self.device)
+        self.encoder = load_encoder(encoder).eval().to(self.device)
 
     @torch.no_grad()
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +226,7 @@ class EncodeShard:
             frames.append(encoded.frames.half().cpu().numpy())
             latents.append(encoded.latent.half().cpu().numpy())
         config = self.encoder.config
-        row["frames"] = np.concatenate([np.empty((0, config.num_frames, config.num_classes), np.float16), *frames])
+        row["frames"] = np.concatenate([np.empty((0, config.num_frames, config.frame_size), np.float16), *frames])
         row["latent"] = np.concatenate([np.empty((0, config.hidden_size), np.float16), *latents])
         return row
 

@@ -55,14 +55,14 @@ def build_encoder(config: AudioEncoderConfig) -> Any:
 
 
 def load_encoder(uri: str) -> Any:
-    """Return the encoder in the folder `uri`, whichever it is; a folder of a whole Whisper gives its encoder.
+    """Return the encoder in the folder `uri` in float32, whichever it is; a whole Whisper's folder gives its encoder.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: it holds something else.
     """
     folder, (_, network) = _folder_parts(uri)
-    return network.from_pretrained(folder)
+    return network.from_pretrained(folder, dtype="float32")
 
 
 def load_encoder_config(uri: str) -> AudioEncoderConfig:

@@ -10,8 +10,6 @@ from transformers.modeling_utils import PreTrainedModel
 from .contract import AudioEncoderOutput, FrontEnd
 from .spec_augment import SpecAugmentedNorm
 
-TINY_IMAGE = 128
-
 
 @strict
 class HTSATConfig(ClapAudioConfig):
@@ -23,8 +21,6 @@ class HTSATConfig(ClapAudioConfig):
         Names of the `num_classes` tags, in order; empty where they are unknown.
     spec_augment_stripes (`int`, *optional*, defaults to 2):
         Stripes blanked in training along each axis of the spectrogram (SpecAugment).
-    n_fft, hop_length (`int`, *optional*, default to 1024 and 320):
-        Window and step of the spectrogram, in samples at 32 kHz.
     """
 
     model_type = "mellow_htsat"
@@ -33,14 +29,9 @@ class HTSATConfig(ClapAudioConfig):
     spec_augment_stripes: int = 2
     drop_path_rate: float | int = 0.1
     hidden_dropout_prob: float | int = 0.0
-    n_fft: int | None = None
-    hop_length: int | None = None
 
     def __post_init__(self, **kwargs):
         self.hidden_size = int(self.patch_embeds_hidden_size * 2 ** (len(self.depths) - 1))
-        if self.n_fft is None or self.hop_length is None:
-            # Folders from before these fields were saved hold one of the two sizes.
-            self.n_fft, self.hop_length = (2048, 1280) if self.spec_size == TINY_IMAGE else (1024, 320)
         super().__post_init__(**kwargs)
 
     @property
@@ -65,13 +56,16 @@ class HTSATConfig(ClapAudioConfig):
 
     @property
     def front_end(self) -> FrontEnd:
-        return FrontEnd(feature_size=self.num_mel_bins, n_fft=self.n_fft, hop_length=self.hop_length)
+        """The published spectrogram; a smaller image takes longer steps, and a window as long."""
+        hop_length = 320 * 1024 // (self.spec_size * self.fold)
+        n_fft = max(1024, 2 ** (hop_length - 1).bit_length())
+        return FrontEnd(feature_size=self.num_mel_bins, n_fft=n_fft, hop_length=hop_length)
 
     @classmethod
     def tiny(cls) -> "HTSATConfig":
         """HTSAT on a 128 x 128 image: 256 frames of 64 bands folded in two, 16 distinct frames."""
         return cls(
-            spec_size=TINY_IMAGE,
+            spec_size=128,
             patch_embeds_hidden_size=32,
             depths=[2, 2, 2],
             num_attention_heads=[2, 4, 8],

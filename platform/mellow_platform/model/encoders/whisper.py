@@ -42,6 +42,12 @@ class WhisperAudioConfig(WhisperConfig):
                 "choose a divisor"
             )
 
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, **kwargs) -> "WhisperAudioConfig":
+        """Load the configuration of a folder of this encoder, or of a whole Whisper."""
+        values, unused = cls.get_config_dict(folder, **kwargs)
+        return cls.from_dict(values | {"model_type": cls.model_type}, **unused)
+
     @property
     def frame_size(self) -> int:
         """Width of a frame."""
