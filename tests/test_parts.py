@@ -190,7 +190,21 @@ def test_merged_adapters_are_an_equal_plain_decoder(decoder: str, tmp_path: Path
     torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=0)
     assert model.config.lora is None
     assert list(model.state_dict()) == names
+    assert all(parameter.requires_grad for parameter in model.language_model.parameters())
     check_round_trip(model, batch, tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_tied_where_the_decoders_own_is(tied: bool, tmp_path: Path):
+    text = tiny_decoder_config(VOCABULARY)
+    text.tie_word_embeddings = tied
+    model = MellowForConditionalGeneration(MellowConfig.from_size("mellow-tiny", text_config=text)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    head, embedding = loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight
+    assert (head.data_ptr() == embedding.data_ptr()) is tied
+    assert torch.equal(head, model.get_output_embeddings().weight)
+    assert ("language_model.lm_head.weight" in load_file(tmp_path / "model.safetensors")) is not tied
 
 
 def test_adapters_on_adapters_are_refused():

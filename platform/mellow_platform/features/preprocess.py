@@ -21,8 +21,15 @@ from mellow_platform.data import shards
 from mellow_platform.data.audio import AudioError, decode
 from mellow_platform.data.labels import ClipLabels, read_labels
 from mellow_platform.data.records import Record
-from mellow_platform.model import MellowFeatureExtractor, MellowProcessor, load_encoder, load_encoder_config
+from mellow_platform.model import (
+    MellowFeatureExtractor,
+    MellowProcessor,
+    encoder_config,
+    load_encoder,
+    load_encoder_config,
+)
 from mellow_platform.model.decoder import load_tokenizer
+from mellow_platform.model.encoders import AudioEncoderConfig
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.model.tokenizer import train_tokenizer
 
@@ -46,8 +53,12 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
         else {}
     )
     splits = clip_splits(records, read_labels(config.labels) if config.labels else [])
-    extractor = front_end(config)
-    written, features = write_clip_shards(sorted(splits.items()), extractor, config)
+    if config.encoder:
+        encoder = load_encoder_config(config.encoder)
+    else:
+        encoder = encoder_config(config.size, encoder=config.encoder_name)
+    extractor = MellowFeatureExtractor.for_encoder(encoder, config.short_clip)
+    written, features = write_clip_shards(sorted(splits.items()), extractor, encoder, config)
 
     files = {name: digest for row in written for name, digest in zip(row["files"], row["digests"], strict=True)}
     clip_ids = {
@@ -81,15 +92,11 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
     return manifest
 
 
-def front_end(config: PreprocessConfig) -> MellowFeatureExtractor:
-    """Return the front end that clips go through: that of the encoder's folder, or of the named encoder and size."""
-    if config.encoder:
-        return MellowFeatureExtractor.for_encoder(load_encoder_config(config.encoder), config.short_clip)
-    return MellowFeatureExtractor.from_size(config.size, config.short_clip, config.encoder_name)
-
-
 def write_clip_shards(
-    clips: list[tuple[str, str]], extractor: MellowFeatureExtractor, config: PreprocessConfig
+    clips: list[tuple[str, str]],
+    extractor: MellowFeatureExtractor,
+    encoder: AudioEncoderConfig,
+    config: PreprocessConfig,
 ) -> tuple[list[dict[str, Any]], dict[str, list[int]]]:
     """Decode, encode and write clips, given as (path, split); return what was written and the features' shapes.
 
@@ -116,7 +123,6 @@ def write_clip_shards(
             concurrency=config.encoder_workers,
             num_gpus=config.gpus_per_worker or None,
         )
-        encoder = load_encoder_config(config.encoder)
         features = {"frames": [encoder.num_frames, encoder.frame_size], "latent": [encoder.hidden_size]}
     written = dataset.map(write_clip_shard, fn_kwargs={"output": config.output, "features": features}).take_all()
     reasons = Counter(reason for row in written for reason in row["reasons"])

@@ -60,8 +60,10 @@ class MellowConfig(PreTrainedConfig):
                 f"frame_repeat {self.frame_repeat} is not a multiple of pool_size {self.pool_size}: "
                 "an audio token would mix two frames; choose a multiple"
             )
-        self.pad_token_id = self.text_config.pad_token_id
         self.eos_token_id = self.text_config.eos_token_id
+        self.pad_token_id = self.text_config.pad_token_id
+        if self.pad_token_id is None:  # GPT-2 has none
+            self.pad_token_id = self.eos_token_id
 
     @property
     def num_audio_tokens(self) -> int:

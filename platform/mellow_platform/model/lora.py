@@ -31,11 +31,12 @@ def freeze_all_but_adapters(decoder: PreTrainedModel) -> None:
 
 
 def merge_adapters(decoder: PreTrainedModel) -> None:
-    """Add the adapters into the decoder's own weights in place, and leave a plain decoder."""
+    """Add the adapters into the decoder's own weights in place, and leave a plain decoder that trains in full."""
     for path, layer in _adapted(decoder).items():
         layer.merge()
         decoder.set_submodule(path, layer.get_base_layer())
     del decoder.peft_config
+    decoder.requires_grad_(True)
 
 
 def _adapted(decoder: PreTrainedModel) -> dict[str, LoraLayer]:
