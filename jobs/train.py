@@ -8,12 +8,14 @@ import json
 import time
 
 from mellow_platform.config import TrainConfig, load
+from mellow_platform.model.projections import projection_class
 from mellow_platform.training.finetune import train_answers
 from mellow_platform.training.loop import run_training, summary
 
 
 def main() -> None:
     config = load(TrainConfig)
+    projection_class(config.projection)  # an unknown name ends the job here, not on workers that would be retried
     start = time.monotonic()
     result = run_training(train_answers, config)
     print(json.dumps({"model": config.output} | summary(result, time.monotonic() - start)))

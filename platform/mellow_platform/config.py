@@ -55,7 +55,12 @@ class PreprocessConfig(Section):
     audio_root: Uri | None = Field(None, description="what clips' paths are relative to; default <corpus>/audio")
     output: Uri = Field(description="folder to write shards and manifest to")
     splits: list[str] = Field(["train", "val", "test"], description="splits to read")
-    size: Size = Field("mellow-v0", description="model size whose front end hears the clips")
+    size: Size = Field("mellow-v0", description="model size")
+    encoder_name: str = Field(
+        "htsat",
+        description="htsat, cnn14 or whisper: the encoder whose front end at this size hears the clips, where no "
+        "`encoder` folder brings its own",
+    )
     decoder: str | None = Field(
         None,
         description="hub name, folder or GGUF file with the tokenizer; mellow-tiny trains its own without it",
@@ -123,7 +128,26 @@ class EncoderConfig(RunSection):
     """`jobs/pretrain_encoder.py`: train the audio encoder as a sound tagger."""
 
     labels: Uri = Field(description="labels.json, or an AudioSet segment list (*.csv)")
+    encoder_name: str = Field("htsat", description="audio encoder to train: htsat or cnn14")
     init_from: Uri | None = Field(None, description="folder of an encoder to go on from")
+
+
+class LoRASection(Section):
+    """Adapters on the decoder, whose own weights are then frozen; published: rank 256, alpha 256, dropout 0.1."""
+
+    rank: int = Field(0, ge=0, description="of the adapters; 0 trains the decoder in full")
+    alpha: float = Field(256.0, gt=0, description="the adapters count alpha / rank times")
+    dropout: float = Field(0.1, ge=0, lt=1, description="before the adapters")
+    target_modules: list[str] | None = Field(
+        None, description="layers with adapters; default: q_proj and v_proj, or c_attn of a GPT-2"
+    )
+
+    def peft_fields(self) -> dict[str, Any] | None:
+        """Return the fields of peft's `LoraConfig`, or None at rank 0."""
+        if not self.rank:
+            return None
+        fields = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
+        return fields | ({"target_modules": self.target_modules} if self.target_modules else {})
 
 
 class TrainConfig(RunSection):
@@ -134,6 +158,8 @@ class TrainConfig(RunSection):
     init_from: Uri | None = Field(
         None, description="folder of a Mellow model to go on from, in place of encoder and decoder"
     )
+    projection: str = Field("mellow", description="mellow (as published), linear, mlp or transformer")
+    lora: LoRASection = LoRASection()
     zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed ZeRO stage")
     gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step")
 

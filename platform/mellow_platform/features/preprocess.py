@@ -22,8 +22,15 @@ from mellow_platform.data.audio import AudioError, decode
 from mellow_platform.data.labels import ClipLabels, read_labels
 from mellow_platform.data.partners import SILENCE, draw_partner, second_clip
 from mellow_platform.data.records import Record
-from mellow_platform.model import HTSATConfig, HTSATEncoder, MellowFeatureExtractor, MellowProcessor
+from mellow_platform.model import (
+    MellowFeatureExtractor,
+    MellowProcessor,
+    encoder_config,
+    load_encoder,
+    load_encoder_config,
+)
 from mellow_platform.model.decoder import load_tokenizer
+from mellow_platform.model.encoders import AudioEncoderConfig
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.model.tokenizer import train_tokenizer
 
@@ -47,11 +54,15 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
         else {}
     )
     splits = clip_splits(records, read_labels(config.labels) if config.labels else [])
-    extractor = MellowFeatureExtractor.from_size(config.size, config.short_clip)
+    if config.encoder:
+        encoder = load_encoder_config(config.encoder)
+    else:
+        encoder = encoder_config(config.size, encoder=config.encoder_name)
+    extractor = MellowFeatureExtractor.for_encoder(encoder, config.short_clip)
     clips = sorted(splits.items())
     if records and config.partner == "silence":
         clips.append((SILENCE, ""))  # of no split: nothing is asked about it
-    written, features = write_clip_shards(clips, extractor, config)
+    written, features = write_clip_shards(clips, extractor, encoder, config)
 
     files = {name: digest for row in written for name, digest in zip(row["files"], row["digests"], strict=True)}
     clip_ids = {
@@ -88,7 +99,10 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
 
 
 def write_clip_shards(
-    clips: list[tuple[str, str]], extractor: MellowFeatureExtractor, config: PreprocessConfig
+    clips: list[tuple[str, str]],
+    extractor: MellowFeatureExtractor,
+    encoder: AudioEncoderConfig,
+    config: PreprocessConfig,
 ) -> tuple[list[dict[str, Any]], dict[str, list[int]]]:
     """Decode, encode and write clips, given as (path, split); return what was written and the features' shapes.
 
@@ -115,8 +129,7 @@ def write_clip_shards(
             concurrency=config.encoder_workers,
             num_gpus=config.gpus_per_worker or None,
         )
-        encoder = HTSATConfig.from_pretrained(storage.local_copy(config.encoder))
-        features = {"frames": [encoder.num_frames, encoder.num_classes], "latent": [encoder.hidden_size]}
+        features = {"frames": [encoder.num_frames, encoder.frame_size], "latent": [encoder.hidden_size]}
     written = dataset.map(write_clip_shard, fn_kwargs={"output": config.output, "features": features}).take_all()
     reasons = Counter(reason for row in written for reason in row["reasons"])
     recorded = sum(path != SILENCE for path, _ in clips)
@@ -227,7 +240,7 @@ class EncodeShard:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cpu":
             torch.set_num_threads(1)
-        self.encoder = HTSATEncoder.from_pretrained(storage.local_copy(encoder)).eval().to(self.device)
+        self.encoder = load_encoder(encoder).eval().to(self.device)
 
     @torch.no_grad()
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +250,7 @@ class EncodeShard:
             frames.append(encoded.frames.half().cpu().numpy())
             latents.append(encoded.latent.half().cpu().numpy())
         config = self.encoder.config
-        row["frames"] = np.concatenate([np.empty((0, config.num_frames, config.num_classes), np.float16), *frames])
+        row["frames"] = np.concatenate([np.empty((0, config.num_frames, config.frame_size), np.float16), *frames])
         row["latent"] = np.concatenate([np.empty((0, config.hidden_size), np.float16), *latents])
         return row
 

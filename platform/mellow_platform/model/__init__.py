@@ -2,26 +2,33 @@
 
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoProcessor
 
-from .configuration_mellow import HTSATConfig, MellowConfig, encoder_config
+from .configuration_mellow import MellowConfig, encoder_config
+from .encoders import ENCODERS, AudioEncoderOutput, HTSATConfig, HTSATEncoder, load_encoder, load_encoder_config
 from .feature_extraction_mellow import MellowFeatureExtractor
-from .modeling_mellow import HTSATEncoder, HTSATOutput, MellowForConditionalGeneration
+from .modeling_mellow import MellowForConditionalGeneration
 from .processing_mellow import MellowProcessor, pad_labels
+from .projections import PROJECTIONS
 
-AutoConfig.register("mellow_htsat", HTSATConfig)
+for _config, _encoder in ENCODERS.values():
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _encoder)
 AutoConfig.register("mellow", MellowConfig)
-AutoModel.register(HTSATConfig, HTSATEncoder)
 AutoModel.register(MellowConfig, MellowForConditionalGeneration)
 AutoFeatureExtractor.register(MellowConfig, MellowFeatureExtractor)
 AutoProcessor.register(MellowConfig, MellowProcessor)
 
 __all__ = [
+    "ENCODERS",
+    "PROJECTIONS",
+    "AudioEncoderOutput",
     "HTSATConfig",
     "HTSATEncoder",
-    "HTSATOutput",
     "MellowConfig",
     "MellowFeatureExtractor",
     "MellowForConditionalGeneration",
     "MellowProcessor",
     "encoder_config",
+    "load_encoder",
+    "load_encoder_config",
     "pad_labels",
 ]

@@ -1,61 +1,33 @@
-"""Configuration of the Mellow network and its audio encoder, in Hugging Face form."""
+"""Configuration of the Mellow network, in Hugging Face form, and its named sizes."""
 
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, ClapAudioConfig, LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+from .encoders import AudioEncoderConfig, encoder_parts
+from .projections import projection_class
+
 SIZES = ("mellow-v0", "mellow-tiny")
-
-
-@strict
-class HTSATConfig(ClapAudioConfig):
-    r"""
-    HTSAT (arXiv 2202.00874), the sound tagger that Mellow freezes as its audio encoder. The defaults are the
-    published ones; all fields but the tags are those of `ClapAudioConfig`, which describes the same Swin network.
-
-    labels (`list[str]`, *optional*):
-        Names of the `num_classes` tags, in order; empty where they are unknown.
-    spec_augment_stripes (`int`, *optional*, defaults to 2):
-        Stripes blanked in training along each axis of the spectrogram (SpecAugment).
-    """
-
-    model_type = "mellow_htsat"
-
-    labels: list[str] | tuple[str, ...] = ()
-    spec_augment_stripes: int = 2
-    drop_path_rate: float | int = 0.1
-    hidden_dropout_prob: float | int = 0.0
-
-    def __post_init__(self, **kwargs):
-        self.hidden_size = int(self.patch_embeds_hidden_size * 2 ** (len(self.depths) - 1))
-        super().__post_init__(**kwargs)
-
-    @property
-    def final_grid(self) -> int:
-        """Height and width of the last stage's feature map."""
-        return self.spec_size // self.patch_stride[0] // 2 ** (len(self.depths) - 1)
-
-    @property
-    def fold(self) -> int:
-        """Number of blocks of time stacked along frequency to make the square image."""
-        return self.spec_size // self.num_mel_bins
-
-    @property
-    def num_frames(self) -> int:
-        """Number of distinct time frames that the encoder gives a clip (32 as published)."""
-        return self.final_grid * self.fold
+# Audio tokens after a clip's first: frames are repeated to come near this number.
+PUBLISHED_AUDIO_TOKENS, TINY_AUDIO_TOKENS = 128, 16
 
 
 @strict
 class MellowConfig(PreTrainedConfig):
     r"""
-    Mellow (arXiv 2503.08540): audio encoder, projection, and a Llama decoder that reads
-    `[audio 1][separator][audio 2][separator][prompt]` and writes the answer.
+    Mellow (arXiv 2503.08540): audio encoder, projection, and a decoder that reads
+    `[audio 1][separator][audio 2][separator][prompt]` and writes the answer. The encoder is one of
+    `mellow_platform.model.encoders`, the decoder any causal language model that is Llama-shaped or a GPT-2.
 
+    projection (`str`, *optional*, defaults to `"mellow"`):
+        Name in `PROJECTIONS` of what maps encoder frames to decoder embeddings.
+    lora (`dict`, *optional*):
+        Fields of peft's `LoraConfig` (`r`, `lora_alpha`, `lora_dropout`, `target_modules`) where the decoder has
+        adapters; None where it is plain.
     frame_repeat (`int`, *optional*, defaults to 32):
-        How often HTSAT repeats each distinct frame.
+        How often each distinct frame of the encoder is repeated.
     pool_size (`int`, *optional*, defaults to 8):
         How many repeated frames are averaged into one audio token.
     projection_dropout (`float`, *optional*, defaults to 0.5):
@@ -70,8 +42,10 @@ class MellowConfig(PreTrainedConfig):
         "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="mellow_htsat"),
     }
 
-    audio_config: Any = None  # an HTSATConfig, or its dictionary
+    audio_config: Any = None  # the encoder's configuration, or its dictionary
     text_config: Any = None  # the decoder's configuration, or its dictionary
+    projection: str = "mellow"
+    lora: dict[str, Any] | None = None
     frame_repeat: int = 32
     pool_size: int = 8
     projection_dropout: float | int = 0.5
@@ -80,13 +54,16 @@ class MellowConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        projection_class(self.projection)
         if self.frame_repeat % self.pool_size:
             raise ValueError(
                 f"frame_repeat {self.frame_repeat} is not a multiple of pool_size {self.pool_size}: "
                 "an audio token would mix two frames; choose a multiple"
             )
-        self.pad_token_id = self.text_config.pad_token_id
         self.eos_token_id = self.text_config.eos_token_id
+        self.pad_token_id = self.text_config.pad_token_id
+        if self.pad_token_id is None:  # GPT-2 has none
+            self.pad_token_id = self.eos_token_id
 
     @property
     def num_audio_tokens(self) -> int:
@@ -98,40 +75,56 @@ class MellowConfig(PreTrainedConfig):
         cls,
         size: str,
         *,
+        encoder: str = "htsat",
+        projection: str = "mellow",
         vocab_size: int | None = None,
-        audio_config: HTSATConfig | None = None,
-        text_config: LlamaConfig | None = None,
+        audio_config: AudioEncoderConfig | None = None,
+        text_config: PreTrainedConfig | None = None,
     ) -> "MellowConfig":
         """Return the configuration of a named size.
 
         Args:
             size: `mellow-v0` (as published) or `mellow-tiny` (the same code at about 2 M parameters).
+            encoder: name of the audio encoder.
+            projection: name of the projection.
             vocab_size: number of tokens of the tiny size's own tokenizer.
-            audio_config: of a trained encoder, in place of the size's own.
-            text_config: of a trained decoder, in place of the size's own.
+            audio_config: of a trained encoder, in place of a fresh one.
+            text_config: of a trained decoder, in place of the size's own; its end token separates the clips.
 
         Raises:
-            ValueError: no such size.
+            ValueError: no such size, encoder or projection.
         """
-        if size == "mellow-v0":
-            return cls(
-                audio_config=audio_config or HTSATConfig(),
-                text_config=text_config or smollm2_135m_config(),
-            )
-        if size == "mellow-tiny":
-            return cls(
-                audio_config=audio_config or tiny_encoder_config(),
-                text_config=text_config or tiny_decoder_config(vocab_size or 1024),
-                frame_repeat=8,
-                projection_dropout=0.0,
-            )
+        audio = audio_config or encoder_config(size, encoder=encoder)
+        tiny = size == "mellow-tiny"
+        text = text_config or (tiny_decoder_config(vocab_size or 1024) if tiny else smollm2_135m_config())
+        pool_size = 8
+        copies = max(1, round((TINY_AUDIO_TOKENS if tiny else PUBLISHED_AUDIO_TOKENS) / audio.num_frames))
+        return cls(
+            audio_config=audio,
+            text_config=text,
+            projection=projection,
+            frame_repeat=pool_size * copies,
+            pool_size=pool_size,
+            projection_dropout=0.0 if tiny else 0.5,
+            separator_token_id=text.eos_token_id,
+        )
+
+
+def encoder_config(size: str, labels: list[str] | None = None, encoder: str = "htsat") -> Any:
+    """Return the configuration of an audio encoder at a named size, with the tags `labels` when given.
+
+    Raises:
+        ValueError: no such size or encoder, or tags for an encoder that has none.
+    """
+    kind, _ = encoder_parts(encoder)
+    if size not in SIZES:
         raise ValueError(f"model size {size!r} does not exist; choose one of {', '.join(SIZES)}")
-
-
-def encoder_config(size: str, labels: list[str] | None = None) -> HTSATConfig:
-    """Return the audio encoder's configuration of a named size, with the tags `labels` when given."""
-    config = MellowConfig.from_size(size).audio_config
+    config = kind.tiny() if size == "mellow-tiny" else kind()
     if labels:
+        if not config.num_classes:
+            raise ValueError(
+                f"audio encoder {encoder} has no tags to train on: take a pretrained one, or another encoder"
+            )
         config.num_classes = len(labels)
         config.labels = list(labels)
     return config
@@ -153,22 +146,6 @@ def smollm2_135m_config() -> LlamaConfig:
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=17,
-    )
-
-
-def tiny_encoder_config() -> HTSATConfig:
-    """HTSAT on a 128 x 128 image: 256 frames of 64 bands folded in two, 16 distinct frames."""
-    return HTSATConfig(
-        spec_size=128,
-        patch_embeds_hidden_size=32,
-        depths=[2, 2, 2],
-        num_attention_heads=[2, 4, 8],
-        num_classes=64,
-        num_hidden_layers=3,
-        drop_path_rate=0.0,
-        spec_augment_stripes=0,
-        # Weights near 1/sqrt(fan-in): at widths this small the default is too quiet to start learning.
-        initializer_factor=3.0,
     )
 
 

@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from mellow_platform import storage
 
-# Mellow ends answers with token 0 and pads with `!`, whichever SmolLM2 the weights come from.
+# Mellow ends answers with `<|endoftext|>` and pads with `!`, whichever SmolLM2 the weights come from (the Instruct
+# version has another end token). Tokenizers without them keep their own.
 END_TOKEN, PADDING_TOKEN = "<|endoftext|>", "!"
 
 
@@ -37,13 +38,20 @@ def load_tokenizer(decoder: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer that belongs to `decoder`.
 
     Raises:
-        ValueError: it lacks the end token that Mellow closes prompts and answers with.
+        ValueError: it has no end token to close prompts and answers with.
     """
     name, options = _source(decoder)
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    if tokenizer.convert_tokens_to_ids(END_TOKEN) is None:
-        raise ValueError(f"the tokenizer of {decoder} has no token {END_TOKEN}: Mellow needs a SmolLM2 tokenizer")
-    tokenizer.eos_token = tokenizer.bos_token = END_TOKEN
-    if "<|pad|>" not in tokenizer.get_vocab():
+    tokens = tokenizer.get_vocab()
+    if END_TOKEN in tokens:
+        tokenizer.eos_token = tokenizer.bos_token = END_TOKEN
+    elif tokenizer.eos_token is None:
+        raise ValueError(
+            f"the tokenizer of {decoder} has neither an end token of its own nor {END_TOKEN}: "
+            "set eos_token in its tokenizer_config.json"
+        )
+    if PADDING_TOKEN in tokens and "<|pad|>" not in tokens:
         tokenizer.pad_token = PADDING_TOKEN
+    elif tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -1,16 +1,21 @@
 """Mellow's audio front end: waveforms of any length to log-mel spectrograms of one length."""
 
+from dataclasses import asdict, fields
+
 import numpy as np
 import torch
 from transformers.audio_utils import mel_filter_bank
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
 
+from .configuration_mellow import encoder_config
+from .encoders import AudioEncoderConfig, FrontEnd
+
 SHORT_CLIP_RULES = ("pad", "repeat")
 
 
 class MellowFeatureExtractor(SequenceFeatureExtractor):
-    """Log-mel spectrograms as HTSAT was trained on them (the defaults are the published values).
+    """Log-mel spectrograms of clips; the defaults are those that the published HTSAT was trained on.
 
     Args:
         sampling_rate: of the waveforms, in Hz.
@@ -58,11 +63,31 @@ class MellowFeatureExtractor(SequenceFeatureExtractor):
         ).astype(np.float32)
 
     @classmethod
-    def from_size(cls, size: str, short_clip: str = "pad") -> "MellowFeatureExtractor":
-        """Return the front end of a named size (see `MellowConfig.from_size`)."""
-        if size == "mellow-tiny":
-            return cls(n_fft=2048, hop_length=1280, short_clip=short_clip)
-        return cls(short_clip=short_clip)
+    def from_size(cls, size: str, short_clip: str = "pad", encoder: str = "htsat") -> "MellowFeatureExtractor":
+        """Return the front end of a named encoder at a named size (see `MellowConfig.from_size`)."""
+        return cls.for_encoder(encoder_config(size, encoder=encoder), short_clip)
+
+    @classmethod
+    def for_encoder(cls, config: AudioEncoderConfig, short_clip: str = "pad") -> "MellowFeatureExtractor":
+        """Return the front end that an encoder hears."""
+        return cls(**asdict(config.front_end), short_clip=short_clip)
+
+    @property
+    def front_end(self) -> FrontEnd:
+        """The parameters of the spectrogram."""
+        return FrontEnd(**{field.name: getattr(self, field.name) for field in fields(FrontEnd)})
+
+    def check_hears_as(self, config: AudioEncoderConfig, encoder: str) -> None:
+        """Make sure that spectrograms made here are what the encoder of `config`, named `encoder`, hears.
+
+        Raises:
+            ValueError: they are not; the message names what differs.
+        """
+        if differences := config.front_end.differences(self.front_end):
+            raise ValueError(
+                f"encoder {encoder} hears another front end than the clips went through ({differences}): "
+                "run jobs/preprocess.py for this encoder, or take the one that the shards were made for"
+            )
 
     @property
     def clip_samples(self) -> int:
@@ -71,7 +96,7 @@ class MellowFeatureExtractor(SequenceFeatureExtractor):
     @property
     def num_frames(self) -> int:
         """Frames of one clip's spectrogram (1001 as published)."""
-        return 1 + self.clip_samples // self.hop_length
+        return self.front_end.num_frames
 
     def to_dict(self) -> dict:
         return {key: value for key, value in super().to_dict().items() if key != "mel_filters"}

@@ -35,11 +35,11 @@ def load_processor(uri: str) -> MellowProcessor:
 
 
 def load_model(uri: str) -> tuple[MellowForConditionalGeneration, MellowProcessor]:
-    """Load the model and the processor of the folder `uri`, in float32 and evaluation mode.
+    """Load the model and the processor of the folder `uri`, in float32 and evaluation mode, adapters merged.
 
     Raises:
         FileNotFoundError: nothing is there.
     """
     folder = storage.local_copy(uri)
     model = MellowForConditionalGeneration.from_pretrained(folder, dtype="float32")
-    return model.eval(), AutoProcessor.from_pretrained(folder)
+    return model.merge_lora().eval(), AutoProcessor.from_pretrained(folder)

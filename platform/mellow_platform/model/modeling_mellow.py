@@ -1,119 +1,18 @@
-"""The Mellow network: HTSAT audio encoder, projection, and Llama decoder."""
+"""The Mellow network: audio encoder, projection, and decoder, each of the type that the configuration names."""
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, ClapAudioModel
-from transformers import initialization as init
+from transformers import AutoModelForCausalLM
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
 
-from .configuration_mellow import HTSATConfig, MellowConfig
-
-
-@dataclass
-class HTSATOutput(ModelOutput):
-    """What the audio encoder says of a clip.
-
-    frames [clips, frames, classes]: probability of each tag in each distinct frame.
-    latent [clips, hidden]: mean of the final feature map.
-    logits [clips, classes]: of each tag in the whole clip.
-    """
-
-    frames: torch.Tensor | None = None
-    latent: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-
-
-class SpecAugmentedNorm(nn.BatchNorm2d):
-    """`bn0` of HTSAT: normalises each mel band and, in training, blanks stripes (SpecAugment, arXiv 1904.08779).
-
-    As published, a stripe covers at most 64 of 1001 frames, or at most 8 of 64 bands; the width in frames scales
-    with the spectrogram.
-    """
-
-    time_share = 64 / 1001
-    max_bands = 8
-
-    def __init__(self, bands: int, stripes: int):
-        super().__init__(bands)
-        self.stripes = stripes
-
-    def forward(self, spectrogram: torch.Tensor) -> torch.Tensor:
-        """Map [clips, bands, frames, 1] to the same shape."""
-        normal = super().forward(spectrogram)
-        if not self.training or not self.stripes:
-            return normal
-        clips, bands, frames, _ = normal.shape
-        keep = torch.ones(clips, bands, frames, dtype=torch.bool, device=normal.device)
-        keep &= self._stripes(clips, frames, round(frames * self.time_share), normal.device)[:, None, :]
-        keep &= self._stripes(clips, bands, self.max_bands, normal.device)[:, :, None]
-        return normal * keep[..., None]
-
-    def _stripes(self, clips: int, length: int, max_width: int, device: torch.device) -> torch.Tensor:
-        """Return a mask [clips, length] that is false inside the stripes drawn for each clip."""
-        width = torch.randint(0, max(1, max_width), (clips, self.stripes, 1), device=device)
-        start = (torch.rand(clips, self.stripes, 1, device=device) * (length - width)).long()
-        position = torch.arange(length, device=device)
-        return ~((position >= start) & (position < start + width)).any(dim=1)
-
-
-class HTSATEncoder(PreTrainedModel):
-    """HTSAT: a Swin transformer over the folded log-mel spectrogram, with a tag for every frame.
-
-    The Swin network is transformers' `ClapAudioModel`; the tag head is HTSAT's own.
-    """
-
-    config_class = HTSATConfig
-    base_model_prefix = "htsat"
-    main_input_name = "input_features"
-
-    def __init__(self, config: HTSATConfig):
-        super().__init__(config)
-        self.swin = ClapAudioModel(config)
-        self.swin.audio_encoder.batch_norm = SpecAugmentedNorm(config.num_mel_bins, config.spec_augment_stripes)
-        bins = config.final_grid // config.fold
-        self.tscam_conv = nn.Conv2d(config.hidden_size, config.num_classes, (bins, 3), padding=(0, 1))
-        # Published checkpoints hold this layer; no output depends on it.
-        self.head = nn.Linear(config.num_classes, config.num_classes).requires_grad_(False)
-        self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
-
-    def forward(self, input_features: torch.Tensor, **kwargs) -> HTSATOutput:
-        """Encode log-mel spectrograms [clips, frames, bands] in dB."""
-        features = self.swin(input_features=input_features[:, None])
-        logits = self.tscam_conv(features.last_hidden_state).squeeze(2)
-        return HTSATOutput(
-            frames=logits.sigmoid().transpose(1, 2), latent=features.pooler_output, logits=logits.mean(dim=2)
-        )
-
-
-class MellowProjection(nn.Module):
-    """Maps encoder frames to decoder embeddings, with one residual step."""
-
-    def __init__(self, audio_size: int, text_size: int, dropout: float):
-        super().__init__()
-        self.linear1 = nn.Linear(audio_size, text_size, bias=False)
-        self.linear2 = nn.Linear(text_size, text_size, bias=False)
-        self.layer_norm = nn.LayerNorm(text_size)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """Map [..., audio_size] to [..., text_size]."""
-        embedding = self.linear1(frames)
-        residual = self.dropout(self.linear2(nn.functional.gelu(embedding)))
-        return self.layer_norm(embedding + residual)
+from .configuration_mellow import MellowConfig
+from .encoders import build_encoder
+from .lora import add_adapters, freeze_all_but_adapters, merge_adapters
+from .projections import projection_class
 
 
 class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -127,18 +26,19 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = "mellow"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _tied_weights_keys = {  # noqa: RUF012 (the form transformers reads)
-        "language_model.lm_head.weight": "language_model.model.embed_tokens.weight"
-    }
 
     def __init__(self, config: MellowConfig):
         super().__init__(config)
         audio, text = config.audio_config, config.text_config
-        self.audio_encoder = HTSATEncoder(audio)
-        self.frame_embedding = nn.Linear(audio.num_classes, audio.hidden_size)
-        self.projection = MellowProjection(audio.hidden_size, text.hidden_size, config.projection_dropout)
+        self.audio_encoder = build_encoder(audio)
+        self.frame_embedding = nn.Linear(audio.frame_size, audio.hidden_size)
+        projection = projection_class(config.projection)
+        self.projection = projection(audio.hidden_size, text.hidden_size, config.projection_dropout)
         self.language_model = AutoModelForCausalLM.from_config(text)
         self.post_init()
+        if config.lora:
+            # After post_init, which would draw the adapters' zeros anew.
+            add_adapters(self.language_model, config.lora)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -151,6 +51,30 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.audio_encoder.requires_grad_(False)
         return self.train(self.training)
 
+    def freeze_decoder(self) -> "MellowForConditionalGeneration":
+        """Exclude the decoder's own weights from training; its adapters, where it has them, go on learning."""
+        freeze_all_but_adapters(self.language_model)
+        return self
+
+    def add_lora(self, lora: dict[str, Any]) -> "MellowForConditionalGeneration":
+        """Put fresh adapters on the plain decoder, which is frozen; `lora` is as in `MellowConfig`.
+
+        Raises:
+            ValueError: it has adapters already.
+        """
+        if self.config.lora:
+            raise ValueError(f"the decoder has adapters already ({self.config.lora}): call merge_lora() first")
+        add_adapters(self.language_model, lora)
+        self.config.lora = dict(lora)
+        return self.freeze_decoder()
+
+    def merge_lora(self) -> "MellowForConditionalGeneration":
+        """Add the adapters into the decoder's own weights, in place; a plain decoder is left as it is."""
+        if self.config.lora:
+            merge_adapters(self.language_model)
+            self.config.lora = None
+        return self
+
     def train(self, mode: bool = True) -> "MellowForConditionalGeneration":
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.audio_encoder.parameters()):
@@ -158,7 +82,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self
 
     def audio_tokens(self, audio_frames: torch.Tensor, audio_latent: torch.Tensor) -> torch.Tensor:
-        """Map frames [..., F, classes] and latent [..., H] to decoder embeddings [..., tokens, text].
+        """Map frames [..., F, frame_size] and latent [..., H] to decoder embeddings [..., tokens, text].
 
         The reference projects every copy of a frame; equal copies have equal images, so here a frame is projected
         once. In training the projection's dropout is then one draw a frame, not one a copy.
@@ -180,7 +104,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: prompts [batch, prompt].
             input_features: log-mel spectrograms [batch, 2, frames, bands] in dB.
-            audio_frames, audio_latent: encoder outputs [batch, 2, F, classes] and [batch, 2, H].
+            audio_frames, audio_latent: encoder outputs [batch, 2, F, frame_size] and [batch, 2, H].
 
         Raises:
             ValueError: no audio, or both forms of it.
@@ -223,8 +147,8 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
             known = labels[:, :-1].masked_fill(labels[:, :-1] < 0, self.config.pad_token_id)
             embeddings = torch.cat([embeddings, self.get_input_embeddings()(known)], dim=1)
         # No attention mask: the published weights expect the prompt's padding to be seen.
-        hidden = self.language_model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        logits = self.language_model.lm_head(hidden[:, first:])
+        hidden = self.language_model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        logits = self.get_output_embeddings()(hidden[:, first:])
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)

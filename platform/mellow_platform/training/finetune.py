@@ -15,10 +15,10 @@ from mellow_platform.config import TrainConfig
 from mellow_platform.data.shards import Manifest, read_records
 from mellow_platform.features.store import FeatureStore
 from mellow_platform.model import (
-    HTSATEncoder,
     MellowConfig,
     MellowForConditionalGeneration,
     MellowProcessor,
+    load_encoder,
     pad_labels,
 )
 from mellow_platform.model.decoder import load_decoder
@@ -34,16 +34,40 @@ from mellow_platform.training.loop import (
 
 
 def build_model(config: TrainConfig, processor: MellowProcessor) -> MellowForConditionalGeneration:
-    """Return the model to train: that of `init_from`, or the named size around a trained encoder (and decoder)."""
-    if config.init_from:
-        model = MellowForConditionalGeneration.from_pretrained(storage.local_copy(config.init_from), dtype="float32")
-        return model.freeze_encoder()
-    assert config.encoder  # the configuration has one of the two
+    """Return the model to train: that of `init_from`, or the named size around a trained encoder (and decoder).
+
+    Raises:
+        ValueError: `init_from` has another projection or adapters of its own, or the encoder is not that of the shards.
+    """
     torch.manual_seed(config.seed)
-    encoder = HTSATEncoder.from_pretrained(storage.local_copy(config.encoder))
+    model = _model_of_folder(config) if config.init_from else _model_of_parts(config, processor)
+    lora = config.lora.peft_fields()
+    if lora and model.config.lora != lora:
+        model.add_lora(lora)
+    if model.config.lora:
+        model.freeze_decoder()
+    check_encoder(config, model.config, processor)
+    return model.freeze_encoder()
+
+
+def _model_of_folder(config: TrainConfig) -> MellowForConditionalGeneration:
+    assert config.init_from
+    model = MellowForConditionalGeneration.from_pretrained(storage.local_copy(config.init_from), dtype="float32")
+    if model.config.projection != config.projection:
+        raise ValueError(
+            f"{config.init_from} has the projection {model.config.projection}, not {config.projection}: "
+            "set `projection` to it, or give `encoder` in place of init_from"
+        )
+    return model
+
+
+def _model_of_parts(config: TrainConfig, processor: MellowProcessor) -> MellowForConditionalGeneration:
+    assert config.encoder  # the configuration has one of the two
+    encoder = load_encoder(config.encoder)
     decoder = load_decoder(config.decoder) if config.decoder else None
     settings = MellowConfig.from_size(
         config.size,
+        projection=config.projection,
         vocab_size=len(processor.tokenizer),
         audio_config=encoder.config,
         text_config=decoder.config if decoder else None,
@@ -52,7 +76,24 @@ def build_model(config: TrainConfig, processor: MellowProcessor) -> MellowForCon
     model.audio_encoder.load_state_dict(encoder.state_dict())
     if decoder:
         model.language_model.load_state_dict(decoder.state_dict())
-    return model.freeze_encoder()
+    return model
+
+
+def check_encoder(config: TrainConfig, model: MellowConfig, processor: MellowProcessor) -> None:
+    """Make sure that the shards' features are those of the model's encoder.
+
+    Raises:
+        ValueError: its front end or the shape of its features is another one.
+    """
+    audio, name = model.audio_config, config.encoder or config.init_from
+    processor.feature_extractor.check_hears_as(audio, name)
+    expected = {"frames": [audio.num_frames, audio.frame_size], "latent": [audio.hidden_size]}
+    stored = Manifest.read_with(config.shards, "encoder").features
+    if stored != expected:
+        raise ValueError(
+            f"{config.shards} holds features {stored}, encoder {name} gives {expected}: "
+            "run jobs/preprocess.py with this encoder, or take the one that made the shards"
+        )
 
 
 class AnswerExamples:

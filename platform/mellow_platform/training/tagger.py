@@ -1,4 +1,4 @@
-"""Train HTSAT as a multi-label sound tagger, which is what it was before Mellow froze it.
+"""Train an audio encoder as a multi-label sound tagger, which is what HTSAT was before Mellow froze it.
 
 Clips are those of the train split of a `features: log_mel` shard set that have labels; the loss is binary
 cross-entropy over the clip's tags (arXiv 2202.00874).
@@ -19,7 +19,8 @@ from mellow_platform.config import EncoderConfig
 from mellow_platform.data.labels import read_labels, vocabulary
 from mellow_platform.data.shards import Manifest
 from mellow_platform.features.store import FeatureStore
-from mellow_platform.model import HTSATConfig, HTSATEncoder, encoder_config
+from mellow_platform.model import MellowFeatureExtractor, encoder_config
+from mellow_platform.model.encoders import encoder_parts
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.training.batches import Plan, batches
 from mellow_platform.training.loop import (
@@ -62,20 +63,26 @@ def gather_tagged(examples: np.ndarray, source: ray.ObjectRef) -> dict[str, np.n
     return {"input_features": spectrograms[examples].astype(np.float32), "targets": targets[examples]}
 
 
-def build_encoder(config: EncoderConfig, names: list[str]) -> HTSATEncoder:
+def build_encoder(config: EncoderConfig, names: list[str]) -> Any:
     """Return the encoder to train, with a class for every tag: fresh, or that of `init_from`.
 
     Raises:
-        ValueError: `init_from` was trained on other tags.
+        ValueError: it has no tags, `init_from` was trained on other tags, or it hears another front end than that of
+            the shards.
     """
+    _, network = encoder_parts(config.encoder_name)
+    torch.manual_seed(config.seed)
     if config.init_from:
-        encoder = HTSATEncoder.from_pretrained(storage.local_copy(config.init_from))
+        encoder = network.from_pretrained(storage.local_copy(config.init_from))
         if list(encoder.config.labels) != names:
             raise ValueError(f"{config.init_from} was trained on other tags than {config.labels} holds")
-        return encoder
-    torch.manual_seed(config.seed)
-    settings: HTSATConfig = encoder_config(config.size, names)
-    return HTSATEncoder(settings)
+    else:
+        encoder = network(encoder_config(config.size, names, config.encoder_name))
+    made = Manifest.read(config.shards).configuration
+    # Shard sets from before encoders had names are HTSAT's.
+    heard = MellowFeatureExtractor.from_size(made["size"], encoder=made.get("encoder_name", "htsat"))
+    heard.check_hears_as(encoder.config, config.init_from or config.encoder_name)
+    return encoder
 
 
 def build_optimizers(trained: list[torch.nn.Parameter], config: EncoderConfig) -> list[torch.optim.Optimizer]:
