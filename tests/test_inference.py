@@ -1,13 +1,22 @@
 """The engine: the same numbers as the model, whatever the batch and the caches; queue, cancellation, sampling."""
 
 import asyncio
+import copy
 import itertools
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 from mellow_platform.inference.decoder import Decoder
 from mellow_platform.inference.engine import Engine, EngineClosed, QueueFull
@@ -109,9 +118,9 @@ def check(answers: list[Answer], expected: list[tuple[list[int], list[float]]], 
         assert answer.logprobs == pytest.approx(logprobs, abs=tolerance)
 
 
-def small_llama(**options) -> PreTrainedModel:
+def small_llama(family: type[PreTrainedConfig] = LlamaConfig, **options) -> PreTrainedModel:
     torch.manual_seed(1)
-    config = LlamaConfig(
+    config = family(
         vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, **options,
     )  # fmt: skip
@@ -135,6 +144,8 @@ DECODERS = {
     "scaled positions": lambda: small_llama(
         rope_parameters={"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}
     ),
+    "mistral": lambda: small_llama(MistralConfig),
+    "qwen2": lambda: small_llama(Qwen2Config),
     "gpt2": small_gpt2,
 }
 
@@ -171,13 +182,36 @@ def test_the_decoder_takes_the_weights_over_and_does_not_keep_them_twice():
 def test_a_family_that_the_engine_does_not_run_is_named():
     model = small_llama()
     model.config.model_type = "mamba"
-    with pytest.raises(ValueError, match="'mamba' model; the engine runs llama, gpt2"):
+    with pytest.raises(ValueError, match="'mamba' model; the engine runs llama, mistral, qwen2, gpt2"):
         Decoder(model, "float32")
 
 
 def test_a_cache_longer_than_the_decoders_positions_is_refused():
     with pytest.raises(ValueError, match="100 positions a sequence: the decoder has 64; lower max_new_tokens"):
         Decoder(small_llama(), "float32").new_cache(1, 100)
+
+
+@pytest.mark.parametrize("encoder", ["htsat", "cnn14", "whisper"])
+@pytest.mark.parametrize("projection", ["mellow", "linear", "mlp", "transformer"])
+def test_every_encoder_and_projection_is_answered_with(encoder: str, projection: str, clips):
+    extractor = MellowFeatureExtractor.from_size("mellow-tiny", encoder=encoder)
+    processor = MellowProcessor(extractor, build_processor().tokenizer, prompt_length=24, partner="silence")
+    config = MellowConfig.from_size(
+        "mellow-tiny", vocab_size=len(processor.tokenizer), encoder=encoder, projection=projection
+    )
+    config.text_config.max_position_embeddings = 1024
+    config.lora = {"r": 4, "init_lora_weights": False}
+    torch.manual_seed(0)
+    model = MellowForConditionalGeneration(config).eval()
+    request = Request(TEXTS[1], (clips[0],), 6, logprobs=True)
+    wanted = uncached(model, processor, request)
+    for dtype, tolerance in (("float32", 1e-4), ("int8", 0.2)):
+        with Engine(copy.deepcopy(model), processor, dtype=dtype) as engine:
+            answer = engine.generate([request])[0]
+        assert answer.logprobs
+        assert answer.logprobs[0] == pytest.approx(wanted[1][0], abs=tolerance)
+        if dtype == "float32":
+            check([answer], [wanted])
 
 
 @torch.inference_mode()

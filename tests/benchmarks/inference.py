@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +150,11 @@ def first_token(engine: Engine, request: Request) -> None:
     stream.cancel()
 
 
+def cold_first_token(engine: Engine, request: Request) -> None:
+    forget(engine)
+    first_token(engine, request)
+
+
 def seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
@@ -193,17 +200,11 @@ def measure(folder: str, repetitions: int) -> dict[str, dict[str, float]]:
         "generate, 16 x 4": lambda: generate(longest, LENGTHS[0]),
     }
     for dtype, engine in engines.items():
-        systems |= {
-            dtype: lambda engine=engine: cold(engine, [one]),
-            f"{dtype}, 1 token": lambda engine=engine: cold(engine, [short]),
-            f"{dtype}, 16 answers": lambda engine=engine: cold(engine, many),
-            f"{dtype}, 16 x 64": lambda engine=engine: cold(engine, longest),
-            f"{dtype}, 16 x 4": lambda engine=engine: cold(engine, shortest),
-            f"{dtype}, cold first token": lambda engine=engine: (forget(engine), first_token(engine, one)),
-            f"{dtype}, warm first token": lambda engine=engine: first_token(
-                engine, Request(QUESTIONS[1], one.clips, NEW_TOKENS)
-            ),
-        }
+        asked = {"": [one], ", 1 token": [short], ", 16 answers": many, ", 16 x 64": longest, ", 16 x 4": shortest}
+        for name, requests in asked.items():
+            systems[f"{dtype}{name}"] = partial(cold, engine, requests)
+        systems[f"{dtype}, cold first token"] = partial(cold_first_token, engine, one)
+        systems[f"{dtype}, warm first token"] = partial(first_token, engine, replace(one, text=QUESTIONS[1]))
     times = in_turn(systems, repetitions)
 
     def per_token(name: str, prefix: str, short: str, tokens: int) -> float:
@@ -252,8 +253,8 @@ def changed_by_batch(engine: Engine, requests: list[Request]) -> tuple[int, floa
     """
     changed: set[int] = set()
     worst = 0.0
-    for options in ({}, {"temperature": 1.0, "seed": 0}):
-        asked = [Request(r.text, r.clips, r.max_new_tokens, logprobs=True, **options) for r in requests]
+    for temperature in (0.0, 1.0):
+        asked = [replace(request, temperature=temperature, seed=0, logprobs=True) for request in requests]
         alone = []
         for request in asked:
             forget(engine)
@@ -292,16 +293,7 @@ def print_bounds(
         "front end, 2 clips": [fastest(lambda: processor.feature_extractor.log_mel(pair))] * 2
     }
     for engine in engines.values():
-        decoder, cache, encoder = engine._decoder, engine._cache, engine._model.audio_encoder
-        token = torch.zeros(1, 1, dtype=torch.long)
-        embeddings = torch.randn(1, prefix, decoder.shape.hidden) * 0.05
-        parts = {
-            "encoder, 2 clips": lambda encoder=encoder: [encoder(row) for row in spectrograms.split(1)],
-            f"prefix, {prefix} positions": lambda d=decoder, c=cache, e=embeddings: d(e, c, [0]),
-            f"prompt, {prompt} positions": lambda d=decoder, c=cache, e=embeddings: d(e[:, :prompt], c, [prefix]),
-            "a token": lambda d=decoder, c=cache: d.logits(d(d.embed(token), c, [prefix + prompt])),
-        }
-        for name, function in parts.items():
+        for name, function in parts(engine, spectrograms, prefix, prompt).items():
             rows.setdefault(name, []).append(fastest(function))
     print_table("Seconds a part", rows, DTYPES)
     bytes_a_token = {"float32": 4 * (layers + head), "int8": layers + head}
@@ -314,6 +306,21 @@ def print_bounds(
         },
         DTYPES,
     )
+
+
+def parts(
+    engine: Engine, spectrograms: torch.Tensor, prefix: int, prompt: int
+) -> dict[str, Callable[[], torch.Tensor | list]]:
+    """Return what an engine computes for a request, part by part."""
+    decoder, cache = engine._decoder, engine._cache
+    token = torch.zeros(1, 1, dtype=torch.long)
+    embeddings = torch.randn(1, prefix, decoder.shape.hidden) * 0.05
+    return {
+        "encoder, 2 clips": lambda: [engine._model.audio_encoder(row) for row in spectrograms.split(1)],
+        f"prefix, {prefix} positions": lambda: decoder(embeddings, cache, [0]),
+        f"prompt, {prompt} positions": lambda: decoder(embeddings[:, :prompt], cache, [prefix]),
+        "a token": lambda: decoder.logits(decoder(decoder.embed(token), cache, [prefix + prompt])),
+    }
 
 
 @torch.inference_mode()

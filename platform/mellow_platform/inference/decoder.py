@@ -209,7 +209,8 @@ def _rotate(heads: torch.Tensor, rotation: torch.Tensor) -> None:
 
 def _llama(model: PreTrainedModel, dtype: str) -> Parts:
     config, decoder = model.config, model.model
-    shape = Shape(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = Shape(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head)
 
     def norm(module: Any) -> Norm:
         weight, epsilon = module.weight.data, module.variance_epsilon
@@ -297,5 +298,11 @@ def _gpt2(model: PreTrainedModel, dtype: str) -> Parts:
     )
 
 
-# How each family of transformers models is taken apart.
-FAMILIES: dict[str, Callable[[PreTrainedModel, str], Parts]] = {"llama": _llama, "gpt2": _gpt2}
+# How each family of transformers models is taken apart. Mistral and Qwen 2 are Llamas within their attention windows,
+# which are longer than any sequence here.
+FAMILIES: dict[str, Callable[[PreTrainedModel, str], Parts]] = {
+    "llama": _llama,
+    "mistral": _llama,
+    "qwen2": _llama,
+    "gpt2": _gpt2,
+}

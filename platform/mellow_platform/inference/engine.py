@@ -18,6 +18,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from mellow_platform.data.partners import second_clip
 from mellow_platform.inference.decoder import Decoder, KeyValueCache
 from mellow_platform.inference.linear import pack_linears
 from mellow_platform.inference.lru import TensorLRU
@@ -103,11 +104,13 @@ class Engine:
         self._end_token = processor.tokenizer.eos_token_id
         self._prefix_length = 2 * (model.config.num_audio_tokens + 1)
         self._separator_token = model.config.separator_token_id
+        self._silence = np.zeros(processor.feature_extractor.clip_samples, np.float32)
         with torch.inference_mode():
-            self._decoder = Decoder(model.language_model, self.dtype)
+            self._decoder = Decoder(model.merge_lora().language_model, self.dtype)
             # What is left of the model encodes clips; it needs no decoder any more.
             del model.language_model
-            self._model = pack_linears(model, self.dtype)
+            pack_linears(model.audio_encoder, self.dtype)
+            self._model = model
             length = self._prefix_length + processor.prompt_length + max_new_tokens
             self._cache = self._decoder.new_cache(slots, length)
         self._clip_tokens = TensorLRU(clip_cache_bytes)
@@ -226,11 +229,11 @@ class Engine:
             )
         fit = self.processor.feature_extractor.fit
         clips = [fit(clip) if isinstance(clip, np.ndarray) else clip for clip in request.clips]
-        keys = [content_key(clip) for clip in clips]
+        pair: tuple[Clip, Clip] = (clips[0], second_clip(clips, self.processor.partner, self._silence))
         return _Sequence(
             request,
-            (clips[0], clips[-1]),
-            (keys[0], keys[-1]),
+            pair,
+            (content_key(pair[0]), content_key(pair[1])),
             self.processor.prompt_ids(request.text),
             self.prompt_tokens(request.text),
             AnswerText(self.processor.tokenizer, request.stop),
@@ -366,7 +369,7 @@ class Engine:
             frames, latent = self._encode(clip)
         else:
             audio = self._model.config.audio_config
-            known = ((audio.num_frames, audio.num_classes), (audio.hidden_size,))
+            known = ((audio.num_frames, audio.frame_size), (audio.hidden_size,))
             if (clip.frames.shape, clip.latent.shape) != known:
                 raise ValueError(
                     f"features of shapes {clip.frames.shape} and {clip.latent.shape}: "

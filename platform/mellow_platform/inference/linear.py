@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -113,14 +112,10 @@ class PackedModule(nn.Module):
         return self._linear(x)
 
 
-Module = TypeVar("Module", bound=nn.Module)
-
-
-def pack_linears(module: Module, dtype: str) -> Module:
-    """Put packed layers in the place of every `nn.Linear` inside `module`, and return it."""
+def pack_linears(module: nn.Module, dtype: str) -> None:
+    """Put packed layers in the place of every `nn.Linear` inside `module`."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, PackedModule(child, dtype))
         else:
             pack_linears(child, dtype)
-    return module
