@@ -8,24 +8,25 @@ Everything is timed in one run on one machine, the systems in turn, after a warm
 """
 
 import argparse
+import contextlib
 import json
-import resource
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
 from mellow_platform.inference.decoder import Decoder
 from mellow_platform.inference.engine import Engine
-from mellow_platform.inference.request import Answer, Request
+from mellow_platform.inference.request import Request
 from mellow_platform.model import MellowConfig, MellowFeatureExtractor, MellowForConditionalGeneration, MellowProcessor
 from mellow_platform.model.decoder import load_decoder, load_tokenizer
 from mellow_platform.model.folder import load_model, save_model
@@ -43,24 +44,20 @@ NEW_TOKENS = 32
 LENGTHS = list(range(4, 65, 4))  # of the 16 answers
 TOLERANCE = 1e-4  # of float32 logits, whatever the batch
 
+Pair = list[np.ndarray]  # two waveforms
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decoder", help="hub name, folder or GGUF file of SmolLM2-135M; random weights without it")
     parser.add_argument("--quick", action="store_true", help="every figure once instead of three times")
-    parser.add_argument("--memory", nargs=2, metavar=("FOLDER", "DTYPE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.memory:
-        print(peak_gib_after_one_request(*arguments.memory))
-        return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         save_model(*build(arguments.decoder), folder)
-        peaks = {dtype: peak_in_a_fresh_process(folder, dtype) for dtype in DTYPES}
-        report = measure(folder, repetitions=1 if arguments.quick else 3)
+        systems = {name: stack.enter_context(System(name, folder)) for name in ("reference", *DTYPES)}
+        report = measure(systems, repetitions=1 if arguments.quick else 3)
         if arguments.decoder:
             print_table("What int8 costs on running text", int8_cost(folder))
-    for dtype in DTYPES:
-        report[dtype]["peak_gib"] = peaks[dtype]
     print_table("Ratios and peaks", {key: [report[d][key] for d in DTYPES] for key in report[DTYPES[0]]}, DTYPES)
     print(json.dumps(report))
 
@@ -76,7 +73,8 @@ def build(decoder: str | None) -> tuple[MellowForConditionalGeneration, MellowPr
         model = MellowForConditionalGeneration(MellowConfig.from_size("mellow-v0", text_config=language_model.config))
         model.language_model.load_state_dict(language_model.state_dict())
         # Audio as loud as words, or it drowns what the decoder knows.
-        model.projection.layer_norm.weight.data.fill_(float(model.get_input_embeddings().weight.std()))
+        scale = language_model.get_input_embeddings().weight.std()
+        torch.nn.init.constant_(model.get_parameter("projection.layer_norm.weight"), float(scale))
     return model.eval(), MellowProcessor(MellowFeatureExtractor(), tokenizer)
 
 
@@ -85,142 +83,231 @@ def make_clips(count: int) -> list[np.ndarray]:
     return [rng.normal(0, 0.1, 320_000).astype(np.float32) for _ in range(count)]
 
 
-def peak_gib_after_one_request(folder: str, dtype: str) -> float:
-    """Load the model into an engine of 16 slots, answer a request, and return the process's peak memory in GiB."""
-    with Engine.load(folder, dtype=dtype) as engine:
-        engine.generate([Request(QUESTIONS[0], tuple(make_clips(2)), NEW_TOKENS)])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+class Reference:
+    """The model without an engine."""
 
-
-def peak_in_a_fresh_process(folder: str, dtype: str) -> float:
-    command = [sys.executable, __file__, "--memory", folder, dtype]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return round(float(output.splitlines()[-1]), 3)
-
-
-class Published:
-    """The published algorithm: the whole sequence through the decoder for every token, nothing cached."""
-
-    def __init__(self, model: MellowForConditionalGeneration, processor: MellowProcessor):
-        self.model, self.processor = model, processor
+    def __init__(self, folder: str):
+        self.model, self.processor = load_model(folder)
 
     @torch.no_grad()
-    def __call__(self, request: Request, new_tokens: int) -> list[int]:
-        inputs = self.processor(audio=[request.clips], text=[request.text])
-        embeddings = self.model.prefix(**inputs)
-        tokens: list[int] = []
+    def published(self, text: str, pair: Pair, new_tokens: int) -> None:
+        """The published algorithm: the whole sequence through the decoder for every token, nothing cached."""
+        embeddings = self.model.prefix(**self.processor(audio=[pair], text=[text]))
         for _ in range(new_tokens):
             logits = self.model.language_model(inputs_embeds=embeddings, use_cache=False).logits
-            tokens.append(int(logits[0, -1].argmax()))
-            new = self.model.get_input_embeddings()(torch.tensor([tokens[-1:]]))
+            new = self.model.get_input_embeddings()(logits[:, -1:].argmax(dim=-1))
             embeddings = torch.cat([embeddings, new], dim=1)
-        return tokens
+
+    def generate(self, texts: list[str], pairs: list[Pair], new_tokens: int) -> None:
+        """transformers' generate with its cache, on one padded batch."""
+        inputs = self.processor(audio=pairs, text=texts)
+        tokens = self.model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=None)
+        assert tokens.shape == (len(texts), new_tokens)
+
+    def bounds(self) -> dict[str, float]:
+        """Measure memory and products of this machine, and count what a token and a position take of them."""
+        memory, square = torch.ones(2**26), torch.ones(2048, 2048)
+        decoder = self.model.language_model
+        layers, head = (sum(p.numel() for p in part.parameters()) for part in (decoder.model.layers, decoder.lm_head))
+        return {
+            "bandwidth": memory.nbytes / fastest(memory.sum),
+            "products": 2 * 2048**3 / fastest(lambda: square @ square),
+            "layer_weights": layers,
+            "head_weights": head,
+            "prefix": 2 * (self.model.config.num_audio_tokens + 1),
+            "prompt": self.processor.prompt_length,
+        }
 
 
-class Generate:
-    """transformers' generate with its cache, on one padded batch."""
+class Engined:
+    """The engine in one precision."""
 
-    def __init__(self, model: MellowForConditionalGeneration, processor: MellowProcessor):
-        self.model, self.processor = model, processor
+    def __init__(self, folder: str, dtype: str):
+        self.engine = Engine.load(folder, dtype=dtype)
 
-    def __call__(self, requests: list[Request], new_tokens: int) -> list[list[int]]:
-        inputs = self.processor(audio=[request.clips for request in requests], text=[r.text for r in requests])
-        return self.model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=-1).tolist()
+    def peak_gib(self) -> float:
+        """Return the most memory that this process has held, in GiB."""
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+    def forget(self) -> None:
+        """Empty the caches, as for clips that were never heard."""
+        for cache in (self.engine._clip_tokens, self.engine._prefixes):
+            cache.clear()
+
+    def cold(self, requests: list[Request]) -> None:
+        self.forget()
+        for answer, request in zip(self.engine.generate(requests), requests, strict=True):
+            if len(answer.tokens) != request.max_new_tokens:
+                raise RuntimeError("an answer ended by itself: times of answers of other lengths do not compare")
+
+    def cold_first_token(self, request: Request) -> None:
+        self.forget()
+        self.warm_first_token(request)
+
+    def warm_first_token(self, request: Request) -> None:
+        stream = self.engine.submit(request)
+        next(iter(stream))
+        stream.cancel()
+
+    def changed_by_batch(self, requests: list[Request]) -> tuple[int, float]:
+        """Return how many answers depend on the batch or the caches, and by how much a log-probability does at most.
+
+        Greedy answers, and drawn ones with a seed, which wander over the vocabulary where greedy ones repeat.
+        """
+        changed: set[int] = set()
+        worst = 0.0
+        for temperature in (0.0, 1.0):
+            asked = [replace(request, temperature=temperature, seed=0, logprobs=True) for request in requests]
+            alone = []
+            for request in asked:
+                self.forget()
+                alone += self.engine.generate([request])
+            self.forget()
+            for together in (self.engine.generate(asked), self.engine.generate(asked)):
+                for number, (one, other) in enumerate(zip(alone, together, strict=True)):
+                    if one.tokens != other.tokens:
+                        changed.add(number)
+                    elif one.logprobs and other.logprobs:
+                        worst = max(worst, *(abs(a - b) for a, b in zip(one.logprobs, other.logprobs, strict=True)))
+        return len(changed), worst
+
+    def parts(self, pair: Pair, prefix: int, prompt: int) -> dict[str, float]:
+        """Return the seconds of what the engine computes for a request, part by part."""
+        return self.engine._call(lambda: self._parts(pair, prefix, prompt))
+
+    def _parts(self, pair: Pair, prefix: int, prompt: int) -> dict[str, float]:
+        decoder, cache, extractor = self.engine._decoder, self.engine._cache, self.engine.processor.feature_extractor
+        token = torch.zeros(1, 1, dtype=torch.long)
+        embeddings = torch.randn(1, prefix, decoder.shape.hidden) * 0.05
+        spectrograms = extractor.log_mel(np.stack(pair))
+        return {
+            "front end, 2 clips": fastest(lambda: extractor.log_mel(np.stack(pair))),
+            "encoder, 2 clips": fastest(
+                lambda: [self.engine._model.audio_encoder(row) for row in spectrograms.split(1)]
+            ),
+            f"prefix, {prefix} positions": fastest(lambda: decoder(embeddings, cache, [0])),
+            f"prompt, {prompt} positions": fastest(lambda: decoder(embeddings[:, :prompt], cache, [prefix])),
+            "a token": fastest(lambda: decoder.logits(decoder(decoder.embed(token), cache, [prefix + prompt]))),
+        }
 
 
-def forget(engine: Engine) -> None:
-    """Empty the engine's caches, as for clips that were never heard."""
-    for cache in (engine._clip_tokens, engine._prefixes):
-        capacity, cache.capacity = cache.capacity, 0
-        cache.put(object(), torch.empty(0))
-        cache.capacity = capacity
+class System:
+    """A `Reference` or `Engined` in a process of its own, which sleeps while it is not called.
+
+    In one process their threads would slow each other down: OpenMP lets idle threads spin only while there are no more
+    of them than cores, and a sleeping thread takes longer to wake than a layer's product takes.
+    """
+
+    def __init__(self, name: str, folder: str):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, child = context.Pipe()
+        self._process = context.Process(target=serve, args=(child, name, folder), daemon=True)
+
+    def __enter__(self) -> "System":
+        self._process.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def __call__(self, method: str, *arguments: Any) -> tuple[float, Any]:
+        """Call a method over there; return the seconds that it took and what it returned."""
+        self._pipe.send((method, arguments))
+        result = self._pipe.recv()
+        if isinstance(result, Exception):
+            raise result
+        return result
 
 
-def cold(engine: Engine, requests: list[Request]) -> list[Answer]:
-    forget(engine)
-    answers = engine.generate(requests)
-    if any(len(answer.tokens) != request.max_new_tokens for answer, request in zip(answers, requests, strict=True)):
-        raise SystemExit("an answer ended by itself: the times of answers of other lengths do not compare")
-    return answers
+def serve(pipe: Connection, name: str, folder: str) -> None:
+    """What runs in the process of a `System`."""
+    transformers.utils.logging.disable_progress_bar()
+    system = Reference(folder) if name == "reference" else Engined(folder, name)
+    while True:
+        method, arguments = pipe.recv()
+        try:
+            start = time.perf_counter()
+            value = getattr(system, method)(*arguments)
+            pipe.send((time.perf_counter() - start, value))
+        except Exception as error:
+            pipe.send(error)
 
 
-def first_token(engine: Engine, request: Request) -> None:
-    stream = engine.submit(request)
-    next(iter(stream))
-    stream.cancel()
-
-
-def cold_first_token(engine: Engine, request: Request) -> None:
-    forget(engine)
-    first_token(engine, request)
-
-
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
+@torch.inference_mode()
+def fastest(function: Callable[[], object], repetitions: int = 5) -> float:
+    """Return the seconds of the fastest call."""
     function()
-    return time.perf_counter() - start
-
-
-def in_turn(systems: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Return the median seconds of each system; they take turns, so that none has the quieter machine."""
-    times: dict[str, list[float]] = {name: [] for name in systems}
+    times = []
     for _ in range(repetitions):
-        for name, function in systems.items():
-            times[name].append(seconds(function))
-    return {name: statistics.median(values) for name, values in times.items()}
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
-def measure(folder: str, repetitions: int) -> dict[str, dict[str, float]]:
+def measure(systems: dict[str, System], repetitions: int) -> dict[str, dict[str, float]]:
     """Time everything and print it; return the ratios by precision."""
     clips = make_clips(8)
-    model, processor = load_model(folder)
-    published, generate = Published(model, processor), Generate(model, processor)
-    engines = {dtype: Engine.load(folder, dtype=dtype) for dtype in DTYPES}
-    one = Request(QUESTIONS[0], tuple(clips[:2]), NEW_TOKENS)
-    short = Request(QUESTIONS[0], tuple(clips[:2]), 1)
-    pairs = [tuple(clips[start : start + 2]) for start in (0, 2, 4, 6)]
-    many = [
-        Request(QUESTIONS[number % 4], pairs[number // 4], length, logprobs=True)
-        # Every pair has short and long answers.
-        for number, length in enumerate(np.random.default_rng(0).permutation(LENGTHS).tolist())
-    ]
-    longest = [Request(request.text, request.clips, LENGTHS[-1]) for request in many]
-    shortest = [Request(request.text, request.clips, LENGTHS[0]) for request in many]
-    for engine in engines.values():  # warm-up
-        engine.generate(many)
-    generate([one], 2)
-    published(one, 1)
+    pairs = [clips[start : start + 2] for start in (0, 2, 4, 6)]
+    one = Request(QUESTIONS[0], tuple(pairs[0]), NEW_TOKENS)
+    # Every pair has all questions, with short and long answers.
+    lengths = np.random.default_rng(0).permutation(LENGTHS).tolist()
+    many = [Request(QUESTIONS[n % 4], tuple(pairs[n // 4]), length) for n, length in enumerate(lengths)]
+    texts, heard = [request.text for request in many], [list(request.clips) for request in many]
 
-    print_bounds(model, processor, engines, clips)
-    systems: dict[str, Callable[[], object]] = {
-        "published": lambda: published(one, NEW_TOKENS),
-        "generate": lambda: generate([one], NEW_TOKENS),
-        "generate, 1 token": lambda: generate([one], 1),
-        "generate, 16 x 64": lambda: generate(longest, LENGTHS[-1]),
-        "generate, 16 x 4": lambda: generate(longest, LENGTHS[0]),
+    report: dict[str, dict[str, float]] = {dtype: {} for dtype in DTYPES}
+    for dtype in DTYPES:
+        systems[dtype]("cold", [one])  # the first request of a fresh process
+        report[dtype]["peak_gib"] = round(systems[dtype]("peak_gib")[1], 3)
+        systems[dtype]("cold", many)
+    systems["reference"]("generate", texts[:1], heard[:1], 4)
+    systems["reference"]("published", one.text, pairs[0], 1)
+
+    bounds = systems["reference"]("bounds")[1]
+    print_bounds(
+        bounds, {dtype: systems[dtype]("parts", pairs[0], bounds["prefix"], bounds["prompt"])[1] for dtype in DTYPES}
+    )
+
+    calls: dict[str, tuple] = {
+        "published": ("reference", "published", one.text, pairs[0], NEW_TOKENS),
+        "generate": ("reference", "generate", texts[:1], heard[:1], NEW_TOKENS),
+        "generate, 1 token": ("reference", "generate", texts[:1], heard[:1], 1),
+        "generate, 16 x 64": ("reference", "generate", texts, heard, LENGTHS[-1]),
+        "generate, 16 x 4": ("reference", "generate", texts, heard, LENGTHS[0]),
     }
-    for dtype, engine in engines.items():
-        asked = {"": [one], ", 1 token": [short], ", 16 answers": many, ", 16 x 64": longest, ", 16 x 4": shortest}
-        for name, requests in asked.items():
-            systems[f"{dtype}{name}"] = partial(cold, engine, requests)
-        systems[f"{dtype}, cold first token"] = partial(cold_first_token, engine, one)
-        systems[f"{dtype}, warm first token"] = partial(first_token, engine, replace(one, text=QUESTIONS[1]))
-    times = in_turn(systems, repetitions)
-
-    def per_token(name: str, prefix: str, short: str, tokens: int) -> float:
-        return (times[f"{name}{prefix}"] - times[f"{name}, {short}"]) / tokens
+    for dtype in DTYPES:
+        calls |= {
+            dtype: (dtype, "cold", [one]),
+            f"{dtype}, 1 token": (dtype, "cold", [replace(one, max_new_tokens=1)]),
+            f"{dtype}, 16 answers": (dtype, "cold", many),
+            f"{dtype}, 16 x 64": (dtype, "cold", [replace(request, max_new_tokens=LENGTHS[-1]) for request in many]),
+            f"{dtype}, 16 x 4": (dtype, "cold", [replace(request, max_new_tokens=LENGTHS[0]) for request in many]),
+            f"{dtype}, first token": (dtype, "cold_first_token", one),
+            f"{dtype}, first token again": (dtype, "warm_first_token", replace(one, text=QUESTIONS[1])),
+        }
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repetitions):
+        # In turn, so that none has the quieter machine.
+        for name, (system, method, *arguments) in calls.items():
+            taken[name].append(systems[system](method, *arguments)[0])
+    times = {name: statistics.median(values) for name, values in taken.items()}
 
     names = ("generate", *DTYPES)
-    decode = {name: per_token(name, "", "1 token", NEW_TOKENS - 1) for name in names}
-    decode16 = {name: per_token(name, ", 16 x 64", "16 x 4", LENGTHS[-1] - LENGTHS[0]) for name in names}
+    decode = {name: (times[name] - times[f"{name}, 1 token"]) / (NEW_TOKENS - 1) for name in names}
+    steps = LENGTHS[-1] - LENGTHS[0]
+    decode16 = {name: (times[f"{name}, 16 x 64"] - times[f"{name}, 16 x 4"]) / steps for name in names}
     answers16 = {name: times[f"{name}, 16 answers" if name in DTYPES else f"{name}, 16 x 64"] for name in names}
+    first = {dtype: times[f"{dtype}, first token"] for dtype in DTYPES}
+    again = {dtype: times[f"{dtype}, first token again"] for dtype in DTYPES}
     blank = float("nan")
     print_table(
         "Seconds",
         {
             "one request, 32 tokens": [times["published"], *(times[name] for name in names)],
-            "first token, new clips": [blank, blank, *(times[f"{name}, cold first token"] for name in DTYPES)],
-            "first token, same clips": [blank, blank, *(times[f"{name}, warm first token"] for name in DTYPES)],
+            "first token, new clips": [blank, blank, *first.values()],
+            "first token, same clips": [blank, blank, *again.values()],
             "16 answers of 4 to 64 tokens": [blank, *answers16.values()],
             "a token, batch 1": [times["published"] / NEW_TOKENS, *decode.values()],
             "a token each, batch 16": [blank, *decode16.values()],
@@ -228,105 +315,39 @@ def measure(folder: str, repetitions: int) -> dict[str, dict[str, float]]:
         },
         ("published", *names),
     )
-    report = {}
-    for dtype, engine in engines.items():
-        changed, worst = changed_by_batch(engine, many)
-        print(f"{dtype}: {changed} of {len(many)} answers differ between alone, batch of 16 and warm caches; ", end="")
-        print(f"log-probabilities by at most {worst:.1e}" + (f" (bound {TOLERANCE:g})" if dtype == "float32" else ""))
-        report[dtype] = {
+    print()
+    for dtype in DTYPES:
+        changed, worst = systems[dtype]("changed_by_batch", many)[1]
+        bound = f" (bound {TOLERANCE:g})" if dtype == "float32" else ""
+        print(f"{dtype}: {changed} of {len(many)} answers differ between alone, batch of 16 and warm caches,")
+        print(f"    log-probabilities by at most {worst:.1e}{bound}")
+        report[dtype] |= {
             "speedup_vs_published": round(times["published"] / times[dtype], 2),
             "speedup_vs_generate": round(times["generate"] / times[dtype], 2),
             "decode_speedup_vs_generate": round(decode["generate"] / decode[dtype], 2),
             "decode16_speedup_vs_generate": round(decode16["generate"] / decode16[dtype], 2),
-            "warm_ttft_ratio": round(times[f"{dtype}, warm first token"] / times[f"{dtype}, cold first token"], 3),
+            "warm_ttft_ratio": round(again[dtype] / first[dtype], 3),
             "batch16_answers_ratio": round(answers16["generate"] / answers16[dtype], 2),
             "changed_by_batch": changed,
         }
-        engine.close()
     return report
 
 
-def changed_by_batch(engine: Engine, requests: list[Request]) -> tuple[int, float]:
-    """Return how many answers depend on the batch or the caches, and by how much a log-probability does at most.
-
-    Greedy answers, and drawn ones with a seed, which wander over the vocabulary where greedy ones repeat themselves.
-    """
-    changed: set[int] = set()
-    worst = 0.0
-    for temperature in (0.0, 1.0):
-        asked = [replace(request, temperature=temperature, seed=0, logprobs=True) for request in requests]
-        alone = []
-        for request in asked:
-            forget(engine)
-            alone += engine.generate([request])
-        forget(engine)
-        for together in (engine.generate(asked), engine.generate(asked)):
-            for number, (one, other) in enumerate(zip(alone, together, strict=True)):
-                same = one.tokens == other.tokens
-                if not same:
-                    changed.add(number)
-                elif one.logprobs and other.logprobs:
-                    worst = max(worst, *(abs(a - b) for a, b in zip(one.logprobs, other.logprobs, strict=True)))
-    return len(changed), worst
-
-
-def print_bounds(
-    model: MellowForConditionalGeneration,
-    processor: MellowProcessor,
-    engines: dict[str, Engine],
-    clips: list[np.ndarray],
-) -> None:
+def print_bounds(bounds: dict[str, float], parts: dict[str, dict[str, float]]) -> None:
     """Print what the parts of a request take, and the least that memory and arithmetic of this machine allow."""
-    memory, square = torch.ones(2**26), torch.ones(2048, 2048)
-    bandwidth = memory.nbytes / fastest(memory.sum)
-    gemm = 2 * 2048**3 / fastest(lambda: square @ square)
-    print(f"\nmeasured: memory {bandwidth / 1e9:.1f} GB/s, float32 products {gemm / 1e12:.3f} TFLOP/s")
-    layers, head = (
-        sum(part.numel() for part in module.parameters())
-        for module in (model.language_model.model.layers, model.language_model.lm_head)
-    )
-    pair = np.stack(clips[:2])
-    spectrograms = processor.feature_extractor.log_mel(pair)
-    prefix = 2 * (model.config.num_audio_tokens + 1)
-    prompt = processor.prompt_length
-    rows: dict[str, list[float]] = {
-        "front end, 2 clips": [fastest(lambda: processor.feature_extractor.log_mel(pair))] * 2
-    }
-    for engine in engines.values():
-        for name, function in parts(engine, spectrograms, prefix, prompt).items():
-            rows.setdefault(name, []).append(fastest(function))
-    print_table("Seconds a part", rows, DTYPES)
-    bytes_a_token = {"float32": 4 * (layers + head), "int8": layers + head}
+    bandwidth, products = bounds["bandwidth"], bounds["products"]
+    print(f"\nmeasured: memory {bandwidth / 1e9:.1f} GB/s, float32 products {products / 1e12:.3f} TFLOP/s")
+    print_table("Seconds a part", {name: [parts[dtype][name] for dtype in DTYPES] for name in parts[DTYPES[0]]}, DTYPES)
+    weights = bounds["layer_weights"] + bounds["head_weights"]
     print_table(
-        "Least seconds",
+        "Bounds in seconds",
         {
-            "a token: weights / memory": [bytes_a_token[dtype] / bandwidth for dtype in DTYPES],
-            "prefix: operations / products": [2 * layers * prefix / gemm, float("nan")],
-            "prompt: operations / products": [2 * layers * prompt / gemm, float("nan")],
+            "a token: bytes of weights / memory": [4 * weights / bandwidth, weights / bandwidth],
+            "prefix: float32 operations / products": [2 * bounds["layer_weights"] * bounds["prefix"] / products] * 2,
+            "prompt: float32 operations / products": [2 * bounds["layer_weights"] * bounds["prompt"] / products] * 2,
         },
         DTYPES,
     )
-
-
-def parts(
-    engine: Engine, spectrograms: torch.Tensor, prefix: int, prompt: int
-) -> dict[str, Callable[[], torch.Tensor | list]]:
-    """Return what an engine computes for a request, part by part."""
-    decoder, cache = engine._decoder, engine._cache
-    token = torch.zeros(1, 1, dtype=torch.long)
-    embeddings = torch.randn(1, prefix, decoder.shape.hidden) * 0.05
-    return {
-        "encoder, 2 clips": lambda: [engine._model.audio_encoder(row) for row in spectrograms.split(1)],
-        f"prefix, {prefix} positions": lambda: decoder(embeddings, cache, [0]),
-        f"prompt, {prompt} positions": lambda: decoder(embeddings[:, :prompt], cache, [prefix]),
-        "a token": lambda: decoder.logits(decoder(decoder.embed(token), cache, [prefix + prompt])),
-    }
-
-
-@torch.inference_mode()
-def fastest(function: Callable[[], object], repetitions: int = 5) -> float:
-    function()
-    return min(seconds(function) for _ in range(repetitions))
 
 
 @torch.inference_mode()

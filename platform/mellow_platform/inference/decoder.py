@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -60,13 +61,17 @@ class Parts:
 class KeyValueCache:
     """Keys and values of `slots` sequences of at most `length` positions, allocated once.
 
-    Untouched memory stays the operating system's: zeros take no room until they are written.
+    On CPU, positions take no memory until they are written: untouched zeros stay the operating system's.
     """
 
     def __init__(self, layers: int, shape: Shape, slots: int, length: int, like: torch.Tensor):
         self.slots, self.length, self.shape = slots, length, shape
         size = (layers, slots, 2, shape.key_value_heads, length, shape.head)
-        self.data = torch.zeros(size, dtype=like.dtype, device=like.device)
+        if like.is_cuda:
+            self.data = torch.zeros(size, dtype=like.dtype, device=like.device)
+        else:
+            # torch.zeros writes its zeros.
+            self.data = torch.from_numpy(np.zeros(size, np.float32))
         self._rows = self.data.view(layers, -1, shape.head)
         streams = torch.arange(slots * 2 * shape.key_value_heads, device=like.device)
         self._first_row = (streams * length).view(slots, 1, 2 * shape.key_value_heads)
@@ -207,27 +212,57 @@ def _rotate(heads: torch.Tensor, rotation: torch.Tensor) -> None:
         heads.copy_(torch.view_as_real(pairs).flatten(-2))
 
 
+class _Stack:
+    """Stacks matrices in a buffer that is used again.
+
+    A fresh buffer for every layer would leave a hole beside every layer's packed weights, hundreds of MB in all.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def __call__(self, parts: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
+        """Return the matrices [rows, in] on top of each other; valid until the next call.
+
+        Args:
+            parts: each with 0, or with the rows of an attention head, of which row i then comes to stand beside row
+                i + head / 2, which it is rotated with.
+        """
+        if len(parts) == 1 and not parts[0][1]:
+            return parts[0][0]
+        rows, (first, _) = sum(len(matrix) for matrix, _ in parts), parts[0]
+        if self._buffer.numel() < rows * first.shape[1]:
+            self._buffer = first.new_empty(rows * first.shape[1])
+        whole = self._buffer[: rows * first.shape[1]].view(rows, -1)
+        for place, (matrix, head) in zip(whole.split([len(matrix) for matrix, _ in parts]), parts, strict=True):
+            if head:
+                place.unflatten(0, (-1, head // 2, 2)).copy_(matrix.unflatten(0, (-1, 2, head // 2)).transpose(1, 2))
+            else:
+                place.copy_(matrix)
+        return whole
+
+
 def _llama(model: PreTrainedModel, dtype: str) -> Parts:
     config, decoder = model.config, model.model
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = Shape(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head)
 
     def norm(module: Any) -> Norm:
-        weight, epsilon = module.weight.data, module.variance_epsilon
+        weight, epsilon = _own(module.weight), module.variance_epsilon
         return lambda x: nn.functional.rms_norm(x, weight.shape, weight, epsilon)
 
-    def paired(weight: torch.Tensor) -> torch.Tensor:
-        """Put channel i of every head beside channel i + head / 2, which it is rotated with."""
-        return weight.unflatten(0, (-1, 2, shape.head // 2)).transpose(1, 2).flatten(0, 2)
+    stacked = _Stack()
 
     def linear(*modules: nn.Linear, rotated: int = 0) -> Linear:
         """Stack layers that read the same input; the first `rotated` of them make heads that are rotated."""
-        arrange = [paired] * rotated + [torch.Tensor.contiguous] * (len(modules) - rotated)
-        weights = [put(module.weight.data) for put, module in zip(arrange, modules, strict=True)]
+        parts = [(module.weight.data, shape.head if number < rotated else 0) for number, module in enumerate(modules)]
         biases = [
-            put(module.bias.data) for put, module in zip(arrange, modules, strict=True) if module.bias is not None
+            (module.bias.data[:, None], shape.head if number < rotated else 0)
+            for number, module in enumerate(modules)
+            if module.bias is not None
         ]
-        return pack(torch.cat(weights), torch.cat(biases) if biases else None, dtype)
+        bias = stacked(biases).flatten().clone() if biases else None
+        return pack(stacked(parts), bias, dtype)
 
     positions = torch.arange(config.max_position_embeddings, device=model.device)[None]
     cosine, sine = decoder.rotary_emb(decoder.embed_tokens.weight.data[:1].float(), positions)
@@ -263,12 +298,12 @@ def _gpt2(model: PreTrainedModel, dtype: str) -> Parts:
     shape = Shape(config.n_embd, config.n_head, config.n_head, config.n_embd // config.n_head)
 
     def norm(module: nn.LayerNorm) -> Norm:
-        weight, bias, epsilon = module.weight.data, module.bias.data, module.eps
+        weight, bias, epsilon = _own(module.weight), _own(module.bias), module.eps
         return lambda x: nn.functional.layer_norm(x, weight.shape, weight, bias, epsilon)
 
     def linear(module: Any) -> Linear:
         """`Conv1D` keeps its weight as [in, out]."""
-        return pack(module.weight.data.T, module.bias.data, dtype)
+        return pack(module.weight.data.T, _own(module.bias), dtype)
 
     layers = []
     for block in decoder.h:
@@ -296,6 +331,11 @@ def _gpt2(model: PreTrainedModel, dtype: str) -> Parts:
         max_positions=config.n_positions,
         position_embedding=decoder.wpe.weight.data,
     )
+
+
+def _own(parameter: torch.Tensor) -> torch.Tensor:
+    """Return a copy: a loaded parameter is a view of its file's memory map, and would keep all of it in memory."""
+    return parameter.data.clone()
 
 
 # How each family of transformers models is taken apart. Mistral and Qwen 2 are Llamas within their attention windows,

@@ -105,14 +105,6 @@ class Engine:
         self._prefix_length = 2 * (model.config.num_audio_tokens + 1)
         self._separator_token = model.config.separator_token_id
         self._silence = np.zeros(processor.feature_extractor.clip_samples, np.float32)
-        with torch.inference_mode():
-            self._decoder = Decoder(model.merge_lora().language_model, self.dtype)
-            # What is left of the model encodes clips; it needs no decoder any more.
-            del model.language_model
-            pack_linears(model.audio_encoder, self.dtype)
-            self._model = model
-            length = self._prefix_length + processor.prompt_length + max_new_tokens
-            self._cache = self._decoder.new_cache(slots, length)
         self._clip_tokens = TensorLRU(clip_cache_bytes)
         self._prefixes = TensorLRU(prefix_cache_bytes)
         self._active: list[_Sequence] = []  # the sequence in slot i is number i
@@ -121,16 +113,24 @@ class Engine:
         self._changed = threading.Condition()
         self._closed = False
         self._broken: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(cpu_threads,), name="mellow-engine", daemon=True)
+        ready: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(model, slots, cpu_threads, ready), name="mellow-engine", daemon=True
+        )
         self._thread.start()
+        ready.result()
 
     @classmethod
-    def load(cls, model_uri: str, **options) -> "Engine":
-        """Load the model folder `model_uri`, onto the GPU where there is one; `options` are the constructor's."""
+    def load(cls, model_uri: str, *, dtype: str | None = None, **options) -> "Engine":
+        """Load the model folder `model_uri`, onto the GPU where there is one; `options` are the constructor's.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+        """
         model, processor = load_model(model_uri)
-        if torch.cuda.is_available():
-            model.to("cuda", torch.bfloat16)
-        return cls(model, processor, **options)
+        if torch.cuda.is_available() and dtype != "int8":
+            model.to("cuda", torch.float32 if dtype == "float32" else torch.bfloat16)
+        return cls(model, processor, dtype=dtype, **options)
 
     def __enter__(self) -> "Engine":
         return self
@@ -257,13 +257,41 @@ class Engine:
 
     # What follows runs in the engine's thread.
 
-    def _run(self, cpu_threads: int | None) -> None:
+    def _run(
+        self, model: MellowForConditionalGeneration, slots: int, cpu_threads: int | None, ready: Future[None]
+    ) -> None:
         if cpu_threads:
             torch.set_num_threads(cpu_threads)  # counts for the thread that calls it
+        with torch.inference_mode():
+            try:
+                # Here, too, and not by the caller: every thread that computes has helpers of its own, and OpenMP lets
+                # them wait awake only while they are no more than cores. A token takes 1.6 times as long otherwise.
+                self._take_over(model, slots)
+            except Exception as error:
+                self._closed = True
+                ready.set_exception(error)
+                return
+            ready.set_result(None)
+            del model
+            self._serve()
+
+    def _take_over(self, model: MellowForConditionalGeneration, slots: int) -> None:
+        """Put the model into the form that is computed with."""
+        self._decoder = Decoder(model.merge_lora().language_model, self.dtype)
+        # What is left of the model encodes clips; it needs no decoder any more.
+        del model.language_model
+        # The encoder runs once a clip, and int8's second row costs it more time than int8 saves.
+        pack_linears(model.audio_encoder, "bfloat16" if self.dtype == "bfloat16" else "float32")
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()  # lets go of the file that it was loaded from
+        self._model = model
+        length = self._prefix_length + self.processor.prompt_length + self.max_new_tokens
+        self._cache = self._decoder.new_cache(slots, length)
+
+    def _serve(self) -> None:
         try:
-            with torch.inference_mode():
-                while self._wait_for_work():
-                    self._step()
+            while self._wait_for_work():
+                self._step()
         except BaseException as error:
             self._broken = error
             raise

@@ -26,9 +26,9 @@ def pack(weight: torch.Tensor, bias: torch.Tensor | None, dtype: str) -> Linear:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if (dtype == "int8") == weight.is_cuda and dtype != "float32":
+        raise ValueError(f"dtype {dtype} does not run on {weight.device.type}: int8 is for CPU, bfloat16 for GPUs")
     if dtype == "int8":
-        if weight.is_cuda:
-            raise ValueError("dtype int8 runs on CPU only; use bfloat16 on a GPU")
         return Int8Linear(weight, bias)
     if weight.is_cuda or not torch.backends.mkldnn.is_available():
         return PlainLinear(weight, bias)
@@ -70,15 +70,18 @@ class Int8Linear:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        scale = weight.abs().amax(dim=1).clamp(min=1e-12).double() / 127
+        scale = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).clamp(min=1e-12) / 127
         # Without VNNI, FBGEMM adds pairs of products in 16 bits, which eight bits on both sides overflow.
         self.levels = 127.0 if torch.cpu._is_vnni_supported() else 63.0
-        quantized = (weight / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8)
+        quantized = torch.empty(weight.shape, dtype=torch.int8)
+        # In blocks: the output layer is a hundred megabytes, and every temporary of it would be, too.
+        for rows, own, place in zip(weight.split(1024), scale.split(1024), quantized.split(1024), strict=True):
+            place.copy_((rows / own[:, None]).round_())
         with warnings.catch_warnings():
             # torch.ao's quantised tensors are to move to torchao; these operators stay.
             warnings.simplefilter("ignore")
             tensor = torch._make_per_channel_quantized_tensor(
-                quantized, scale, torch.zeros(len(scale), dtype=torch.long), 0
+                quantized, scale.double(), torch.zeros(len(scale), dtype=torch.long), 0
             )
             self.weight = torch.ops.quantized.linear_prepack(tensor, None)
         self.bias = bias
@@ -105,7 +108,7 @@ class PackedModule(nn.Module):
 
     def __init__(self, linear: nn.Linear, dtype: str):
         super().__init__()
-        bias = None if linear.bias is None else linear.bias.data
+        bias = None if linear.bias is None else linear.bias.data.clone()
         self._linear = pack(linear.weight.data, bias, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -36,5 +36,9 @@ class TensorLRU:
         while self.bytes > self.capacity:
             self.bytes -= self._tensors.popitem(last=False)[1].nbytes
 
+    def clear(self) -> None:
+        self._tensors.clear()
+        self.bytes = 0
+
     def __len__(self) -> int:
         return len(self._tensors)

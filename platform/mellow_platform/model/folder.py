@@ -3,18 +3,23 @@
 import tempfile
 from typing import Any
 
-from transformers import AutoProcessor
+from transformers import AutoProcessor, PreTrainedModel
 
 from mellow_platform import storage
 from mellow_platform.model.card import CARD, model_card
 from mellow_platform.model.modeling_mellow import MellowForConditionalGeneration
 from mellow_platform.model.processing_mellow import MellowProcessor
 
+# Of a file of weights. Loading maps files into memory, and lets go of a file once all that is in it was taken over:
+# small ones keep an engine's peak memory near the size of the weights, where one large file would double it.
+SHARD_SIZE = "100MB"
+
 
 def save_pretrained(part: Any, uri: str) -> None:
     """Save a part (model, encoder or processor) to the folder `uri`."""
+    sharded = {"max_shard_size": SHARD_SIZE} if isinstance(part, PreTrainedModel) else {}
     with tempfile.TemporaryDirectory() as folder:
-        part.save_pretrained(folder)
+        part.save_pretrained(folder, **sharded)
         storage.upload(folder, uri)
 
 
