@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from mellow_platform.cli import main
+from mellow_platform.inference.decoder import Decoder
+from mellow_platform.inference.linear import pack_linears
 from mellow_platform.model import MellowConfig, MellowFeatureExtractor, MellowForConditionalGeneration
 from mellow_platform.model.conversion import TIED, from_reference, read_state_dict, to_reference
 from mellow_platform.model.folder import load_model
@@ -122,6 +124,30 @@ def test_logits_with_a_cache_are_the_references(reference: SimpleNamespace):
     ]
     steps += [language_model(token[:, None], past_key_values=cache, use_cache=True) for token in forced.unbind(1)]
     logits = torch.stack([step.logits[:, -1] for step in steps], dim=1)
+    assert greatest(logits[..., expected["vocabulary_ids"]], expected["forced_logits"]) <= 1e-3
+    assert (logits.argmax(-1).numpy() == expected["forced_argmax"]).all()
+
+
+@torch.inference_mode()
+def test_the_engines_encoder_and_decoder_give_what_the_reference_gives(reference: SimpleNamespace):
+    expected = reference.expected
+    model, _ = load_model(str(reference.folder))  # its weights are taken over
+    prefix = model.prefix(**reference.inputs)
+    pack_linears(model.audio_encoder, "float32")
+    encoded = model.audio_encoder(reference.log_mel[::2])
+    assert greatest(encoded.frames, expected["framewise"]) <= 1e-5
+    assert greatest(encoded.latent, expected["latent"]) <= 1e-4
+    decoder = Decoder(model.language_model, "float32")
+    cache = decoder.new_cache(2, 389 + 12)
+    # As the engine reads: clips and prompt apart, one sequence at a time; then both together, token by token.
+    for row in range(2):
+        decoder(prefix[row : row + 1, :260], cache, [0], first=row)
+    last = [decoder(prefix[row : row + 1, 260:], cache, [260], first=row)[:, -1:] for row in range(2)]
+    steps = [decoder.logits(torch.cat(last))]
+    for number, token in enumerate(torch.from_numpy(expected["forced_tokens"]).long().unbind(1)):
+        steps.append(decoder.logits(decoder(decoder.embed(token[:, None]), cache, [389 + number] * 2)))
+    logits = torch.cat(steps, dim=1)
+    assert greatest(logits[:, 0], expected["first_logits"]) <= 1e-3
     assert greatest(logits[..., expected["vocabulary_ids"]], expected["forced_logits"]) <= 1e-3
     assert (logits.argmax(-1).numpy() == expected["forced_argmax"]).all()
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+import torch
 
 from jobs.demo import CLUSTER_LOG, Demo, clear, free_port
 from mellow_platform.config import DemoConfig
@@ -40,6 +41,7 @@ def client(demo: Demo) -> openai.OpenAI:
     """The official client of an endpoint that serves an untrained tiny model."""
     tokenizer = train_tokenizer(["which of these is heard? a) tone b) noise burst", "a loud tone"])
     processor = MellowProcessor(MellowFeatureExtractor.from_size("mellow-tiny"), tokenizer, prompt_length=24)
+    torch.manual_seed(0)
     model = MellowForConditionalGeneration(MellowConfig.from_size("mellow-tiny", vocab_size=len(tokenizer)))
     for part in (model, processor):
         save_pretrained(part, demo.uri("model"))
@@ -130,7 +132,9 @@ def test_a_question_about_a_clip_is_answered_in_openais_shape(client: openai.Ope
 
 def test_two_clips_are_answered_and_their_order_counts(client: openai.OpenAI):
     one, two = clip(seed=1), audio_part(encode(np.zeros(RATE, np.float32), RATE, "WAV"))
-    first, second = (ask(client, text_part(), *pair).choices[0].message.content for pair in ((one, two), (two, one)))
+    options = {"temperature": 1.0, "seed": 0, "max_tokens": 40}  # untrained, it repeats itself when it is greedy
+    pairs = ((one, two), (two, one))
+    first, second = (ask(client, text_part(), *pair, **options).choices[0].message.content for pair in pairs)
     assert first != second
 
 
@@ -140,6 +144,20 @@ def test_requests_at_once_get_the_answers_of_requests_alone(client: openai.OpenA
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(lambda part: ask(client, text_part(), part).choices[0].message.content, parts))
     assert together == alone
+
+
+def test_drawn_answers_follow_their_seed_and_end_before_a_stop_string(client: openai.OpenAI):
+    def draw(seed: int, **options: Any) -> Any:
+        parts = (text_part(), clip())
+        return ask(client, *parts, temperature=2.0, top_p=0.9, seed=seed, max_tokens=40, **options).choices[0]
+
+    whole = draw(1).message.content
+    assert draw(1).message.content == whole
+    assert any(draw(seed).message.content != whole for seed in range(2, 5))
+    stop = whole[4:7]
+    stopped = draw(1, stop=[stop])
+    assert stopped.message.content == whole[: whole.index(stop)].rstrip()
+    assert stopped.finish_reason == "stop"
 
 
 def test_models_and_health_are_served(client: openai.OpenAI):
@@ -164,7 +182,9 @@ def test_models_and_health_are_served(client: openai.OpenAI):
             "clip 0 is not base64",
         ),
         ([text_part("what? " * 100), clip()], {}, "the model reads 24: shorten it"),
-        ([text_part(), clip()], {"temperature": 0.7}, "temperature"),
+        ([text_part(), clip()], {"temperature": 2.5}, "temperature"),
+        ([text_part(), clip()], {"top_p": 0.0}, "top_p"),
+        ([text_part(), clip()], {"stop": [""]}, "stop"),
         ([text_part(), clip()], {"stream": True}, "stream"),
         ([text_part(), clip()], {"max_tokens": 0}, "max_tokens"),
         ([text_part(), {"type": "image_url", "image_url": {"url": "x"}}], {}, "messages.0.content"),
