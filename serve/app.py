@@ -16,6 +16,8 @@ from ray import serve
 
 from mellow_platform.data.audio import AudioError, decode
 from mellow_platform.inference.engine import Engine, QueueFull
+from mellow_platform.inference.request import Stream
+from mellow_platform.inference.windows import windows
 from serve.schema import MAX_NEW_TOKENS, ChatRequest, RequestError, clip_param, completion
 
 MAX_CLIP_SECONDS = 600.0
@@ -70,17 +72,23 @@ class MellowEndpoint:
                 "messages.0.content",
                 code="context_length_exceeded",
             )
-        clips = [await asyncio.to_thread(self._decode, file, number) for number, file in enumerate(files)]
+        recordings = [await asyncio.to_thread(self._decode, file, number) for number, file in enumerate(files)]
+        extractor = self.engine.processor.feature_extractor
         try:
-            stream = self.engine.submit(request.for_engine(text, tuple(clips)))
+            heard = windows(recordings, extractor.clip_samples, extractor.sampling_rate, request.window)
+        except ValueError as error:
+            raise RequestError(str(error), "window") from error
+        streams: list[Stream] = []
+        try:
+            for window in heard:
+                streams.append(self.engine.submit(request.for_engine(text, window.clips)))
+            answers = [await stream.answer() for stream in streams]
         except QueueFull as error:
             raise RequestError(str(error), "messages", 429, "queue_full") from error
-        try:
-            answer = await stream.answer()
-        except asyncio.CancelledError:  # the client went away
-            stream.cancel()
-            raise
-        return completion(self.name, answer)
+        finally:  # also where the client went away
+            for stream in streams:
+                stream.cancel()
+        return completion(self.name, answers, heard)
 
     @api.get("/v1/models")
     async def models(self) -> dict[str, Any]:
@@ -94,12 +102,10 @@ class MellowEndpoint:
         return {"status": "ok"}
 
     def _decode(self, file: bytes, number: int) -> np.ndarray:
-        extractor = self.engine.processor.feature_extractor
         try:
-            waveform = decode(file, extractor.sampling_rate, MAX_CLIP_SECONDS)
+            return decode(file, self.engine.processor.feature_extractor.sampling_rate, MAX_CLIP_SECONDS)
         except AudioError as error:
             raise RequestError(f"clip {number}: {error}", clip_param(number), code=error.reason) from error
-        return extractor.fit(waveform)
 
 
 class Arguments(BaseModel):

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from mellow_platform.inference.request import Answer, Request
+from mellow_platform.inference.windows import Heard
 
 MAX_CLIPS = 2
 MAX_NEW_TOKENS = 300
@@ -79,6 +80,11 @@ class ChatRequest(BaseModel):
     n: Literal[1] | None = None
     stream: Literal[False] | None = None
     user: str | None = None
+    window: Literal["first", "each", "pair"] = Field(
+        "first",
+        description="what is heard of a recording longer than 10 s: its first window; each window in turn, an answer "
+        "each; or its first and its last window as two clips (not of OpenAI's API)",
+    )
 
     def question(self) -> tuple[str, list[bytes]]:
         """Return the question's text and the clips' files.
@@ -128,8 +134,9 @@ def clip_param(number: int) -> str:
     return f"input_audio[{number}].data"
 
 
-def completion(model: str, answer: Answer) -> dict[str, Any]:
-    """Return a chat completion in OpenAI's shape."""
+def completion(model: str, answers: list[Answer], heard: list[Heard]) -> dict[str, Any]:
+    """Return a chat completion in OpenAI's shape, a choice for everything `heard`, with its seconds (not OpenAI's)."""
+    prompt, written = (sum(counts) for counts in zip(*((a.prompt_tokens, len(a.tokens)) for a in answers), strict=True))
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",
@@ -137,15 +144,13 @@ def completion(model: str, answer: Answer) -> dict[str, Any]:
         "model": model,
         "choices": [
             {
-                "index": 0,
+                "index": index,
                 "message": {"role": "assistant", "content": answer.text},
                 "finish_reason": answer.finish_reason,
                 "logprobs": None,
+                "heard": [{"start": start, "end": end} for start, end in window.seconds],
             }
+            for index, (answer, window) in enumerate(zip(answers, heard, strict=True))
         ],
-        "usage": {
-            "prompt_tokens": answer.prompt_tokens,
-            "completion_tokens": len(answer.tokens),
-            "total_tokens": answer.prompt_tokens + len(answer.tokens),
-        },
+        "usage": {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written},
     }

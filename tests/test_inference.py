@@ -173,6 +173,17 @@ def test_cached_decoding_gives_the_logits_of_the_whole_sequence(build):
         torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-5)
 
 
+@torch.inference_mode()
+def test_the_step_that_cuda_graphs_replay_is_a_plain_step():
+    decoder = Decoder(small_llama(), "float32")
+    cache, lengths = decoder.new_cache(3, 32), [5, 11, 8]
+    for slot, length in enumerate(lengths):
+        decoder(torch.randn(1, length, 48), cache, [0], first=slot)
+    plain = decoder.step(cache, [7, 8, 9], lengths)
+    static = decoder.static_step(cache, torch.tensor([[7], [8], [9]]), torch.tensor(lengths)[:, None])
+    torch.testing.assert_close(static, plain, atol=2e-5, rtol=1e-5)
+
+
 def test_the_decoder_takes_the_weights_over_and_does_not_keep_them_twice():
     model = small_llama()
     Decoder(model, "float32")

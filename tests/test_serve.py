@@ -160,6 +160,18 @@ def test_drawn_answers_follow_their_seed_and_end_before_a_stop_string(client: op
     assert stopped.finish_reason == "stop"
 
 
+def test_a_long_recording_is_answered_by_windows_that_are_named(client: openai.OpenAI):
+    recording = clip(seconds=25.0)
+
+    def heard(rule: str) -> list[Any]:
+        choices = ask(client, text_part(), recording, extra_body={"window": rule}).choices
+        return [[(part["start"], part["end"]) for part in choice.model_extra["heard"]] for choice in choices]
+
+    assert heard("first") == [[(0.0, 10.0)]]
+    assert heard("each") == [[(0.0, 10.0)], [(10.0, 20.0)], [(20.0, 25.0)]]
+    assert heard("pair") == [[(0.0, 10.0), (15.0, 25.0)]]
+
+
 def test_models_and_health_are_served(client: openai.OpenAI):
     assert [model.id for model in client.models.list().data] == ["mellow"]
     health = str(client.base_url).removesuffix("/v1/") + "/healthz"
@@ -185,6 +197,7 @@ def test_models_and_health_are_served(client: openai.OpenAI):
         ([text_part(), clip()], {"temperature": 2.5}, "temperature"),
         ([text_part(), clip()], {"top_p": 0.0}, "top_p"),
         ([text_part(), clip()], {"stop": [""]}, "stop"),
+        ([text_part(), clip(), clip()], {"extra_body": {"window": "pair"}}, "makes two clips of one recording"),
         ([text_part(), clip()], {"stream": True}, "stream"),
         ([text_part(), clip()], {"max_tokens": 0}, "max_tokens"),
         ([text_part(), {"type": "image_url", "image_url": {"url": "x"}}], {}, "messages.0.content"),

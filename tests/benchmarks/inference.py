@@ -178,7 +178,6 @@ class Engined:
 
     def _parts(self, pair: Pair, prefix: int, prompt: int) -> dict[str, float]:
         decoder, cache, extractor = self.engine._decoder, self.engine._cache, self.engine.processor.feature_extractor
-        token = torch.zeros(1, 1, dtype=torch.long)
         embeddings = torch.randn(1, prefix, decoder.shape.hidden) * 0.05
         spectrograms = extractor.log_mel(np.stack(pair))
         return {
@@ -188,7 +187,7 @@ class Engined:
             ),
             f"prefix, {prefix} positions": fastest(lambda: decoder(embeddings, cache, [0])),
             f"prompt, {prompt} positions": fastest(lambda: decoder(embeddings[:, :prompt], cache, [prefix])),
-            "a token": fastest(lambda: decoder.logits(decoder(decoder.embed(token), cache, [prefix + prompt]))),
+            "a token": fastest(lambda: decoder.step(cache, [0], [prefix + prompt])),
         }
 
 

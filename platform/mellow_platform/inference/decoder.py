@@ -76,10 +76,6 @@ class KeyValueCache:
         streams = torch.arange(slots * 2 * shape.key_value_heads, device=like.device)
         self._first_row = (streams * length).view(slots, 1, 2 * shape.key_value_heads)
 
-    @property
-    def bytes_a_position(self) -> int:
-        return self.data[:, 0, :, :, 0].numel() * self.data.element_size()
-
     def rows_of(self, slots: slice, positions: torch.Tensor) -> torch.Tensor:
         """Return where `positions` [slots, new] of `slots` are kept, as an index for `write`."""
         return (self._first_row[slots] + positions[:, :, None]).flatten()
@@ -157,14 +153,49 @@ class Decoder:
         Returns:
             [sequences, new, hidden], normalised: what `logits` takes.
         """
-        parts, shape = self.parts, self.shape
         sequences, new, _ = embeddings.shape
         slots = slice(first, first + sequences)
         start = torch.tensor(lengths, device=embeddings.device)[:, None]
         positions = start + torch.arange(new, device=embeddings.device)
         total = max(lengths) + new
+        causal = total == new
+        # A single new position sees everything where all sequences are equally long.
+        masked = not causal and (new > 1 or min(lengths) < max(lengths))
+        mask = self._mask(positions, total) if masked else None
+        return self._layers(embeddings, cache, slots, positions, total, mask, causal)
+
+    def step(self, cache: KeyValueCache, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """Append one token to each of the first sequences and return the logits [sequences, vocabulary] after it."""
+        embeddings = self.embed(torch.tensor(tokens, device=cache.data.device)[:, None])
+        return self.logits(self(embeddings, cache, lengths)[:, 0])
+
+    def static_step(self, cache: KeyValueCache, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """`step` with all that changes in tensors [sequences, 1], and nothing else that depends on it: the whole cache
+        is attended to, behind a mask. For CUDA graphs."""
+        slots = slice(0, len(tokens))
+        mask = self._mask(lengths, cache.length)
+        return self.logits(self._layers(self.embed(tokens), cache, slots, lengths, cache.length, mask)[:, 0])
+
+    def _mask(self, positions: torch.Tensor, total: int) -> torch.Tensor:
+        """Return what is added to attention scores [sequences, 1, new, total]: nobody sees what comes later."""
+        later = torch.arange(total, device=positions.device) > positions[:, None, :, None]
+        zeros = torch.zeros(later.shape, dtype=self.parts.embedding.dtype, device=positions.device)
+        return zeros.masked_fill_(later, -torch.inf)
+
+    def _layers(
+        self,
+        embeddings: torch.Tensor,
+        cache: KeyValueCache,
+        slots: slice,
+        positions: torch.Tensor,
+        total: int,
+        mask: torch.Tensor | None,
+        causal: bool = False,
+    ) -> torch.Tensor:
+        """Run all layers on new `positions` [sequences, new] that see at most `total` of the cache."""
+        parts, shape = self.parts, self.shape
+        sequences, new, _ = embeddings.shape
         rows = cache.rows_of(slots, positions)
-        causal, mask = _visibility(lengths, new, positions, total, embeddings)
         rotation = parts.rotation[positions][:, :, None] if parts.rotation is not None else None
         rotated = shape.heads + shape.key_value_heads
         x = embeddings
@@ -190,18 +221,6 @@ class Decoder:
                 inner = parts.activation(inner)
             x = x + layer.down(inner)
         return parts.norm(x)
-
-
-def _visibility(
-    lengths: Sequence[int], new: int, positions: torch.Tensor, total: int, like: torch.Tensor
-) -> tuple[bool, torch.Tensor | None]:
-    """Return how a position is kept from seeing later ones: SDPA's `is_causal`, or its mask, or neither."""
-    if new == 1 and min(lengths) == max(lengths):
-        return False, None
-    if total == new:
-        return True, None
-    hidden = torch.arange(total, device=like.device) > positions[:, None, :, None]
-    return False, torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
 
 
 def _rotate(heads: torch.Tensor, rotation: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ import torch
 
 from mellow_platform.data.partners import second_clip
 from mellow_platform.inference.decoder import Decoder, KeyValueCache
+from mellow_platform.inference.graphs import StepGraphs
 from mellow_platform.inference.linear import pack_linears
 from mellow_platform.inference.lru import TensorLRU
 from mellow_platform.inference.request import (
@@ -287,6 +289,11 @@ class Engine:
         self._model = model
         length = self._prefix_length + self.processor.prompt_length + self.max_new_tokens
         self._cache = self._decoder.new_cache(slots, length)
+        self._next_logits: Callable[[list[int], list[int]], torch.Tensor] = (
+            StepGraphs(self._decoder, self._cache)
+            if self.device == "cuda"
+            else partial(self._decoder.step, self._cache)
+        )
 
     def _serve(self) -> None:
         try:
@@ -415,9 +422,9 @@ class Engine:
 
     def _decode(self) -> None:
         """Write the next token of every active answer."""
-        tokens = torch.tensor([[sequence.tokens[-1]] for sequence in self._active], device=self.device)
-        lengths = [sequence.length for sequence in self._active]
-        logits = self._decoder.logits(self._decoder(self._decoder.embed(tokens), self._cache, lengths)[:, 0])
+        logits = self._next_logits(
+            [sequence.tokens[-1] for sequence in self._active], [sequence.length for sequence in self._active]
+        )
         likeliest = logits.argmax(dim=-1).tolist()
         for sequence in self._active:
             sequence.length += 1
