@@ -348,11 +348,15 @@ def test_a_request_cancelled_while_it_waits_is_never_computed(clips):
     with Engine(build_model(), build_processor(), slots=1) as engine:
         long = engine.submit(long_request(engine, clips[0]))
         next(iter(long))
-        waiting = engine.submit(Request(TEXTS[1], (clips[1],), 2))
+        before, waiting = (engine.submit(Request(TEXTS[1], (clips[1],), 2)) for _ in range(2))
         waiting.cancel()
-        long.cancel()
         with pytest.raises(Cancelled):
             waiting.result()
+        before.cancel()
+        assert engine.stats["active"] == 1  # it did not have to wait for the answer before it
+        long.cancel()
+        with pytest.raises(Cancelled):
+            long.result()
         assert engine.stats["clip_misses"] == 1
 
 
@@ -364,6 +368,25 @@ def test_one_request_that_fails_disturbs_no_other(engine: Engine, requests, expe
     ):
         streams[1].result()
     check([streams[0].result(), streams[2].result()], expected[:2])
+
+
+def test_clips_with_nan_are_refused_before_they_reach_the_cache(engine: Engine, clips):
+    features = ClipFeatures(np.full((16, 64), np.nan, np.float16), np.zeros(128, np.float16))
+    spoilt = clips[0].copy()
+    spoilt[100] = np.inf
+    for pair in ((clips[0], features), (clips[0], spoilt)):
+        with pytest.raises(ValueError, match="clip 1 holds NaN or infinity"):
+            engine.submit(Request(TEXTS[0], pair))
+
+
+def test_a_sampler_that_fails_ends_its_own_answer_only(requests, expected):
+    model = build_model()
+    with Engine(model, build_processor()) as engine:
+        engine._decoder.parts.head = lambda hidden: torch.full((*hidden.shape[:-1], 300), torch.nan)
+        with pytest.raises(RuntimeError, match="probability"):
+            engine.generate([Request(TEXTS[0], requests[0].clips, temperature=1.0, seed=0)])
+        assert engine.stats["active"] == 0
+        assert engine.generate([Request(TEXTS[0], requests[0].clips, 3)])[0].finish_reason in ("stop", "length")
 
 
 def test_a_closed_engine_says_so_to_those_who_wait_and_those_who_come(clips):

@@ -34,6 +34,7 @@ from mellow_platform.inference.request import (
     Stream,
     Token,
     content_key,
+    parts_of,
 )
 from mellow_platform.inference.sampling import Sampler
 from mellow_platform.inference.text import AnswerText
@@ -55,7 +56,7 @@ class EngineClosed(RuntimeError):  # noqa: N818
     """The engine was closed, or broke down; its cause is chained."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Sequence:
     """A request between its arrival and its answer."""
 
@@ -164,15 +165,15 @@ class Engine:
         }
 
     def prompt_tokens(self, text: str) -> int:
-        """Return how many tokens `text` takes, the end marker included."""
-        return len(self.processor.token_ids(text))
+        """Return how many tokens the question `text` takes."""
+        return len(self.processor.question_ids(text))
 
     def submit(self, request: Request) -> Stream:
         """Queue a request; its tokens arrive in the stream.
 
         Raises:
             QueueFull: `max_waiting` requests wait already.
-            ValueError: more tokens are asked for than the engine has room for, or a clip is no waveform.
+            ValueError: more tokens are asked for than the engine has room for, or a clip is no waveform, or not finite.
             EngineClosed: it was closed.
         """
         sequence = self._prepare(request)
@@ -231,6 +232,10 @@ class Engine:
             )
         fit = self.processor.feature_extractor.fit
         clips = [fit(clip) if isinstance(clip, np.ndarray) else clip for clip in request.clips]
+        for number, clip in enumerate(clips):
+            # In the cache, they would spoil whatever is answered from the same slot later on.
+            if not all(np.isfinite(part).all() for part in parts_of(clip)):
+                raise ValueError(f"clip {number} holds NaN or infinity: check how it was decoded or stored")
         pair: tuple[Clip, Clip] = (clips[0], second_clip(clips, self.processor.partner, self._silence))
         return _Sequence(
             request,
@@ -323,10 +328,7 @@ class Engine:
 
     def _step(self) -> None:
         """Let go of what was cancelled, let in what waits, and write the next token of every answer."""
-        for slot in reversed(range(len(self._active))):
-            if self._active[slot].stream.cancelled:
-                self._active[slot].stream.put(Cancelled())
-                self._release(slot)
+        self._drop_cancelled()
         while self._calls:
             function, future = self._calls.popleft()
             try:
@@ -342,16 +344,23 @@ class Engine:
         if self._active:
             self._decode()
 
-    def _next(self) -> _Sequence | None:
-        """Take the next request that still wants an answer."""
+    def _drop_cancelled(self) -> None:
+        for slot in reversed(range(len(self._active))):
+            if self._active[slot].stream.cancelled:
+                self._active[slot].stream.put(Cancelled())
+                self._release(slot)
         with self._changed:
-            while self._waiting:
-                sequence = self._waiting.popleft()
-                self._changed.notify_all()
-                if not sequence.stream.cancelled:
-                    return sequence
+            for sequence in [sequence for sequence in self._waiting if sequence.stream.cancelled]:
+                self._waiting.remove(sequence)
                 sequence.stream.put(Cancelled())
-        return None
+            self._changed.notify_all()
+
+    def _next(self) -> _Sequence | None:
+        """Take the request that has waited longest."""
+        with self._changed:
+            sequence = self._waiting.popleft() if self._waiting else None
+            self._changed.notify_all()
+        return sequence
 
     def _begin(self, sequence: _Sequence) -> int:
         """Read clips and prompt into the next free slot and write the first token; return the positions read."""
@@ -434,7 +443,12 @@ class Engine:
     def _push(self, slot: int, logits: torch.Tensor, likeliest: int) -> None:
         """Choose the next token of the answer in `slot`, deliver it, and free the slot where it was the last."""
         sequence = self._active[slot]
-        token, logprob = sequence.sampler.choose(logits, likeliest)
+        try:
+            token, logprob = sequence.sampler.choose(logits, likeliest)
+        except Exception as error:  # of this request alone
+            sequence.stream.put(error)
+            self._release(slot)
+            return
         sequence.tokens.append(token)
         if logprob is not None:
             sequence.logprobs.append(logprob)

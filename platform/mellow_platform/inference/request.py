@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClipFeatures:
     """What the frozen encoder makes of a clip: frames [F, classes] and latent [H]."""
 
@@ -21,7 +21,7 @@ class ClipFeatures:
 Clip = np.ndarray | ClipFeatures  # a waveform [samples] at the model's rate, or its stored features
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """A question about one or two clips.
 
@@ -166,10 +166,15 @@ class Stream:
         return self.result()
 
 
+def parts_of(clip: Clip) -> tuple[np.ndarray, ...]:
+    """Return the arrays that make up a clip."""
+    return (clip,) if isinstance(clip, np.ndarray) else (clip.frames, clip.latent)
+
+
 def content_key(clip: Clip) -> bytes:
     """Return a hash of what is heard: equal for equal clips, whoever sent them."""
     digest = hashlib.sha256()
-    for part in (clip,) if isinstance(clip, np.ndarray) else (clip.frames, clip.latent):
+    for part in parts_of(clip):
         digest.update(f"{part.dtype}{part.shape}".encode())
         digest.update(np.ascontiguousarray(part).data)
     return digest.digest()

@@ -59,12 +59,15 @@ class MellowProcessor(ProcessorMixin):
         """Return the tokens of `text`, lower-cased and closed by the end marker as in training."""
         return self.tokenizer(f"{text.lower().strip()} {self.tokenizer.eos_token}")["input_ids"]
 
+    def question_ids(self, question: str) -> list[int]:
+        """Return all tokens of `question`, closed by the end marker where prompts are."""
+        if self.prompt_end_marker:
+            return self.token_ids(question)
+        return self.tokenizer(question.lower().strip())["input_ids"]
+
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the tokens of `prompt` by the rules above: at most `prompt_length`, and exactly so many if padded."""
-        if self.prompt_end_marker:
-            ids = self.token_ids(prompt)[: self.prompt_length]
-        else:
-            ids = self.tokenizer(prompt.lower().strip())["input_ids"][: self.prompt_length]
+        ids = self.question_ids(prompt)[: self.prompt_length]
         if not self.pad_prompt:
             return ids
         return ids + [self.tokenizer.pad_token_id] * (self.prompt_length - len(ids))
