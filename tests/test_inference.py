@@ -473,6 +473,7 @@ def test_text_is_released_when_it_is_certain(processor: MellowProcessor):
     assert shown == text.text == "a naïve 音"
 
 
+@torch.no_grad()
 def test_choices_are_ranked_by_the_log_probability_of_the_model(engine: Engine, model, processor, clips):
     request = Request(TEXTS[0], (clips[0], clips[1]))
     scores = engine.score(request, CHOICES)
