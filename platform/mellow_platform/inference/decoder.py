@@ -157,12 +157,17 @@ class Decoder:
         slots = slice(first, first + sequences)
         start = torch.tensor(lengths, device=embeddings.device)[:, None]
         positions = start + torch.arange(new, device=embeddings.device)
+        if new == 1:
+            # One sequence at a time, to its own length: as fast on CPU as all at once behind a mask, and no sequence's
+            # numbers depend on how long the others are.
+            places = [slice(slot, slot + 1) for slot in range(first, first + sequences)]
+            return self._layers(
+                embeddings, cache, slots, positions, [*zip(places, (n + 1 for n in lengths), strict=True)]
+            )
         total = max(lengths) + new
         causal = total == new
-        # A single new position sees everything where all sequences are equally long.
-        masked = not causal and (new > 1 or min(lengths) < max(lengths))
-        mask = self._mask(positions, total) if masked else None
-        return self._layers(embeddings, cache, slots, positions, total, mask, causal)
+        mask = None if causal else self._mask(positions, total)
+        return self._layers(embeddings, cache, slots, positions, [(slots, total)], mask, causal)
 
     def step(self, cache: KeyValueCache, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
         """Append one token to each of the first sequences and return the logits [sequences, vocabulary] after it."""
@@ -174,7 +179,8 @@ class Decoder:
         is attended to, behind a mask. For CUDA graphs."""
         slots = slice(0, len(tokens))
         mask = self._mask(lengths, cache.length)
-        return self.logits(self._layers(self.embed(tokens), cache, slots, lengths, cache.length, mask)[:, 0])
+        whole = [(slots, cache.length)]
+        return self.logits(self._layers(self.embed(tokens), cache, slots, lengths, whole, mask)[:, 0])
 
     def _mask(self, positions: torch.Tensor, total: int) -> torch.Tensor:
         """Return what is added to attention scores [sequences, 1, new, total]: nobody sees what comes later."""
@@ -188,11 +194,17 @@ class Decoder:
         cache: KeyValueCache,
         slots: slice,
         positions: torch.Tensor,
-        total: int,
-        mask: torch.Tensor | None,
+        groups: Sequence[tuple[slice, int]],
+        mask: torch.Tensor | None = None,
         causal: bool = False,
     ) -> torch.Tensor:
-        """Run all layers on new `positions` [sequences, new] that see at most `total` of the cache."""
+        """Run all layers on new `positions` [sequences, new] of `slots`.
+
+        Args:
+            groups: slots that are attended to together, with how many of their positions, in order.
+            mask: added to the attention scores.
+            causal: instead of the mask: a position sees itself and those before it.
+        """
         parts, shape = self.parts, self.shape
         sequences, new, _ = embeddings.shape
         rows = cache.rows_of(slots, positions)
@@ -207,12 +219,16 @@ class Decoder:
             if rotation is not None:
                 _rotate(heads[:, :, :rotated], rotation)
             cache.write(number, rows, heads[:, :, shape.heads :])
-            keys, values = cache.read(number, slots, total)
-            attended = nn.functional.scaled_dot_product_attention(
-                heads[:, :, : shape.heads].transpose(1, 2), keys, values, mask,
-                is_causal=causal, scale=layer.scale, enable_gqa=shape.heads != shape.key_value_heads,
-            )  # fmt: skip
-            x = x + layer.attention_out(attended.transpose(1, 2).reshape(sequences, new, -1))
+            queries = heads[:, :, : shape.heads].transpose(1, 2).split([len(range(cache.slots)[g]) for g, _ in groups])
+            attended = [
+                nn.functional.scaled_dot_product_attention(
+                    query, *cache.read(number, group, total), mask,
+                    is_causal=causal, scale=layer.scale, enable_gqa=shape.heads != shape.key_value_heads,
+                )
+                for query, (group, total) in zip(queries, groups, strict=True)
+            ]  # fmt: skip
+            together = torch.cat(attended).transpose(1, 2) if len(attended) > 1 else attended[0].transpose(1, 2)
+            x = x + layer.attention_out(together.reshape(sequences, new, -1))
             inner = layer.up(layer.norm2(x))
             if parts.gated:
                 gate, inner = inner.chunk(2, dim=-1)
