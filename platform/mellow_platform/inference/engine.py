@@ -289,8 +289,9 @@ class Engine:
         del model.language_model
         # The encoder runs once a clip, and int8's second row costs it more time than int8 saves.
         pack_linears(model.audio_encoder, "bfloat16" if self.dtype == "bfloat16" else "float32")
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()  # lets go of the file that it was loaded from
+        # What is small and left is copied, which lets go of the files that the model was loaded from: they are mapped
+        # into memory, and one tensor of a file keeps all of it there.
+        model._apply(torch.clone)
         self._model = model
         length = self._prefix_length + self.processor.prompt_length + self.max_new_tokens
         self._cache = self._decoder.new_cache(slots, length)
