@@ -1,6 +1,6 @@
 """How fast the engine answers at the published size, against the published algorithm and transformers' generate.
 
-python tests/benchmarks/inference.py                            # random weights, about ten minutes on two cores
+python tests/benchmarks/inference.py                            # random weights, about seven minutes on two cores
 python tests/benchmarks/inference.py --decoder SmolLM2.gguf     # real decoder weights: also what int8 costs
 python tests/benchmarks/inference.py --quick                    # every figure once
 
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--decoder", help="hub name, folder or GGUF file of SmolLM2-135M; random weights without it")
     parser.add_argument("--quick", action="store_true", help="every figure once instead of three times")
     arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         save_model(*build(arguments.decoder), folder)
         systems = {name: stack.enter_context(System(name, folder)) for name in ("reference", *DTYPES)}
