@@ -17,7 +17,6 @@ from mellow_platform.model import (
 )
 from mellow_platform.model.decoder import load_decoder, load_tokenizer
 from mellow_platform.model.tokenizer import train_tokenizer
-from tests.conftest import SHARED
 
 TEXTS = ["which of these is heard? a) tone b) noise burst", "b) noise burst", "caption the audio.", "a loud tone"]
 
@@ -230,14 +229,6 @@ def test_a_real_padding_character_in_an_answer_is_learned(processor: MellowProce
 def test_no_text_is_unknown_to_the_tiny_tokenizer(processor: MellowProcessor):
     text = "naïve 音 ¿?"
     assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"]) == text
-
-
-def test_the_reference_outputs_are_reproduced():
-    if not (SHARED / "parity").is_dir():
-        pytest.skip(f"{SHARED / 'parity'} is absent: no reference outputs to compare with")
-    expected = np.load(SHARED / "parity" / "expected.npz")
-    spectrogram = MellowFeatureExtractor().log_mel(expected["audio1"])
-    assert np.abs(spectrogram.numpy() - expected["logmel"]).max() <= 1e-3
 
 
 @pytest.mark.slow
