@@ -5,7 +5,7 @@ python jobs/deploy.py --model /data/model          # deploys serve/config.yaml o
 
 import asyncio
 import time
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request
@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
+from mellow_platform.config import Dtype
 from mellow_platform.data.audio import AudioError, decode
 from mellow_platform.inference.engine import Engine, QueueFull
 from mellow_platform.inference.request import Stream
@@ -115,7 +116,7 @@ class Arguments(BaseModel):
 
     model: str
     name: str = "mellow"
-    dtype: Literal["float32", "int8", "bfloat16"] | None = None
+    dtype: Dtype | None = None
     slots: int = Field(16, ge=1)
     max_waiting: int = Field(64, ge=1)
     cpu_threads: int | None = None

@@ -18,6 +18,7 @@ from mellow_platform import storage
 Uri = Annotated[str, AfterValidator(storage.absolute)]
 Size = Literal["mellow-v0", "mellow-tiny"]
 Partner = Literal["random", "same", "silence"]
+Dtype = Literal["float32", "int8", "bfloat16"]
 
 
 class Section(BaseModel):
@@ -186,7 +187,7 @@ class EvaluateConfig(Section):
     batch_size: int = Field(64, ge=1, description="questions an actor answers at once")
     workers: int = Field(2, ge=1, description="actors that hold the model")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each actor")
-    dtype: Literal["float32", "int8", "bfloat16"] | None = Field(
+    dtype: Dtype | None = Field(
         None, description="precision: float32 or int8 on CPU, bfloat16 on a GPU; by default the device's own"
     )
 

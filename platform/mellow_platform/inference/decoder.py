@@ -210,6 +210,7 @@ class Decoder:
         rows = cache.rows_of(slots, positions)
         rotation = parts.rotation[positions][:, :, None] if parts.rotation is not None else None
         rotated = shape.heads + shape.key_value_heads
+        sizes = [group.stop - group.start for group, _ in groups]
         x = embeddings
         if parts.position_embedding is not None:
             x = x + parts.position_embedding[positions]
@@ -219,7 +220,7 @@ class Decoder:
             if rotation is not None:
                 _rotate(heads[:, :, :rotated], rotation)
             cache.write(number, rows, heads[:, :, shape.heads :])
-            queries = heads[:, :, : shape.heads].transpose(1, 2).split([len(range(cache.slots)[g]) for g, _ in groups])
+            queries = heads[:, :, : shape.heads].transpose(1, 2).split(sizes)
             attended = [
                 nn.functional.scaled_dot_product_attention(
                     query, *cache.read(number, group, total), mask,

@@ -181,9 +181,7 @@ class Engine:
             self._check_open()
             if len(self._waiting) >= self.max_waiting:
                 raise QueueFull(f"{len(self._waiting)} requests wait already: try again later")
-            self._waiting.append(sequence)
-            self._changed.notify_all()
-        return sequence.stream
+            return self._enqueue(sequence)
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer all requests; waits where the queue is full.
@@ -197,9 +195,7 @@ class Engine:
             with self._changed:
                 self._changed.wait_for(lambda: len(self._waiting) < self.max_waiting or self._closed)
                 self._check_open()
-                self._waiting.append(sequence)
-                self._changed.notify_all()
-            streams.append(sequence.stream)
+                streams.append(self._enqueue(sequence))
         return [stream.result() for stream in streams]
 
     def score(self, request: Request, choices: Sequence[str]) -> list[ChoiceScore]:
@@ -237,15 +233,22 @@ class Engine:
             if not all(np.isfinite(part).all() for part in parts_of(clip)):
                 raise ValueError(f"clip {number} holds NaN or infinity: check how it was decoded or stored")
         pair: tuple[Clip, Clip] = (clips[0], second_clip(clips, self.processor.partner, self._silence))
+        first = content_key(pair[0])
         return _Sequence(
             request,
             pair,
-            (content_key(pair[0]), content_key(pair[1])),
+            (first, first if pair[1] is pair[0] else content_key(pair[1])),
             self.processor.prompt_ids(request.text),
             self.prompt_tokens(request.text),
             AnswerText(self.processor.tokenizer, request.stop),
             Sampler(request, self.device),
         )
+
+    def _enqueue(self, sequence: _Sequence) -> Stream:
+        """Let a sequence wait for a slot; the caller holds the lock."""
+        self._waiting.append(sequence)
+        self._changed.notify_all()
+        return sequence.stream
 
     def _check_open(self) -> None:
         if self._broken:

@@ -2,11 +2,12 @@
 
 import warnings
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 from torch import nn
 
-DTYPES = ("float32", "int8", "bfloat16")
+from mellow_platform.config import Dtype
 
 # Rows that oneDNN lays the weights out for. One layout serves a single token, a batch of them and a prompt: laid out
 # for 1 row, two rows take 1.8 times as long.
@@ -24,8 +25,8 @@ def pack(weight: torch.Tensor, bias: torch.Tensor | None, dtype: str) -> Linear:
     Raises:
         ValueError: the precision does not exist, or not on the weights' device.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(get_args(Dtype))}")
     if (dtype == "int8") == weight.is_cuda and dtype != "float32":
         raise ValueError(f"dtype {dtype} does not run on {weight.device.type}: int8 is for CPU, bfloat16 for GPUs")
     if dtype == "int8":
