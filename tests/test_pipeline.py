@@ -178,7 +178,7 @@ def test_a_clip_in_two_splits_is_refused(path: SimpleNamespace, tmp_path: Path):
 
 
 def test_shards_with_the_other_features_are_refused(path: SimpleNamespace):
-    with pytest.raises(ValueError, match=r"holds features: log_mel, and features: encoder are needed"):
+    with pytest.raises(ValueError, match=r"holds features: logmel, and features: encoder are needed"):
         evaluate(path.evaluate_config.model_copy(update={"shards": path.run("log-mel")}))
 
 

@@ -67,7 +67,7 @@ class PreprocessConfig(Section):
         description="hub name, folder or GGUF file with the tokenizer; mellow-tiny trains its own without it",
     )
     vocab_size: int = Field(1024, ge=300, description="of the tokenizer that mellow-tiny trains")
-    features: Literal["log_mel", "encoder"] = Field("log_mel", description="what is stored of a clip")
+    features: Literal["logmel", "encoder"] = Field("logmel", description="what is stored of a clip")
     encoder: Uri | None = Field(None, description="folder of the frozen encoder, for features: encoder")
     short_clip: Literal["pad", "repeat"] = Field("pad", description="what fills a clip shorter than 10 s")
     partner: Partner = Field(

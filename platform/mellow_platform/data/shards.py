@@ -70,7 +70,7 @@ class Manifest:
         storage.write_json(storage.join(shards, MANIFEST), asdict(self) | {"content_hash": self.content_hash})
 
     @classmethod
-    def read_with(cls, shards: str, features: Literal["log_mel", "encoder"]) -> "Manifest":
+    def read_with(cls, shards: str, features: Literal["logmel", "encoder"]) -> "Manifest":
         """Read the manifest of a set that holds `features` of its clips.
 
         Raises:

@@ -1,6 +1,6 @@
 """Train an audio encoder as a multi-label sound tagger, which is what HTSAT was before Mellow froze it.
 
-Clips are those of the train split of a `features: log_mel` shard set that have labels; the loss is binary
+Clips are those of the train split of a `features: logmel` shard set that have labels; the loss is binary
 cross-entropy over the clip's tags (arXiv 2202.00874).
 """
 
@@ -40,7 +40,7 @@ def tagged_clips(config: EncoderConfig) -> tuple[FeatureStore, np.ndarray, list[
     Raises:
         ValueError: the shards hold no spectrograms, or no clip of the train split has labels.
     """
-    Manifest.read_with(config.shards, "log_mel")
+    Manifest.read_with(config.shards, "logmel")
     store = FeatureStore.load(config.shards)
     clips = read_labels(config.labels)
     names = vocabulary(clips)
