@@ -9,7 +9,7 @@ import time
 
 from mellow_platform.config import TrainConfig, load
 from mellow_platform.model.projections import projection_class
-from mellow_platform.training.finetune import train_answers
+from mellow_platform.training.finetune import load_examples, train_answers
 from mellow_platform.training.loop import run_training, summary
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     config = load(TrainConfig)
     projection_class(config.projection)  # an unknown name ends the job here, not on workers that would be retried
     start = time.monotonic()
-    result = run_training(train_answers, config)
+    result = run_training(train_answers, config, load_examples(config))
     print(json.dumps({"model": config.output} | summary(result, time.monotonic() - start)))
 
 

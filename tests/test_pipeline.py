@@ -25,9 +25,9 @@ from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.decoder import load_decoder
 from mellow_platform.model.folder import load_model, load_processor, save_pretrained
 from mellow_platform.training.batches import Plan, batches, epoch_order
-from mellow_platform.training.finetune import train_answers
+from mellow_platform.training.finetune import load_examples, train_answers
 from mellow_platform.training.loop import run_training
-from mellow_platform.training.tagger import tagged_clips, train_tagger
+from mellow_platform.training.tagger import TaggedClips, train_tagger
 from tests.conftest import write_corpus
 
 CLIPS = {"train": 24, "val": 2, "test": 6}
@@ -46,14 +46,13 @@ def path(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
     common = {"corpus": str(made.corpus), "size": "mellow-tiny", "clips_per_shard": 8, "max_failed_share": 0.2}
     made.common = common
     made.log_mel = preprocess(PreprocessConfig(**common, output=made.run("log-mel")))
-    run = {"storage": made.run("runs"), "size": "mellow-tiny", "micro_batch": 4, "checkpoint_every": 4, "log_every": 1}
-    made.encoder_result = run_training(
-        train_tagger,
-        EncoderConfig(
-            **run, shards=made.run("log-mel"), labels=str(made.corpus / "labels.json"), output=made.run("encoder"),
-            run="encoder", epochs=2.0,
-        ),
+    run = {"storage": made.run("runs"), "size": "mellow-tiny", "batch": 8, "micro_batch": 4}
+    run |= {"checkpoint_every": 4, "log_every": 1}
+    encoder_config = EncoderConfig(
+        **run, shards=made.run("log-mel"), labels=str(made.corpus / "labels.json"), output=made.run("encoder"),
+        run="encoder", epochs=2.0,
     )  # fmt: skip
+    made.encoder_result = run_training(train_tagger, encoder_config, TaggedClips.load(encoder_config))
     made.features = preprocess(
         PreprocessConfig(**common, output=made.run("features"), features="encoder", encoder=made.run("encoder"))
     )
@@ -61,7 +60,7 @@ def path(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
         **run, shards=made.run("features"), encoder=made.run("encoder"), output=made.run("model"), run="mellow",
         epochs=0.5,
     )  # fmt: skip
-    made.train_result = run_training(train_answers, made.train_config)
+    made.train_result = run_training(train_answers, made.train_config, load_examples(made.train_config))
     made.evaluate_config = EvaluateConfig(
         model=made.run("model"), shards=made.run("features"), output=made.run("evaluation"), limit=24, batch_size=8
     )
@@ -166,8 +165,8 @@ def test_clips_that_only_have_labels_are_shards_to_train_an_encoder_on(path: Sim
     config = EncoderConfig(
         shards=path.run("audioset"), labels=path.run("segments.csv"), output="/o", storage="/s", run="r"
     )
-    store, targets, names = tagged_clips(config)
-    assert (store.filepaths, names, targets.tolist()) == (["abc.wav"], ["Tone"], [[1.0]])
+    clips = TaggedClips.load(config)
+    assert (clips.ids, clips.names, clips.targets.tolist()) == (["abc.wav"], ["Tone"], [[1.0]])
 
 
 def test_a_clip_in_two_splits_is_refused(path: SimpleNamespace, tmp_path: Path):
@@ -198,12 +197,14 @@ def test_stored_features_are_the_encoder_of_the_folder(path: SimpleNamespace):
 
 
 def test_training_reports_loss_and_throughput_and_checkpoints(path: SimpleNamespace):
-    metrics = path.train_result.metrics
+    metrics = path.train_result
     assert metrics["step"] == metrics["total_steps"] > 4
     assert metrics["examples_per_second"] > 0
     assert np.isfinite(metrics["loss"])
-    assert path.train_result.checkpoint
-    losses = path.train_result.metrics_dataframe["loss"].tolist()
+    store = CheckpointStore(metrics["run"])
+    assert [saved.step for saved in store.saved()][-1] == metrics["step"]
+    losses = store.read_log()["loss"].to_pylist()
+    assert len(losses) == metrics["step"]
     assert losses[-1] < losses[0]
     assert list((path.root / "runs/mellow/tensorboard").glob("events.out.tfevents.*"))
 

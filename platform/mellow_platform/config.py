@@ -98,10 +98,19 @@ class ScalingSection(Section):
     """Workers of a training job."""
 
     workers: int = Field(2, ge=1, description="training workers")
+    min_workers: int | None = Field(
+        None, ge=1, description="go on with so few when nodes are lost, and grow again; default: always `workers`"
+    )
     gpus_per_worker: float = Field(0.0, ge=0, description="0 trains on CPU (gloo, float32), 1 on GPUs (nccl, bfloat16)")
     cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs each worker reserves")
     threads_per_worker: int = Field(1, ge=1, description="CPU threads each worker computes with")
-    max_failures: int = Field(3, ge=0, description="worker failures after which the run gives up")
+    max_failures: int = Field(3, ge=-1, description="worker failures after which the run gives up; -1: never")
+
+    @model_validator(mode="after")
+    def _fewest_is_not_most(self) -> "ScalingSection":
+        if self.min_workers and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than workers {self.workers}")
+        return self
 
 
 class RunSection(Section):
@@ -110,18 +119,27 @@ class RunSection(Section):
     shards: Uri = Field(description="folder that preprocess wrote")
     output: Uri = Field(description="folder to save the trained model to")
     storage: Uri = Field(description="folder for checkpoints and logs of all runs")
-    run: str = Field(description="name of the run; the same name goes on from its last checkpoint")
+    run: str = Field(
+        pattern=r"^[\w.-]+$", description="name of the run; the same name goes on from its last checkpoint"
+    )
     size: Size = Field("mellow-v0", description="model size")
-    seed: int = Field(0, description="of weights, order and dropout")
+    seed: int = Field(0, ge=0, description="of weights, order and dropout")
     epochs: float = Field(1.0, gt=0, description="passes over the training split")
-    micro_batch: int = Field(4, ge=1, description="examples of a worker's forward pass")
+    batch: int = Field(16, ge=1, description="examples of a step, over all workers, however many these are")
+    micro_batch: int = Field(
+        4, ge=1, description="examples of one forward pass; a worker accumulates gradients over its share of the batch"
+    )
     learning_rate: float = Field(1e-3, gt=0, description="peak, after warm-up; a cosine leads to 0")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps that warm up")
     weight_decay: float = Field(1e-4, ge=0, description="of AdamW")
     max_grad_norm: float = Field(0.5, gt=0, description="gradients are clipped to this norm")
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept; the best by validation is kept besides")
     log_every: int = Field(10, ge=1, description="steps between reported losses")
+    tracking: Literal["tensorboard", "mlflow"] = Field(
+        "tensorboard", description="where metrics go besides Ray; mlflow needs the extra `mlflow` and its own variables"
+    )
+    dry_run: bool = Field(False, description="print the plan (steps, memory, checkpoint size, time) and stop")
     scaling: ScalingSection = ScalingSection()
 
 
@@ -162,12 +180,44 @@ class TrainConfig(RunSection):
     projection: str = Field("mellow", description="mellow (as published), linear, mlp or transformer")
     lora: LoRASection = LoRASection()
     zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed ZeRO stage")
-    gradient_accumulation: int = Field(1, ge=1, description="micro-batches a step")
+    activation_checkpointing: bool = Field(
+        False, description="compute the decoder's activations again in the backward pass, to save memory"
+    )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none", description="what ZeRO keeps in CPU memory: the optimizer's state (from stage 1), or parameters too (3)"
+    )
+    pad_prompts: bool = Field(True, description="fill prompts to the processor's length with padding that is seen")
+    partner_per_epoch: bool = Field(
+        False, description="draw the second clip of questions about one anew in every epoch, one a clip"
+    )
+    questions_per_pack: int = Field(
+        1, ge=1, description="neighbouring questions on the same clips, which share one encoded prefix"
+    )
+    augment: bool = Field(
+        False, description="SpecAugment and drop path in the frozen encoder, as published; needs features: logmel"
+    )
+    validate_every: int = Field(0, ge=0, description="steps between validations on the val split; 0: none")
+    validation_examples: int = Field(256, ge=1, description="examples of the val split in a validation")
+    patience: int = Field(0, ge=0, description="validations without a better loss that end the run; 0: none do")
+    publish: Literal["last", "best"] = Field("last", description="weights that `output` gets: last, or best validated")
 
     @model_validator(mode="after")
     def _one_place_to_begin(self) -> "TrainConfig":
         if bool(self.encoder) == bool(self.init_from):
             raise ValueError("give `encoder`, or `init_from`, a model that brings its own")
+        return self
+
+    @model_validator(mode="after")
+    def _what_validation_is_for(self) -> "TrainConfig":
+        if not self.validate_every and (self.patience or self.publish == "best"):
+            raise ValueError("patience and publish: best go by validations: set validate_every")
+        return self
+
+    @model_validator(mode="after")
+    def _offloading_needs_shares(self) -> "TrainConfig":
+        needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(f"offload: {self.offload} needs zero_stage {needed} or more, not {self.zero_stage}")
         return self
 
 

@@ -144,3 +144,26 @@ def local_copy(uri: str) -> Path:
         local.parent.mkdir(parents=True, exist_ok=True)
         fs.get_file(remote, str(local))
     return target
+
+
+def list_folder(uri: str) -> list[str]:
+    """Return the names of what is in the folder `uri`, sorted; nothing where there is no such folder."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    if not fs.exists(path):
+        return []
+    return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+
+
+def delete_folder(uri: str) -> None:
+    """Delete the folder `uri` and all that is in it; it need not be there."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a local file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

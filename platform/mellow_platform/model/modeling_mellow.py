@@ -151,7 +151,10 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits = self.get_output_embeddings()(hidden[:, first:])
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+            loss = nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+            )
+            loss = loss / kwargs.get("num_items_in_batch", (labels >= 0).sum())
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     @torch.no_grad()

@@ -1,13 +1,13 @@
 """Training batches in an order that is computed from (seed, epoch), never remembered from a stream.
 
-Every worker builds Ray Data pipelines over its own positions in that order; a run that is resumed builds the rest of
-the list.
+A step is a fixed stretch of its epoch's order, cut into micro-batches that do not depend on how many workers share
+them: a run that is resumed, on other workers too, builds the rest of the list and goes on.
 """
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import ray
@@ -18,71 +18,140 @@ Arrays = dict[str, np.ndarray]
 WINDOW, TASK = 64, 16  # micro-batches made ahead, and of them in one Ray task
 
 
-@functools.lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """Return the order [count] of the examples in one epoch."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
+class Examples(Protocol):
+    """What a training job learns from, by number; read in place from Ray's object store.
+
+    Attributes:
+        ids: a stable name of each example, for the log.
+        sizes: [count] what each example counts in the mean loss (its answer's tokens, or 1).
+    """
+
+    ids: list[str]
+    sizes: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Return the order [count] of the examples in one epoch, a function of the arguments alone."""
+        ...
+
+    def collate(self, seed: int, epoch: int, numbers: np.ndarray) -> Arrays:
+        """Return the arrays that the network reads of the numbered examples."""
+        ...
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which examples a worker sees: micro-batch `m` of all workers covers one stretch of the endless epochs.
+    """Which examples are in a step, and which of its micro-batches a worker computes.
 
     Attributes:
         count: examples in an epoch.
-        micro_batch: examples a worker and micro-batch.
+        batch: examples of a step; the last step of an epoch has what is left.
+        micro_batch: examples of one forward pass.
+        workers: that share a step.
     """
 
     seed: int
     count: int
+    batch: int
     micro_batch: int
-    rank: int
-    world_size: int
+    workers: int
 
-    def examples(self, positions: np.ndarray) -> np.ndarray:
-        """Return the example at each of this worker's `positions` (0 is its first in the run)."""
-        micro, within = np.divmod(positions, self.micro_batch)
-        everyones = (micro * self.world_size + self.rank) * self.micro_batch + within
-        epochs, places = np.divmod(everyones, self.count)
-        return np.array(
-            [epoch_order(self.seed, int(e), self.count)[p] for e, p in zip(epochs, places, strict=True)],
-            np.int64,
-        )
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.count // self.batch)
+
+    @property
+    def turns(self) -> int:
+        """Micro-batches that every worker computes in a step (gradient accumulation)."""
+        return -(-min(self.batch, self.count) // (self.micro_batch * self.workers))
+
+    def stretch(self, step: int) -> tuple[int, int, int]:
+        """Return the epoch of a step, and where in its order the step starts and stops."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return epoch, within * self.batch, min((within + 1) * self.batch, self.count)
+
+    def micro(self, step: int, turn: int, rank: int) -> tuple[int, int] | None:
+        """Return the stretch of the epoch's order that a worker computes in a turn; None where none is left for it."""
+        _, first, last = self.stretch(step)
+        start = first + (turn * self.workers + rank) * self.micro_batch
+        return (start, min(start + self.micro_batch, last)) if start < last else None
+
+    def numbers(self, examples: Examples, step: int) -> np.ndarray:
+        """Return the numbers of the examples in a step."""
+        epoch, first, last = self.stretch(step)
+        return examples.order(self.seed, epoch)[first:last]
 
 
-def batches(
-    plan: Plan, gather: Callable[[np.ndarray, ray.ObjectRef], Arrays], source: ray.ObjectRef, first: int, last: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield this worker's micro-batches `first` to `last` (excluded), in order.
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass reads.
+
+    Attributes:
+        arrays: of `Examples.collate`.
+        size: what the whole step's examples count, over all workers: losses are sums divided by it.
+        counts: false for a stand-in, computed where a worker has no share of the step, so that all keep in step.
+        draw: seed of its dropout and its other draws.
+    """
+
+    arrays: dict[str, torch.Tensor]
+    size: float
+    counts: bool
+    draw: int
+
+
+def batches(plan: Plan, source: ray.ObjectRef, rank: int, first: int, last: int) -> Iterator[list[MicroBatch]]:
+    """Yield this worker's micro-batches of the steps `first` to `last` (excluded), a list a step.
 
     They are made a window at a time, the next one while this one is trained on. One endless pipeline would be simpler,
     but while its output waits to be consumed, Ray Data's scheduling loop spins in this very process (2.60): it took
     half of the tagger's speed on two cores.
 
     Args:
-        gather: makes arrays [examples, ...] of example numbers and the data behind `source`.
-        source: the examples, in Ray's object store.
+        source: the `Examples`, in Ray's object store.
     """
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    size = plan.micro_batch
+    steps = max(1, WINDOW // plan.turns)
 
     def window(start: int) -> ray.data.Dataset:
-        stop = min(start + WINDOW, last)
+        count = (min(start + steps, last) - start) * plan.turns
 
-        def make(rows: Arrays) -> Arrays:
+        def make(row: dict[str, int]) -> Arrays:
             torch.set_num_threads(1)
-            return gather(plan.examples(rows["id"] + start * size), source)
+            step, turn = divmod(row["id"], plan.turns)
+            return _collated(plan, ray.get(source), start + step, turn, rank)
 
-        positions = ray.data.range((stop - start) * size, override_num_blocks=-(-(stop - start) // TASK))
-        return positions.map_batches(make, batch_size=size).materialize()
+        return ray.data.range(count, override_num_blocks=-(-count // TASK)).map(make).materialize()
 
-    starts = range(first, last, WINDOW)
+    starts = range(first, last, steps)
     with ThreadPoolExecutor(1) as ahead:
         following = ahead.submit(window, first) if starts else None
         for start in starts:
             assert following
             made = following.result()
-            following = ahead.submit(window, start + WINDOW) if start + WINDOW < last else None
-            yield from made.iter_torch_batches(batch_size=size, drop_last=True)
+            following = ahead.submit(window, start + steps) if start + steps < last else None
+            turns: list[MicroBatch] = []
+            for row in made.iter_rows():
+                size, counts, draw = row.pop("size"), row.pop("counts"), row.pop("draw")
+                tensors = {name: torch.from_numpy(np.array(array)) for name, array in row.items()}
+                turns.append(MicroBatch(tensors, float(size), bool(counts), int(draw)))
+                if len(turns) == plan.turns:
+                    yield turns
+                    turns = []
+
+
+def _collated(plan: Plan, examples: Examples, step: int, turn: int, rank: int) -> Arrays:
+    epoch, first, last = plan.stretch(step)
+    order = examples.order(plan.seed, epoch)
+    own = plan.micro(step, turn, rank)
+    start, stop = own or (first, min(first + plan.micro_batch, last))
+    arrays = examples.collate(plan.seed, epoch, order[start:stop])
+    # A draw depends on the step and on the micro-batch's first example, not on who computes it.
+    draw = np.random.SeedSequence([plan.seed, step, start]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    return arrays | {
+        "size": np.float64(examples.sizes[order[first:last]].sum()),
+        "counts": np.bool_(own is not None),
+        "draw": np.int64(draw),
+    }

@@ -1,6 +1,8 @@
 """Fine-tune Mellow on answers with DeepSpeed; the audio encoder stays frozen and is read from its stored features."""
 
-import contextlib
+import dataclasses
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +14,20 @@ import torch
 
 from mellow_platform import storage
 from mellow_platform.config import TrainConfig
-from mellow_platform.data.shards import Manifest, read_records
-from mellow_platform.features.store import FeatureStore
-from mellow_platform.model import (
-    MellowConfig,
-    MellowForConditionalGeneration,
-    MellowProcessor,
-    load_encoder,
-    pad_labels,
-)
+from mellow_platform.data.shards import Manifest
+from mellow_platform.model import MellowConfig, MellowForConditionalGeneration, MellowProcessor, load_encoder
 from mellow_platform.model.decoder import load_decoder
 from mellow_platform.model.folder import load_processor, save_model
-from mellow_platform.training.batches import Plan, batches
-from mellow_platform.training.loop import (
-    Progress,
-    learning_rate_factor,
-    seed_step,
-    total_steps,
-    worker_threads,
-)
+from mellow_platform.training.batches import MicroBatch, Plan, batches
+from mellow_platform.training.checkpoints import Tensors
+from mellow_platform.training.engine_state import EngineState, weights_of
+from mellow_platform.training.examples import AnswerExamples
+from mellow_platform.training.gate import Question, check_published, greedy_answers
+from mellow_platform.training.loop import Progress, learning_rate_factor, plan_of, worker_threads
+
+BETAS = (0.9, 0.98)
+GATE_QUESTIONS = 8
+PUBLISHED = "training.json"
 
 
 def build_model(config: TrainConfig, processor: MellowProcessor) -> MellowForConditionalGeneration:
@@ -88,127 +85,187 @@ def check_encoder(config: TrainConfig, model: MellowConfig, processor: MellowPro
     audio, name = model.audio_config, config.encoder or config.init_from
     processor.feature_extractor.check_hears_as(audio, name)
     expected = {"frames": [audio.num_frames, audio.frame_size], "latent": [audio.hidden_size]}
-    stored = Manifest.read_with(config.shards, "encoder").features
-    if stored != expected:
+    stored = Manifest.read(config.shards).features
+    if "frames" in stored and stored != expected:
         raise ValueError(
             f"{config.shards} holds features {stored}, encoder {name} gives {expected}: "
             "run jobs/preprocess.py with this encoder, or take the one that made the shards"
         )
 
 
-class AnswerExamples:
-    """Arrays of numbered examples of the train split; made once, read in place from Ray's object store."""
+def load_examples(config: TrainConfig, split: str = "train") -> AnswerExamples:
+    """Read the examples of a split, and how `config` wants them put together.
 
-    def __init__(self, shards: str):
-        Manifest.read_with(shards, "encoder")
-        records = read_records(shards, "train")
-        store = FeatureStore.load(shards)
-        self.features = store.arrays
-        self.clips = np.array(
-            [
-                [store.rows[one], store.rows[two]]
-                for one, two in zip(records["clip1"].to_pylist(), records["clip2"].to_pylist(), strict=True)
-            ],
-            np.int64,
-        ).reshape(-1, 2)
-        self.prompts = np.array(records["prompt_ids"].to_pylist(), np.int64)
-        self.labels = pad_labels(records["answer_ids"].to_pylist()).numpy()
-
-    def __len__(self) -> int:
-        return len(self.clips)
+    Raises:
+        ValueError: the shard set holds other features than the run needs.
+    """
+    if config.augment:
+        Manifest.read_with(config.shards, "logmel")
+    return AnswerExamples.load(
+        config.shards,
+        split,
+        questions_per_pack=config.questions_per_pack,
+        pad_prompts=config.pad_prompts,
+        partner_per_epoch=config.partner_per_epoch,
+    )
 
 
-def gather_answers(examples: np.ndarray, source: ray.ObjectRef) -> dict[str, np.ndarray]:
-    """Return what `MellowForConditionalGeneration.forward` reads of the numbered examples."""
-    data: AnswerExamples = ray.get(source)
-    clips = data.clips[examples]
-    return {
-        "input_ids": data.prompts[examples],
-        "labels": data.labels[examples],
-        "audio_frames": data.features["frames"][clips],
-        "audio_latent": data.features["latent"][clips],
-    }
-
-
-def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig, plan: Plan) -> dict[str, Any]:
     """Return the DeepSpeed engine's configuration."""
-    on_gpu = bool(config.scaling.gpus_per_worker)
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch,
-        "gradient_accumulation_steps": config.gradient_accumulation,
-        "train_batch_size": config.micro_batch * config.gradient_accumulation * world_size,
+        "gradient_accumulation_steps": plan.turns,
+        "train_batch_size": config.micro_batch * plan.turns * plan.workers,
         "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": on_gpu},
-        "zero_optimization": {"stage": config.zero_stage},
+        "bf16": {"enabled": bool(config.scaling.gpus_per_worker)},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
 
 
-def train_answers(values: dict[str, Any]) -> None:
-    """The loop of one worker; rank 0 saves the model folder at the end."""
-    config = TrainConfig(**values)
-    worker_threads(config)
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    processor = load_processor(storage.join(config.shards, "processor"))
-    model = build_model(config, processor)
-    examples = AnswerExamples(config.shards)
-    accumulation = config.gradient_accumulation
-    per_step = config.micro_batch * world * accumulation
-    total = total_steps(config, len(examples), per_step)
+class Finetuning:
+    """Mellow in a DeepSpeed engine on one worker: steps, state, validation. All workers call its methods together."""
 
-    if not config.scaling.gpus_per_worker:
-        # DeepSpeed would compile its shared-memory collectives first, which takes a C++ compiler and a minute.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine, optimizer, _, _ = deepspeed.initialize(
-        model=model,
-        optimizer=torch.optim.AdamW(trained, config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay),
-        config=deepspeed_config(config, world),
+    def __init__(self, config: TrainConfig, plan: Plan, model: MellowForConditionalGeneration, tensors: Tensors | None):
+        """
+        Args:
+            tensors: of the checkpoint to go on from, when there is one.
+        """
+        self.config, self.plan = config, plan
+        if config.activation_checkpointing:
+            model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        if tensors:
+            model.load_state_dict(weights_of(tensors), strict=False)
+        if not config.scaling.gpus_per_worker:
+            # DeepSpeed would compile its shared-memory collectives first, which takes a C++ compiler and a minute.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.AdamW(trained, config.learning_rate, betas=BETAS, weight_decay=config.weight_decay),
+            config=deepspeed_config(config, plan),
+        )
+        self.state = EngineState(self.engine)
+
+    def step(self, turns: list[MicroBatch], learning_rate: float) -> torch.Tensor:
+        """Learn from a step's micro-batches; return this worker's share of the step's mean loss."""
+        self.engine.train()
+        if self.config.augment:
+            self.engine.module.audio_encoder.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        total = torch.zeros((), device=self.engine.device)
+        for micro in turns:
+            torch.manual_seed(micro.draw)
+            loss = self.engine(**self._moved(micro), num_items_in_batch=micro.size).loss * micro.counts
+            # The engine takes the mean over workers and turns; these losses are shares of one mean already.
+            self.engine.backward(loss * (self.plan.workers * self.plan.turns))
+            self.engine.step()
+            total += loss.detach()
+        return total
+
+    def restore(self, tensors: Tensors, step: int, turns: list[MicroBatch]) -> None:
+        """Take the optimizer's state after `step` steps over; `turns` are those of any step."""
+        empty = [dataclasses.replace(micro, counts=False) for micro in turns]
+        self.state.restore(tensors, step, lambda: self.step(empty, 0.0))
+
+    @torch.no_grad()
+    def validate(self, examples: AnswerExamples, rank: int) -> dict[str, float]:
+        """Return `val_loss`, and `val_accuracy`: the share of examples whose greedy answer is the true one, word for word.
+
+        The greedy answer is the true one exactly where every true token is the likeliest behind those before it.
+        """
+        self.engine.eval()
+        # The first examples of a fixed order; all workers make as many passes.
+        count = min(self.config.validation_examples, len(examples))
+        numbers = examples.order(self.config.seed, 0)[:count]
+        size = self.config.micro_batch
+        sums = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
+        for start in range(0, count, size * self.plan.workers):
+            own = numbers[start + rank * size :][:size]
+            share = float(len(own) > 0)
+            arrays = examples.collate(self.config.seed, 0, own if len(own) else numbers[:1])
+            batch = {name: torch.from_numpy(array).to(self.engine.device) for name, array in arrays.items()}
+            output, answered = self.engine(**batch), batch["labels"] >= 0
+            tokens = answered.sum()
+            right = ((output.logits.argmax(-1) == batch["labels"]) | ~answered).all(dim=1).sum()
+            sums += share * torch.stack([output.loss * tokens, tokens, right, torch.tensor(len(own))]).to(sums)
+        torch.distributed.all_reduce(sums)
+        loss, tokens, right, seen = sums.tolist()
+        return {"val_loss": loss / tokens, "val_accuracy": right / seen}
+
+    def _moved(self, micro: MicroBatch) -> dict[str, torch.Tensor]:
+        return {name: value.to(self.engine.device) for name, value in micro.arrays.items()}
+
+
+def publish(
+    tuning: Finetuning, progress: Progress, processor: MellowProcessor, validation: AnswerExamples | None
+) -> None:
+    """Save the model to the run's output, where it passes the gate; all workers call it together."""
+    config, store = tuning.config, progress.store
+    if config.publish == "best" and progress.best and progress.best["step"] != progress.step:
+        (best,) = [saved for saved in store.saved() if saved.step == progress.best["step"]]
+        tuning = Finetuning(config, tuning.plan, build_model(config, processor), store.load(best)[0])
+    weights = tuning.state.weights(progress.is_first)
+    tuning.engine.eval()
+    questions = gate_questions(validation or load_examples(config), config)
+    answers = greedy_answers(tuning.engine.module, questions)
+    if not progress.is_first:
+        return
+    model = build_model(config, processor).eval()
+    model.load_state_dict(weights, strict=False)
+    # The weights have seen prompts in this form.
+    processor.pad_prompt = config.pad_prompts
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, processor, folder)
+        check_published(folder, model, questions, answers, like=next(tuning.engine.module.parameters()))
+        storage.upload(folder, config.output)
+        digests = {path.name: storage.sha256(path) for path in sorted(Path(folder).iterdir())}
+    # Written last: a folder without it is not all there.
+    storage.write_json(
+        storage.join(config.output, PUBLISHED), {"run": progress.folder, "step": progress.step, "files": digests}
     )
 
-    progress = Progress(config, total, per_step, clip_seconds=20.0)
-    step = progress.resume(lambda folder: _load(engine, folder))
-    plan = Plan(config.seed, len(examples), config.micro_batch, rank, world)
-    source = ray.put(examples)
-    losses = torch.zeros(())
-    rate = 0.0
-    engine.train()
-    for number, batch in enumerate(
-        batches(plan, gather_answers, source, step * accumulation, total * accumulation),
-        start=step * accumulation,
-    ):
-        if number % accumulation == 0:
-            seed_step(config.seed, progress.step, rank)
-            rate = config.learning_rate * learning_rate_factor(progress.step, total, config.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            losses = torch.zeros((), device=engine.device)
-        loss = engine(**{name: value.to(engine.device) for name, value in batch.items()}).loss
-        engine.backward(loss)
-        engine.step()
-        losses += loss.detach() / accumulation
-        if number % accumulation == accumulation - 1:
-            progress.advance(losses, rate, lambda folder: _save(engine, folder))
-    with _gathered(engine, config.zero_stage):
-        if rank == 0:
-            save_model(model.eval(), processor, config.output)
+
+def gate_questions(examples: AnswerExamples, config: TrainConfig) -> list[Question]:
+    """Return the first examples of a fixed order without their answers, one at a time."""
+    questions = []
+    for number in examples.order(config.seed, 0)[:GATE_QUESTIONS]:
+        arrays = examples.collate(config.seed, 0, np.array([number]))
+        read = ("input_ids", "input_features", "audio_frames", "audio_latent")
+        questions.append({name: torch.from_numpy(arrays[name]) for name in read if name in arrays})
+    return questions
 
 
-def _save(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
-    engine.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
-
-
-def _load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
-    loaded, _ = engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
-    if loaded is None:
-        raise RuntimeError(f"checkpoint {folder} holds no engine state: delete it to go on from the one before")
-
-
-def _gathered(engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> contextlib.AbstractContextManager:
-    """Make every rank's share of the parameters whole on rank 0 while it saves them (ZeRO 3 splits them)."""
-    if zero_stage < 3:
-        return contextlib.nullcontext()
-    return deepspeed.zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=None)
+def train_answers(values: dict[str, Any]) -> None:
+    """The loop of one worker; rank 0 publishes the model folder at the end."""
+    config = TrainConfig(**values["config"])
+    worker_threads(config)
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    examples: AnswerExamples = ray.get(values["examples"])
+    plan = plan_of(config, examples, workers)
+    progress = Progress(config, plan, examples, clip_seconds=20.0)
+    processor = load_processor(storage.join(config.shards, "processor"))
+    model = build_model(config, processor)
+    tensors = progress.resume()
+    tuning = Finetuning(config, plan, model, tensors)
+    validation = load_examples(config, "val") if config.validate_every else None
+    validate = functools.partial(tuning.validate, validation, rank) if validation else None
+    steps = batches(plan, values["examples"], rank, progress.step, progress.total)
+    for turns in progress.waiting(steps):
+        if tensors:
+            tuning.restore(tensors, progress.step, turns)
+            tensors = None
+        rate = config.learning_rate * learning_rate_factor(progress.step, progress.total, config.warmup)
+        progress.advance(tuning.step(turns, rate), rate, tuning.state.snapshot, validate)
+    publish(tuning, progress, processor, validation)
+    progress.finish(model=config.output)

@@ -1,43 +1,70 @@
-"""What both training loops share: steps, schedule, run state, and the trainer that Ray runs them with."""
+"""What both training loops share: the trainer that Ray runs them with, schedule, reports, checkpoints and resumption."""
 
-import contextlib
-import json
+import concurrent.futures
+import dataclasses
 import logging
 import math
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
+import ray.train.collective
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+import torch.distributed
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mellow_platform import storage
 from mellow_platform.config import RunSection
+from mellow_platform.training.batches import Examples, Plan
+from mellow_platform.training.checkpoints import POSITION, CheckpointStore, Saved, Tensors
+from mellow_platform.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
-PROGRESS = "progress.json"
+RESULT = "result.json"
+POSITION_SECONDS, PREEMPTION_SECONDS = 1.0, 1.0
 # Muon's matrix products are bfloat16, which on a CPU that announces AMX without granting it end the process; this
 # keeps oneDNN to instructions that such machines have. It has to stand before torch is loaded.
 WORKER_ENVIRONMENT = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}
+# What may change when a run goes on; anything else would make it another run.
+CHANGEABLE = {
+    "epochs", "checkpoint_every", "keep_checkpoints", "log_every", "tracking", "dry_run", "scaling", "storage",
+    "output", "offload", "activation_checkpointing", "zero_stage", "micro_batch", "patience", "publish",
+    "validate_every", "validation_examples",
+}  # fmt: skip
 
 
-def run_training(loop: Callable[[dict], None], config: RunSection) -> Result:
-    """Run `loop` on the workers that `config` asks for; a run of the same name goes on from its last checkpoint."""
+def run_training(loop: Callable[[dict[str, Any]], None], config: RunSection, examples: Examples) -> dict[str, Any]:
+    """Run `loop` on the workers that `config` asks for, and return what `Progress.finish` wrote.
+
+    A run of the same name goes on from its latest whole checkpoint; one that is complete is left as it is.
+
+    Args:
+        loop: called on every worker with `config` (a dict) and `examples` (their reference in the object store).
+
+    Raises:
+        ValueError: the run of this name was begun with other values.
+    """
+    folder = storage.join(config.storage, config.run)
+    begin(folder, config)
+    total = total_steps(config, len(examples))
+    finished = storage.join(folder, RESULT)
+    if storage.exists(finished) and (result := storage.read_json(finished))["total_steps"] == total:
+        logger.warning("run %s is complete (%d steps): nothing to do", config.run, result["step"])
+        return result
     scaling = config.scaling
     fs, path = storage.arrow_filesystem(config.storage)
     trainer = TorchTrainer(
         loop,
-        train_loop_config=config.model_dump(),
+        train_loop_config={"config": config.model_dump(), "examples": ray.put(examples)},
         torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=scaling.workers,
+            num_workers=(scaling.min_workers, scaling.workers) if scaling.min_workers else scaling.workers,
             use_gpu=bool(scaling.gpus_per_worker),
             resources_per_worker={"CPU": scaling.cpus_per_worker}
             | ({"GPU": scaling.gpus_per_worker} if scaling.gpus_per_worker else {}),
@@ -47,11 +74,34 @@ def run_training(loop: Callable[[dict], None], config: RunSection) -> Result:
             storage_path=path,
             storage_filesystem=fs,
             failure_config=FailureConfig(max_failures=scaling.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": str(scaling.threads_per_worker)}},
         ),
     )
-    return trainer.fit()
+    trainer.fit()
+    return storage.read_json(finished)
+
+
+def begin(folder: str, config: RunSection) -> None:
+    """Write down what the run in `folder` is, or make sure that it is the one that was begun there.
+
+    Raises:
+        ValueError: it was begun with other values; the message names them.
+    """
+    uri = storage.join(folder, "run.json")
+    values = {name: value for name, value in config.model_dump().items() if name not in CHANGEABLE}
+    if not storage.exists(uri):
+        storage.write_json(uri, values)
+        return
+    before = storage.read_json(uri)
+    differing = [
+        f"{name} {before.get(name)!r} -> {value!r}" for name, value in values.items() if before.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"run {config.run!r} in {config.storage} was begun with other values ({', '.join(differing)}): "
+            "choose another --run, or delete its folder"
+        )
 
 
 def learning_rate_factor(step: int, total: int, warmup: float) -> float:
@@ -62,49 +112,80 @@ def learning_rate_factor(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
-def total_steps(config: RunSection, examples: int, examples_per_step: int) -> int:
+def total_steps(config: RunSection, examples: int) -> int:
     """Return the number of steps of a run.
 
     Raises:
-        ValueError: the split does not fill one step.
+        ValueError: there is nothing to learn from.
     """
-    steps = int(config.epochs * examples) // examples_per_step
-    if steps < 1:
-        raise ValueError(
-            f"{examples} examples x {config.epochs:g} epochs do not fill one step of {examples_per_step}: "
-            "lower micro_batch or the number of workers, or raise epochs"
-        )
-    return steps
+    if not examples:
+        raise ValueError(f"{config.shards} has no examples to train on")
+    return max(1, round(config.epochs * -(-examples // config.batch)))
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make the draws of a step (dropout, SpecAugment) a function of these numbers, resumed or not."""
-    torch.manual_seed((seed * 1_000_003 + step) * 1009 + rank)
+def plan_of(config: RunSection, examples: Examples, workers: int) -> Plan:
+    return Plan(config.seed, len(examples), config.batch, config.micro_batch, workers)
+
+
+@dataclasses.dataclass
+class Counters:
+    """What happened since the last report, on this worker."""
+
+    since: float = dataclasses.field(default_factory=time.perf_counter)
+    steps: int = 0
+    examples: int = 0
+    loss: float = 0.0
+    waited: float = 0.0  # seconds in which the loop had no batch
 
 
 class Progress:
-    """Follows a run on rank 0: progress bar, TensorBoard, throughput; and saves the state every run resumes from."""
+    """Follows a run on a worker: position, loss of every step, reports, checkpoints in the background, early stop.
 
-    def __init__(self, config: RunSection, total: int, examples_per_step: int, clip_seconds: float):
+    Rank 0 writes; the others take part in what all must do together.
+    """
+
+    def __init__(self, config: RunSection, plan: Plan, examples: Examples, clip_seconds: float):
         context = ray.train.get_context()
-        self.config, self.total, self.examples_per_step = config, total, examples_per_step
-        self.clip_seconds = clip_seconds
-        self.is_first = context.get_world_rank() == 0
+        self.config, self.plan, self.examples, self.clip_seconds = config, plan, examples, clip_seconds
+        self.total = total_steps(config, len(examples))
+        self.rank = context.get_world_rank()
+        self.is_first = self.rank == 0
+        self.folder = storage.join(config.storage, config.run)
+        self.store = CheckpointStore(self.folder)
+        self.attempt = uuid.uuid4().hex[:8]
         self.step = 0
-        self.losses: list[float] = []
-        self.folder = tempfile.TemporaryDirectory()
-        self.writer = SummaryWriter(self.folder.name) if self.is_first else None
+        self.stopped = False
+        # What a checkpoint carries besides tensors.
+        self.log: list[str] = []
+        self.best: dict[str, float] | None = None
+        self.worse = 0
+        self.redone = 0
+        self.rows: list[dict[str, Any]] = []
+        self.metrics: dict[str, float] = {}
+        self.counters = Counters()
+        self.writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self.writing: concurrent.futures.Future[Saved] | None = None
+        self.positions = concurrent.futures.ThreadPoolExecutor(1, "position")
+        self.noting: concurrent.futures.Future[None] | None = None
+        self.noted = self.watched = 0.0
+        self.preempted: set[str] = set()
+        self.tracker: Tracker | None = None
         self.bar: tqdm | None = None
-        self.since = (time.perf_counter(), 0)
 
-    def resume(self, load: Callable[[Path], None]) -> int:
-        """Load the last checkpoint, when there is one, with `load(folder)`; return the step to go on from."""
-        if checkpoint := ray.train.get_checkpoint():
-            with checkpoint.as_directory() as folder:
-                load(Path(folder))
-                self.step = json.loads((Path(folder) / PROGRESS).read_text())["step"]
+    def resume(self) -> Tensors | None:
+        """Find the run's latest whole checkpoint, take its progress over, and return its tensors; None at the start."""
+        found = self.store.load_latest() if self.is_first else None
+        place = ray.train.collective.broadcast_from_rank_zero((found[0].step, found[0].uri) if found else None)
+        tensors = None
+        if place:
+            tensors, progress = found[1:] if found else self.store.load(Saved(*place))
+            self.step, self.log = progress["step"], progress["log"]
+            self.best, self.worse, self.stopped = progress["best"], progress["worse"], progress["stopped"]
+            self.metrics = progress["metrics"]
             logger.info("run %s goes on from step %d", self.config.run, self.step)
         if self.is_first:
+            self._count_redone()
+            self.tracker = Tracker(self.config, self.folder, self.step)
             self.bar = tqdm(
                 total=self.total,
                 initial=self.step,
@@ -113,57 +194,199 @@ class Progress:
                 mininterval=5,
                 ascii=True,
             )
-        self.since = (time.perf_counter(), self.step)
-        return self.step
+        self.counters = Counters()
+        return tensors
 
-    def advance(self, loss: torch.Tensor, learning_rate: float, save: Callable[[Path], None]) -> None:
-        """Count a finished step; report every `log_every` steps, checkpoint every `checkpoint_every` and at the end."""
+    def waiting(self, steps: Iterator[Any]) -> Iterator[Any]:
+        """Pass `steps` on until the run is over, and count the time in which none is there."""
+        while not self.over:
+            start = time.perf_counter()
+            step = next(steps)
+            self.counters.waited += time.perf_counter() - start
+            yield step
+
+    @property
+    def over(self) -> bool:
+        return self.stopped or self.step >= self.total
+
+    def advance(
+        self,
+        loss: torch.Tensor,
+        learning_rate: float,
+        snapshot: Callable[[bool], Tensors],
+        validate: Callable[[], dict[str, float]] | None = None,
+        work: dict[str, float] | None = None,
+    ) -> None:
+        """Count a finished step; report, validate and checkpoint when it is time. Called by all workers together.
+
+        Args:
+            loss: this worker's share of the step's mean loss.
+            snapshot: returns the tensors to go on from, where its argument says to keep them.
+            validate: returns `val_loss` and more, where the run validates.
+            work: counts of this step that are reported as rates a second.
+        """
+        now = time.monotonic()
+        look = self.is_first and now - self.watched >= PREEMPTION_SECONDS
+        together = torch.stack([loss.detach().double(), torch.tensor(float(look), device=loss.device).double()])
+        torch.distributed.all_reduce(together)
+        mean, look = together[0].item(), bool(together[1].item())
+        if not math.isfinite(mean):
+            raise RuntimeError(
+                f"step {self.step + 1}: the loss is {mean}; lower learning_rate, or look at the step's examples: "
+                f"{', '.join(self._ids()[:8])}, ..."
+            )
+        self._record(mean, learning_rate)
+        if look:
+            self.watched = now
+        notice = look and self._is_preempted()
+        last = self.step >= self.total
+        better = False
+        if validate and (last or self.step % self.validate_every == 0):
+            better = self._validated(validate())
+        checkpoint = last or notice or better or self.stopped or self.step % self.config.checkpoint_every == 0
+        if checkpoint or self.step % self.config.log_every == 0:
+            self._report(learning_rate, work or {})
+        if checkpoint:
+            self._checkpoint(snapshot, wait=notice or self.over)
+        elif self.is_first and now - self.noted >= POSITION_SECONDS:
+            self._note_position()
+
+    @property
+    def validate_every(self) -> int:
+        return getattr(self.config, "validate_every", 0)
+
+    def finish(self, **more: Any) -> None:
+        """Write what the run came to, on rank 0: the last file of a run, and the sign that it is complete."""
+        if not self.is_first:
+            return
+        if self.bar:
+            self.bar.close()
+        if self.tracker:
+            self.tracker.close()
+        result = self.metrics | {"step": self.step, "total_steps": self.total, "redone_steps": self.redone, **more}
+        storage.write_json(storage.join(self.folder, RESULT), result | {"run": self.folder, "best": self.best})
+
+    def _ids(self) -> list[str]:
+        ids = self.examples.ids
+        return [ids[number] for number in self.plan.numbers(self.examples, self.step)]
+
+    def _record(self, loss: float, learning_rate: float) -> None:
+        epoch, first, last = self.plan.stretch(self.step)
+        ids = self._ids() if self.is_first else []
         self.step += 1
-        self.losses.append(loss.detach().item())
+        self.counters.steps += 1
+        self.counters.examples += last - first
+        self.counters.loss += loss
+        if self.is_first:
+            self.rows.append(
+                {"step": self.step, "epoch": epoch, "loss": loss, "learning_rate": learning_rate, "examples": ids}
+            )
         if self.bar:
             self.bar.update()
-        last = self.step == self.total
-        checkpoint = last or self.step % self.config.checkpoint_every == 0
-        if not (checkpoint or self.step % self.config.log_every == 0):
-            return
-        metrics = self._metrics(learning_rate)
-        if self.writer and self.bar:
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, self.step)
-            self.bar.set_postfix(
-                loss=f"{metrics['loss']:.4f}", ex_s=f"{metrics['examples_per_second']:.0f}", refresh=False
-            )
-        if not checkpoint:
-            return
-        with self._checkpoint(save) as saved:
-            ray.train.report(metrics | {"step": self.step, "total_steps": self.total}, checkpoint=saved)
-        if self.writer:
-            self.writer.flush()
-            storage.upload(self.folder.name, storage.join(self.config.storage, self.config.run, "tensorboard"))
-        if last and self.bar:
-            self.bar.close()
 
-    def _metrics(self, learning_rate: float) -> dict[str, float]:
-        now, (then, step) = time.perf_counter(), self.since
-        self.since = (now, self.step)
-        rate = (self.step - step) * self.examples_per_step / max(now - then, 1e-9)
-        loss = sum(self.losses) / len(self.losses)
-        self.losses.clear()
-        return {
-            "loss": loss,
+    def _is_preempted(self) -> bool:
+        """Whether a node of this run was given notice since the last look; all workers get the same answer."""
+        notice = ray.train.get_preemption_info()
+        new = set(notice.preempted_node_ids) - self.preempted if notice else set()
+        self.preempted |= new
+        if new and self.is_first:
+            logger.warning("step %d: nodes %s are about to go; saving a checkpoint", self.step, ", ".join(sorted(new)))
+        return bool(new)
+
+    def _validated(self, scores: dict[str, float]) -> bool:
+        self.metrics |= scores
+        if self.tracker:
+            self.tracker.log(scores, self.step)
+        if self.best is None or scores["val_loss"] < self.best["val_loss"]:
+            self.best, self.worse = scores | {"step": self.step}, 0
+            return True
+        self.worse += 1
+        patience = getattr(self.config, "patience", 0)
+        self.stopped = bool(patience) and self.worse >= patience
+        return False
+
+    def _report(self, learning_rate: float, work: dict[str, float]) -> None:
+        counters, self.counters = self.counters, Counters()
+        seconds = max(self.counters.since - counters.since, 1e-9)
+        rate = counters.examples / seconds
+        self.metrics |= {
+            "loss": counters.loss / max(1, counters.steps),
             "learning_rate": learning_rate,
             "examples_per_second": rate,
             "audio_seconds_per_second": rate * self.clip_seconds,
+            "data_wait_share": counters.waited / seconds,
+            **{f"{name}_per_second": value * counters.steps / seconds for name, value in work.items()},
         }
+        if self.tracker and self.bar:
+            self.tracker.log(self.metrics, self.step)
+            self.bar.set_postfix(loss=f"{self.metrics['loss']:.4f}", ex_s=f"{rate:.0f}", refresh=False)
+        ray.train.report(self.metrics | {"step": self.step, "total_steps": self.total})
 
-    @contextlib.contextmanager
-    def _checkpoint(self, save: Callable[[Path], None]) -> Iterator[Checkpoint | None]:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            save(folder)
-            if self.is_first:
-                (folder / PROGRESS).write_text(json.dumps({"step": self.step}))
-            yield Checkpoint.from_directory(folder) if any(folder.iterdir()) else None
+    def _checkpoint(self, snapshot: Callable[[bool], Tensors], wait: bool) -> None:
+        self._wait_for_writer(final=False)
+        tensors = snapshot(self.is_first)
+        if not self.is_first:
+            return
+        rows, self.rows = self.rows, []
+        progress: dict[str, Any] = {
+            "step": self.step,
+            "best": self.best,
+            "worse": self.worse,
+            "stopped": self.stopped,
+            "metrics": dict(self.metrics),
+            "workers": self.plan.workers,
+        }
+        step, best = self.step, self.best
+
+        def write() -> Saved:
+            if rows:
+                self.log.append(self.store.write_log(rows))
+            saved = self.store.write(step, self.attempt, tensors, progress | {"log": list(self.log)})
+            self.store.prune(self.config.keep_checkpoints, [int(best["step"])] if best else [])
+            if self.tracker:
+                self.tracker.upload()
+            return saved
+
+        self.writing = self.writer.submit(write)
+        self._note_position()
+        if wait:
+            self._wait_for_writer(final=self.over)
+
+    def _wait_for_writer(self, final: bool) -> None:
+        """Wait for the checkpoint in the background; a failure ends the run only where no later one will make up."""
+        writing, self.writing = self.writing, None
+        if not writing:
+            return
+        try:
+            writing.result()
+        except Exception:
+            if final:
+                raise
+            logger.exception("a checkpoint could not be written; the run goes on, and the next one will hold its steps")
+
+    def _count_redone(self) -> None:
+        uri = storage.join(self.folder, POSITION)
+        if storage.exists(uri):
+            before = storage.read_json(uri)
+            self.redone = before["redone"] + max(0, before["step"] - self.step)
+            if before["step"] > self.step:
+                logger.info("%d steps after the checkpoint are run again", before["step"] - self.step)
+        storage.write_json(uri, {"step": self.step, "redone": self.redone})
+
+    def _note_position(self) -> None:
+        """Write down how far the run is, in the background: what is lost by a kill can then be counted."""
+        self.noted = time.monotonic()
+        if self.noting and not self.noting.done():
+            return
+        position = {"step": self.step, "redone": self.redone}
+
+        def note() -> None:
+            try:
+                storage.write_json(storage.join(self.folder, POSITION), position)
+            except Exception as error:  # the count of repeated steps is all that it costs
+                logger.warning("the position of the run was not written: %r", error)
+
+        self.noting = self.positions.submit(note)
 
 
 def worker_threads(config: RunSection) -> None:
@@ -171,13 +394,7 @@ def worker_threads(config: RunSection) -> None:
     torch.set_num_threads(config.scaling.threads_per_worker)
 
 
-def summary(result: Result, seconds: float) -> dict[str, Any]:
-    """Return what a job prints of a finished run.
-
-    Raises:
-        RuntimeError: the run reported nothing.
-    """
-    if not result.metrics:
-        raise RuntimeError(f"the run in {result.path} ended without a report; see its log above")
-    names = ("step", "loss", "examples_per_second", "audio_seconds_per_second")
-    return {name: result.metrics[name] for name in names} | {"seconds": round(seconds, 1), "run": result.path}
+def summary(result: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Return what a job prints of a finished run."""
+    names = ("step", "loss", "examples_per_second", "audio_seconds_per_second", "redone_steps", "run")
+    return {name: result[name] for name in names} | {"seconds": round(seconds, 1)}

@@ -4,7 +4,7 @@ Clips are those of the train split of a `features: logmel` shard set that have l
 cross-entropy over the clip's tags (arXiv 2202.00874).
 """
 
-from pathlib import Path
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from safetensors.torch import load_file, save_file
 
 from mellow_platform import storage
 from mellow_platform.config import EncoderConfig
@@ -22,45 +21,56 @@ from mellow_platform.features.store import FeatureStore
 from mellow_platform.model import MellowFeatureExtractor, encoder_config
 from mellow_platform.model.encoders import encoder_parts
 from mellow_platform.model.folder import save_pretrained
-from mellow_platform.training.batches import Plan, batches
-from mellow_platform.training.loop import (
-    Progress,
-    learning_rate_factor,
-    seed_step,
-    total_steps,
-    worker_threads,
-)
-
-WEIGHTS, OPTIMIZERS = "encoder.safetensors", "optimizers.pt"
+from mellow_platform.training.batches import batches
+from mellow_platform.training.checkpoints import Tensors
+from mellow_platform.training.loop import Progress, learning_rate_factor, plan_of, worker_threads
 
 
-def tagged_clips(config: EncoderConfig) -> tuple[FeatureStore, np.ndarray, list[str]]:
-    """Return the clips to train on, their tags [clips, classes] as 0 or 1, and the tags' names.
+class TaggedClips:
+    """The clips of the train split that have labels: spectrograms and tags by number."""
 
-    Raises:
-        ValueError: the shards hold no spectrograms, or no clip of the train split has labels.
-    """
-    Manifest.read_with(config.shards, "logmel")
-    store = FeatureStore.load(config.shards)
-    clips = read_labels(config.labels)
-    names = vocabulary(clips)
-    by_file = {clip.file: clip.labels for clip in clips}
-    files = zip(store.filepaths, store.splits, strict=True)
-    rows = [row for row, (path, split) in enumerate(files) if path in by_file and split == "train"]
-    if not rows:
-        raise ValueError(f"no clip of the train split of {config.shards} stands in {config.labels}")
-    targets = np.zeros((len(rows), len(names)), np.float32)
-    for place, row in enumerate(rows):
-        for label in by_file[store.filepaths[row]]:
-            targets[place, names.index(label)] = 1.0
-    paths = [store.filepaths[row] for row in rows]
-    return FeatureStore({"log_mel": store.arrays["log_mel"][rows]}, paths, ["train"] * len(rows), {}), targets, names
+    def __init__(self, ids: list[str], spectrograms: np.ndarray, targets: np.ndarray, names: list[str]):
+        """
+        Args:
+            ids: path of each clip.
+            spectrograms: log-mel, fp16 [clips, frames, bands].
+            targets: [clips, classes], 1 where the clip has the tag.
+            names: of the classes.
+        """
+        self.ids, self.spectrograms, self.targets, self.names = ids, spectrograms, targets, names
+        self.sizes = np.ones(len(ids))
 
+    @classmethod
+    def load(cls, config: EncoderConfig) -> "TaggedClips":
+        """Read the clips that `config` trains on.
 
-def gather_tagged(examples: np.ndarray, source: ray.ObjectRef) -> dict[str, np.ndarray]:
-    """Return spectrograms and tags of the numbered clips."""
-    spectrograms, targets = ray.get(source)
-    return {"input_features": spectrograms[examples].astype(np.float32), "targets": targets[examples]}
+        Raises:
+            ValueError: the shards hold no spectrograms, or no clip of the train split has labels.
+        """
+        Manifest.read_with(config.shards, "logmel")
+        store = FeatureStore.load(config.shards)
+        clips = read_labels(config.labels)
+        names = vocabulary(clips)
+        by_file = {clip.file: clip.labels for clip in clips}
+        files = zip(store.filepaths, store.splits, strict=True)
+        rows = [row for row, (path, split) in enumerate(files) if path in by_file and split == "train"]
+        if not rows:
+            raise ValueError(f"no clip of the train split of {config.shards} stands in {config.labels}")
+        targets = np.zeros((len(rows), len(names)), np.float32)
+        for place, row in enumerate(rows):
+            for label in by_file[store.filepaths[row]]:
+                targets[place, names.index(label)] = 1.0
+        return cls([store.filepaths[row] for row in rows], store.arrays["log_mel"][rows], targets, names)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(len(self))
+
+    def collate(self, seed: int, epoch: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Return spectrograms and tags of the numbered clips; neither depends on the epoch."""
+        return {"input_features": self.spectrograms[numbers].astype(np.float32), "targets": self.targets[numbers]}
 
 
 def build_encoder(config: EncoderConfig, names: list[str]) -> Any:
@@ -103,49 +113,66 @@ def build_optimizers(trained: list[torch.nn.Parameter], config: EncoderConfig) -
 
 def train_tagger(values: dict[str, Any]) -> None:
     """The loop of one worker; rank 0 saves the encoder folder at the end."""
-    config = EncoderConfig(**values)
+    config = EncoderConfig(**values["config"])
     worker_threads(config)
     context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    store, targets, names = tagged_clips(config)
-    per_step = config.micro_batch * world
-    total = total_steps(config, len(store), per_step)
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    clips: TaggedClips = ray.get(values["examples"])
+    plan = plan_of(config, clips, workers)
+    progress = Progress(config, plan, clips, clip_seconds=10.0)
 
-    encoder = build_encoder(config, names)
+    encoder = build_encoder(config, clips.names)
     model = ray.train.torch.prepare_model(encoder)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizers = build_optimizers(trained, config)
     device = ray.train.torch.get_device()
-
-    def save(folder: Path) -> None:
-        if rank == 0:
-            save_file(encoder.state_dict(), folder / WEIGHTS)
-            torch.save([optimizer.state_dict() for optimizer in optimizers], folder / OPTIMIZERS)
-
-    def load(folder: Path) -> None:
-        encoder.load_state_dict(load_file(folder / WEIGHTS))
-        states = torch.load(folder / OPTIMIZERS, weights_only=True)
-        for optimizer, state in zip(optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
-
-    progress = Progress(config, total, per_step, clip_seconds=10.0)
-    step = progress.resume(load)
-    plan = Plan(config.seed, len(store), config.micro_batch, rank, world)
-    source = ray.put((store.arrays["log_mel"], targets))
+    if tensors := progress.resume():
+        restore(encoder, optimizers, tensors)
     model.train()
-    for batch in batches(plan, gather_tagged, source, step, total):
-        seed_step(config.seed, progress.step, rank)
-        rate = config.learning_rate * learning_rate_factor(progress.step, total, config.warmup)
+    for turns in progress.waiting(batches(plan, values["examples"], rank, progress.step, progress.total)):
+        rate = config.learning_rate * learning_rate_factor(progress.step, progress.total, config.warmup)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad()
-        logits = model(batch["input_features"].to(device)).logits
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, batch["targets"].to(device))
-        loss.backward()
+        total = torch.zeros((), device=device)
+        for micro in turns:
+            torch.manual_seed(micro.draw)
+            # Gradients go between the workers once a step, and come as their mean.
+            together = contextlib.nullcontext() if micro is turns[-1] or workers == 1 else model.no_sync()
+            with together:
+                logits = model(micro.arrays["input_features"].to(device)).logits
+                targets = micro.arrays["targets"].to(device)
+                errors = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+                loss = errors.mean(dim=1).sum() / micro.size * micro.counts
+                (loss * workers).backward()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         for optimizer in optimizers:
             optimizer.step()
-        progress.advance(loss, rate, save)
+        progress.advance(total, rate, lambda keep: snapshot(encoder, optimizers) if keep else {})
     if rank == 0:
         save_pretrained(encoder.eval(), config.output)
+    progress.finish(encoder=config.output)
+
+
+def snapshot(encoder: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> Tensors:
+    """Return weights, statistics and optimizer state on the host, by name."""
+    tensors = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    for place, optimizer in enumerate(optimizers):
+        for number, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{place}.{number}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+
+
+def restore(encoder: torch.nn.Module, optimizers: list[torch.optim.Optimizer], tensors: Tensors) -> None:
+    """Take a snapshot over."""
+    weights = {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
+    encoder.load_state_dict(weights)
+    for place, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith(f"optimizer.{place}."):
+                number, key = name.split(".")[2:]
+                state.setdefault(int(number), {})[key] = value
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -1,0 +1,102 @@
+"""The state of a DeepSpeed engine by parameter name, whole, so that any number of workers can go on from it.
+
+DeepSpeed's own checkpoints are pickles, a file a worker, and go to another number of workers only through an offline
+conversion (`ds_to_universal`). What its parameters hold is read and set here through `deepspeed.utils`, which does so
+for every ZeRO stage.
+"""
+
+from collections.abc import Callable
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import nn
+
+from mellow_platform.training.checkpoints import Tensors
+
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+
+
+class EngineState:
+    """Weights and optimizer moments of what an engine trains; every method is called by all workers together."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine):
+        self.engine = engine
+        self.trained = {name: value for name, value in engine.module.named_parameters() if value.requires_grad}
+        # ZeRO and bfloat16 wrap the optimizer; without them the engine steps it as it is.
+        self.optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+    def snapshot(self, keep: bool) -> Tensors:
+        """Return every trained parameter's float32 weight and moments on the host, where `keep` says so."""
+        tensors = {}
+        for name, parameter in self.trained.items():
+            for key in (WEIGHT, *MOMENTS):
+                value = self._read(parameter, key)
+                if keep:
+                    tensors[f"{key}.{name}"] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
+        return tensors
+
+    def weights(self, keep: bool) -> Tensors:
+        """Return every trained parameter's float32 weight on the host, by its name, where `keep` says so."""
+        whole = {name: self._read(parameter, WEIGHT) for name, parameter in self.trained.items()}
+        return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in whole.items() if keep}
+
+    def restore(self, tensors: Tensors, step: int, empty_step: Callable[[], None]) -> None:
+        """Take over a snapshot after `step` steps.
+
+        Args:
+            empty_step: runs a step with no gradient at learning rate 0, which makes the optimizer allocate its state.
+        """
+        empty_step()
+        for name, parameter in self.trained.items():
+            for key in (WEIGHT, *MOMENTS):
+                self._write(parameter, key, tensors[f"{key}.{name}"])
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state["step"]):
+                state["step"].fill_(step)
+            else:
+                state["step"] = step
+
+    def _read(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
+        if not _is_partitioned(parameter):
+            return parameter if key == WEIGHT else self.optimizer.state[parameter][key]
+        if key == WEIGHT:
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, key)
+
+    def _write(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
+        value = value.to(self.engine.device)
+        if hasattr(parameter, "ds_tensor"):
+            # `safe_set_full_*` cannot fill the last worker's share where it ends in padding.
+            share = parameter.ds_tensor.numel()
+            padded = nn.functional.pad(value.flatten(), (0, share * self.engine.world_size - value.numel()))
+            value = padded[share * self.engine.global_rank :][:share]
+            if key == WEIGHT:
+                safe_set_local_fp32_param(parameter, value)
+            else:
+                safe_set_local_optimizer_state(parameter, value, key)
+        elif _is_partitioned(parameter):
+            if key == WEIGHT:
+                safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, key)
+        else:
+            with torch.no_grad():
+                (parameter if key == WEIGHT else self.optimizer.state[parameter][key]).copy_(value)
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed keeps the parameter's float32 state elsewhere than in it."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def weights_of(tensors: Tensors) -> Tensors:
+    """Return the weights in a snapshot, by the names they have in the model."""
+    return {name.removeprefix(f"{WEIGHT}."): value for name, value in tensors.items() if name.startswith(f"{WEIGHT}.")}
