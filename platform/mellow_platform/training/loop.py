@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
 POSITION_SECONDS, PREEMPTION_SECONDS = 1.0, 1.0
+# A report to Ray waits until its controller, which looks every two seconds, has taken the one before.
+REPORT_SECONDS = 10.0
 # Muon's matrix products are bfloat16, which on a CPU that announces AMX without granting it end the process; this
 # keeps oneDNN to instructions that such machines have. It has to stand before torch is loaded.
 WORKER_ENVIRONMENT = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}
@@ -54,7 +56,7 @@ def run_training(loop: Callable[[dict[str, Any]], None], config: RunSection, exa
     begin(folder, config)
     total = total_steps(config, len(examples))
     finished = storage.join(folder, RESULT)
-    if storage.exists(finished) and (result := storage.read_json(finished))["total_steps"] == total:
+    if storage.exists(finished) and is_complete(result := storage.read_json(finished), config, total):
         logger.warning("run %s is complete (%d steps): nothing to do", config.run, result["step"])
         return result
     scaling = config.scaling
@@ -80,6 +82,17 @@ def run_training(loop: Callable[[dict[str, Any]], None], config: RunSection, exa
     )
     trainer.fit()
     return storage.read_json(finished)
+
+
+def is_complete(result: dict[str, Any], config: RunSection, total: int) -> bool:
+    """Whether a run with this result has nothing left to do: all its steps are done, or it was stopped early."""
+    return result["total_steps"] == total and (result["step"] == total or is_stopped(config, result["worse"]))
+
+
+def is_stopped(config: RunSection, worse: int) -> bool:
+    """Whether so many validations without a better loss end the run."""
+    patience = getattr(config, "patience", 0)
+    return bool(patience) and worse >= patience
 
 
 def begin(folder: str, config: RunSection) -> None:
@@ -129,7 +142,7 @@ def plan_of(config: RunSection, examples: Examples, workers: int) -> Plan:
 
 @dataclasses.dataclass
 class Counters:
-    """What happened since the last report, on this worker."""
+    """What happened since metrics were last logged, on this worker."""
 
     since: float = dataclasses.field(default_factory=time.perf_counter)
     steps: int = 0
@@ -139,7 +152,7 @@ class Counters:
 
 
 class Progress:
-    """Follows a run on a worker: position, loss of every step, reports, checkpoints in the background, early stop.
+    """Follows a run on a worker: position, loss of every step, metrics, checkpoints in the background, early stop.
 
     Rank 0 writes; the others take part in what all must do together.
     """
@@ -153,8 +166,7 @@ class Progress:
         self.folder = storage.join(config.storage, config.run)
         self.store = CheckpointStore(self.folder)
         self.attempt = uuid.uuid4().hex[:8]
-        self.step = 0
-        self.stopped = False
+        self.step = self.resumed_from = 0
         # What a checkpoint carries besides tensors.
         self.log: list[str] = []
         self.best: dict[str, float] | None = None
@@ -167,7 +179,7 @@ class Progress:
         self.writing: concurrent.futures.Future[Saved] | None = None
         self.positions = concurrent.futures.ThreadPoolExecutor(1, "position")
         self.noting: concurrent.futures.Future[None] | None = None
-        self.noted = self.watched = 0.0
+        self.noted = self.watched = self.reported = 0.0
         self.preempted: set[str] = set()
         self.tracker: Tracker | None = None
         self.bar: tqdm | None = None
@@ -180,7 +192,8 @@ class Progress:
         if place:
             tensors, progress = found[1:] if found else self.store.load(Saved(*place))
             self.step, self.log = progress["step"], progress["log"]
-            self.best, self.worse, self.stopped = progress["best"], progress["worse"], progress["stopped"]
+            self.resumed_from = self.step
+            self.best, self.worse = progress["best"], progress["worse"]
             self.metrics = progress["metrics"]
             logger.info("run %s goes on from step %d", self.config.run, self.step)
         if self.is_first:
@@ -207,7 +220,7 @@ class Progress:
 
     @property
     def over(self) -> bool:
-        return self.stopped or self.step >= self.total
+        return self.step >= self.total or is_stopped(self.config, self.worse)
 
     def advance(
         self,
@@ -226,10 +239,12 @@ class Progress:
             work: counts of this step that are reported as rates a second.
         """
         now = time.monotonic()
+        # What the first worker's clock says is time for is done by all: both are collective calls.
         look = self.is_first and now - self.watched >= PREEMPTION_SECONDS
-        together = torch.stack([loss.detach().double(), torch.tensor(float(look), device=loss.device).double()])
+        report = self.is_first and now - self.reported >= REPORT_SECONDS
+        together = torch.tensor([float(loss.detach()), look, report], dtype=torch.float64, device=loss.device)
         torch.distributed.all_reduce(together)
-        mean, look = together[0].item(), bool(together[1].item())
+        mean, look, report = together[0].item(), bool(together[1]), bool(together[2])
         if not math.isfinite(mean):
             raise RuntimeError(
                 f"step {self.step + 1}: the loss is {mean}; lower learning_rate, or look at the step's examples: "
@@ -243,9 +258,12 @@ class Progress:
         better = False
         if validate and (last or self.step % self.validate_every == 0):
             better = self._validated(validate())
-        checkpoint = last or notice or better or self.stopped or self.step % self.config.checkpoint_every == 0
+        checkpoint = self.over or notice or better or self.step % self.config.checkpoint_every == 0
         if checkpoint or self.step % self.config.log_every == 0:
-            self._report(learning_rate, work or {})
+            self._log(learning_rate, work or {})
+        if report or self.over:
+            self.reported = now
+            ray.train.report(self.metrics | {"step": self.step, "total_steps": self.total})
         if checkpoint:
             self._checkpoint(snapshot, wait=notice or self.over)
         elif self.is_first and now - self.noted >= POSITION_SECONDS:
@@ -263,8 +281,16 @@ class Progress:
             self.bar.close()
         if self.tracker:
             self.tracker.close()
-        result = self.metrics | {"step": self.step, "total_steps": self.total, "redone_steps": self.redone, **more}
-        storage.write_json(storage.join(self.folder, RESULT), result | {"run": self.folder, "best": self.best})
+        result = self.metrics | {
+            "run": self.folder,
+            "step": self.step,
+            "total_steps": self.total,
+            "resumed_from": self.resumed_from,
+            "redone_steps": self.redone,
+            "best": self.best,
+            "worse": self.worse,
+        }
+        storage.write_json(storage.join(self.folder, RESULT), result | more)
 
     def _ids(self) -> list[str]:
         ids = self.examples.ids
@@ -301,11 +327,9 @@ class Progress:
             self.best, self.worse = scores | {"step": self.step}, 0
             return True
         self.worse += 1
-        patience = getattr(self.config, "patience", 0)
-        self.stopped = bool(patience) and self.worse >= patience
         return False
 
-    def _report(self, learning_rate: float, work: dict[str, float]) -> None:
+    def _log(self, learning_rate: float, work: dict[str, float]) -> None:
         counters, self.counters = self.counters, Counters()
         seconds = max(self.counters.since - counters.since, 1e-9)
         rate = counters.examples / seconds
@@ -320,7 +344,6 @@ class Progress:
         if self.tracker and self.bar:
             self.tracker.log(self.metrics, self.step)
             self.bar.set_postfix(loss=f"{self.metrics['loss']:.4f}", ex_s=f"{rate:.0f}", refresh=False)
-        ray.train.report(self.metrics | {"step": self.step, "total_steps": self.total})
 
     def _checkpoint(self, snapshot: Callable[[bool], Tensors], wait: bool) -> None:
         self._wait_for_writer(final=False)
@@ -332,7 +355,6 @@ class Progress:
             "step": self.step,
             "best": self.best,
             "worse": self.worse,
-            "stopped": self.stopped,
             "metrics": dict(self.metrics),
             "workers": self.plan.workers,
         }

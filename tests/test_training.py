@@ -1,0 +1,258 @@
+"""Training with real Ray Train and DeepSpeed: the same losses whatever shares, stops or moves a run."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mellow_platform import storage
+from mellow_platform.config import PreprocessConfig, TrainConfig
+from mellow_platform.features.preprocess import preprocess
+from mellow_platform.model import HTSATEncoder, encoder_config
+from mellow_platform.model.folder import load_model, load_processor, save_pretrained
+from mellow_platform.training.batches import Plan, batches
+from mellow_platform.training.checkpoints import FOLDER, MARKER, STATE, CheckpointStore
+from mellow_platform.training.finetune import BETAS, build_model, load_examples, train_answers
+from mellow_platform.training.gate import check_published
+from mellow_platform.training.loop import RESULT, learning_rate_factor, run_training, total_steps
+from tests.conftest import write_corpus
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def made(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Feature shards of a few scenes, and how they are trained on."""
+    root = tmp_path_factory.mktemp("training")
+    write_corpus(str(root / "corpus"), {"train": 6, "val": 2, "test": 1})
+    torch.manual_seed(0)
+    save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")).eval(), str(root / "encoder"))
+    common = {"corpus": str(root / "corpus"), "size": "mellow-tiny", "encoder": str(root / "encoder")}
+    preprocess(PreprocessConfig(**common, output=str(root / "features"), features="encoder"))
+    return SimpleNamespace(root=root)
+
+
+def configured(made: SimpleNamespace, name: str, **changes: Any) -> TrainConfig:
+    """Return a run of two epochs that stop in the middle of a batch; every step's checkpoint of note is kept."""
+    values: dict[str, Any] = {
+        "shards": str(made.root / "features"), "encoder": str(made.root / "encoder"), "size": "mellow-tiny",
+        "storage": str(made.root / name), "output": str(made.root / name / "model"), "run": "run",
+        "batch": 8, "micro_batch": 2, "checkpoint_every": 5, "keep_checkpoints": 100, "log_every": 1,
+    }  # fmt: skip
+    config = TrainConfig(**values | changes)
+    if "epochs" not in changes:
+        count = len(load_examples(config))
+        config = config.model_copy(update={"epochs": STEPS / -(-count // config.batch)})
+    assert changes.get("epochs") or total_steps(config, len(load_examples(config))) == STEPS
+    return config
+
+
+def trained(config: TrainConfig) -> SimpleNamespace:
+    result = run_training(train_answers, config, load_examples(config))
+    log = CheckpointStore(storage.join(config.storage, config.run)).read_log()
+    return SimpleNamespace(
+        result=result, losses=np.array(log["loss"]), examples=log["examples"].to_pylist(), steps=log["step"].to_pylist()
+    )
+
+
+def plain_losses(config: TrainConfig) -> np.ndarray:
+    """Return the losses of the same run in one process, with PyTorch alone."""
+    examples = load_examples(config)
+    model = build_model(config, load_processor(storage.join(config.shards, "processor"))).train()
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, betas=BETAS, weight_decay=config.weight_decay)
+    plan = Plan(config.seed, len(examples), config.batch, config.micro_batch, workers=1)
+    losses = []
+    for step, turns in enumerate(batches(plan, ray.put(examples), 0, 0, STEPS)):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * learning_rate_factor(step, STEPS, config.warmup)
+        optimizer.zero_grad()
+        loss = 0.0
+        for micro in turns:
+            torch.manual_seed(micro.draw)
+            share = model(**micro.arrays, num_items_in_batch=micro.size).loss * micro.counts
+            share.backward()
+            loss += share.item()
+        torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
+        optimizer.step()
+        losses.append(loss)
+    return np.array(losses)
+
+
+def cut_back(made: SimpleNamespace, name: str, new: str, step: int) -> None:
+    """Copy a run as it stood after `step`."""
+    shutil.copytree(made.root / name, made.root / new)
+    run = made.root / new / "run"
+    (run / RESULT).unlink()
+    for saved in CheckpointStore(str(run)).saved():
+        if saved.step > step:
+            shutil.rmtree(saved.uri)
+
+
+@pytest.fixture(scope="module")
+def plain(made: SimpleNamespace) -> np.ndarray:
+    return plain_losses(configured(made, "plain"))
+
+
+@pytest.fixture(scope="module")
+def whole(made: SimpleNamespace) -> SimpleNamespace:
+    """An uninterrupted run of two workers at ZeRO stage 2."""
+    return trained(configured(made, "whole", zero_stage=2))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_every_zero_stage_on_two_workers_gives_the_losses_of_plain_pytorch(made, plain, stage):
+    run = trained(configured(made, f"zero-{stage}", zero_stage=stage))
+    np.testing.assert_allclose(run.losses, plain, atol=1e-4)
+
+
+def test_zero_stage_2_on_two_workers_gives_the_losses_of_plain_pytorch(plain, whole):
+    assert plain[-1] < 0.7 * plain[0]
+    np.testing.assert_allclose(whole.losses, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "workers"),
+    [(2, 4), (3, 1)]
+    + [pytest.param(s, w, marks=pytest.mark.slow) for s in range(4) for w in (1, 4) if (s, w) not in ((2, 4), (3, 1))],
+)
+def test_a_checkpoint_of_two_workers_goes_on_with_one_or_four(made, whole, stage, workers):
+    name = f"moved-{stage}-{workers}"
+    cut_back(made, "whole", name, step=5)
+    config = configured(made, name, zero_stage=stage, scaling={"workers": workers})
+    run = trained(config)
+    assert run.result["resumed_from"] == 5
+    assert run.examples == whole.examples
+    np.testing.assert_allclose(run.losses, whole.losses, atol=1e-4)
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_examples_and_losses(made, whole):
+    cut_back(made, "whole", "stopped", step=15)
+    # What a killed attempt may leave: a checkpoint without its marker, a damaged one, and pieces of the log.
+    store = CheckpointStore(str(made.root / "stopped/run"))
+    *_, last = store.saved()
+    torn, damaged = (Path(last.uri).with_name(f"step-000000{step}-0000") for step in (18, 17))
+    shutil.copytree(last.uri, torn)
+    (torn / MARKER).unlink()
+    shutil.copytree(last.uri, damaged)
+    (damaged / STATE).write_bytes((damaged / STATE).read_bytes()[:-1])
+    run = trained(configured(made, "stopped", zero_stage=2, keep_checkpoints=1))
+    assert run.result["resumed_from"] == 15
+    assert run.steps == list(range(1, STEPS + 1))
+    assert run.examples == whole.examples
+    np.testing.assert_allclose(run.losses, whole.losses, atol=1e-5)
+    assert [saved.step for saved in store.saved()] == [STEPS]
+    assert storage.list_folder(storage.join(store.run, FOLDER)) == [Path(store.saved()[0].uri).name]
+
+
+def test_going_on_at_the_end_of_an_epoch_neither_skips_nor_repeats_one(made, whole):
+    per_epoch = -(-len(load_examples(configured(made, "whole"))) // 8)
+    epochs = [whole.examples[start : start + per_epoch] for start in range(0, STEPS, per_epoch)]
+    whole_epochs = [sorted(sum(steps, [])) for steps in epochs if len(steps) == per_epoch]
+    assert len(whole_epochs) >= 2
+    assert all(ids == whole_epochs[0] == sorted(set(ids)) for ids in whole_epochs)
+    config = configured(made, "boundary", epochs=1.0)
+    first = trained(config)
+    assert first.result["step"] == per_epoch
+    second = trained(config.model_copy(update={"epochs": 1.5}))
+    assert second.result["resumed_from"] == per_epoch
+    assert second.examples == whole.examples[: len(second.examples)]
+
+
+def test_a_complete_run_is_left_as_it_is(made, whole):
+    config = configured(made, "whole", zero_stage=2)
+    before = {path: path.stat().st_mtime_ns for path in (made.root / "whole/run").rglob("*")}
+    assert trained(config).result == whole.result
+    assert before == {path: path.stat().st_mtime_ns for path in (made.root / "whole/run").rglob("*")}
+
+
+def test_a_run_does_not_go_on_under_other_values(made, whole):
+    config = configured(made, "whole", seed=1)
+    with pytest.raises(ValueError, match=r"run 'run' in .* was begun with other values \(seed 0 -> 1\): choose another"):
+        run_training(train_answers, config, load_examples(config))
+
+
+def test_metrics_go_to_tensorboard(made, whole):
+    (log,) = (made.root / "whole/run/tensorboard").iterdir()
+    events = EventAccumulator(str(log)).Reload()
+    logged = events.Scalars("loss")
+    assert [event.step for event in logged] == list(range(1, STEPS + 1))
+    np.testing.assert_allclose([event.value for event in logged], whole.losses, atol=1e-5)
+    assert {"examples_per_second", "data_wait_share", "learning_rate"} <= set(events.Tags()["scalars"])
+
+
+def test_validation_keeps_the_best_and_stops_a_run_that_gets_no_better(made):
+    config = configured(
+        made, "stopping", learning_rate=3e-2, warmup=0.0, validate_every=2, patience=2, publish="best",
+        keep_checkpoints=1, validation_examples=8, epochs=20.0,
+    )  # fmt: skip
+    run = trained(config)
+    assert run.result["step"] < run.result["total_steps"]
+    best = run.result["best"]
+    assert best["step"] == run.result["step"] - 2 * config.validate_every
+    assert 0 <= best["val_accuracy"] <= 1
+    store = CheckpointStore(str(made.root / "stopping/run"))
+    assert [saved.step for saved in store.saved()] == [best["step"], run.result["step"]]
+    published = load_model(config.output)[0].state_dict()
+    weights = store.load(store.saved()[0])[0]
+    assert all(torch.equal(published[name.removeprefix("weight.")], value) for name, value in weights.items()
+               if name.startswith("weight."))  # fmt: skip
+    # It stays stopped, until more patience is asked for.
+    assert trained(config).result == run.result
+    assert trained(config.model_copy(update={"patience": 3})).result["step"] > run.result["step"]
+
+
+def test_a_model_is_published_only_as_it_was_trained(made, whole, tmp_path):
+    shutil.copytree(made.root / "whole/model", tmp_path / "model")
+    marker = json.loads((tmp_path / "model/training.json").read_text())
+    assert marker["step"] == STEPS
+    assert all(storage.sha256(tmp_path / "model" / name) == digest for name, digest in marker["files"].items())
+    model = load_model(str(tmp_path / "model"))[0]
+    check_published(str(tmp_path / "model"), model, [], [], like=model.frame_embedding.weight)
+    with torch.no_grad():
+        model.frame_embedding.weight[0, 0] += 1e-3
+    with pytest.raises(RuntimeError, match="is not published: frame_embedding.weight differs from what was trained"):
+        check_published(str(tmp_path / "model"), model, [], [], like=model.frame_embedding.weight)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(made):
+    config = configured(made, "diverging", learning_rate=1e30, scaling={"workers": 1, "max_failures": 0}, epochs=0.5)
+    with pytest.raises(Exception, match=r"step \d+: the loss is nan; lower learning_rate"):
+        trained(config)
+
+
+def test_every_epoch_sees_every_example_once_whatever_the_number_of_workers():
+    count, batch = 41, 12
+    examples = SimpleNamespace(order=lambda seed, epoch: np.random.default_rng([seed, epoch]).permutation(count))
+    for workers, micro_batch in ((1, 4), (2, 2), (4, 3)):
+        plan = Plan(seed=1, count=count, batch=batch, micro_batch=micro_batch, workers=workers)
+        for step in range(2 * plan.steps_per_epoch):
+            epoch, first, last = plan.stretch(step)
+            taken = [plan.micro(step, turn, rank) for turn in range(plan.turns) for rank in range(workers)]
+            shares = [place for share in taken if share for place in range(*share)]
+            assert shares == list(range(first, last))
+            assert epoch == step // plan.steps_per_epoch
+        everything = np.concatenate([plan.numbers(examples, step) for step in range(plan.steps_per_epoch)])
+        assert sorted(everything) == list(range(count))
+
+
+def test_batches_come_in_order_and_can_begin_anywhere(made):
+    examples = load_examples(configured(made, "order"))
+    plan = Plan(seed=0, count=len(examples), batch=8, micro_batch=2, workers=2)
+    source = ray.put(examples)
+
+    def labels(first: int) -> list[list[torch.Tensor]]:
+        return [[micro.arrays["labels"] for micro in turns] for turns in batches(plan, source, 1, first, STEPS)]
+
+    whole = labels(0)
+    assert len(whole) == STEPS
+    later = labels(7)
+    assert all(torch.equal(a, b) for x, y in zip(later, whole[7:], strict=True) for a, b in zip(x, y, strict=True))
