@@ -58,7 +58,7 @@ def object_store(root: Path, failures: float = 0.0, seed: int = 0) -> Iterator[O
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     store = ObjectStore("s3://bucket", {})
     try:
-        _wait_for(port)
+        wait_for_port(port)
         with contextlib.ExitStack() as stack:
             if failures:
                 port = stack.enter_context(_failing_proxy(port, failures, seed, store))
@@ -92,13 +92,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _wait_for(port: int) -> None:
-    for _ in range(100):
+def wait_for_port(port: int, seconds: int = 10) -> None:
+    """Return as soon as something listens on a port of this machine; raise TimeoutError after `seconds`."""
+    for _ in range(10 * seconds):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.1)
-    raise TimeoutError(f"no server answers on 127.0.0.1:{port} after 10 s")
+    raise TimeoutError(f"no server answers on 127.0.0.1:{port} after {seconds} s")
 
 
 @contextlib.contextmanager
