@@ -1,12 +1,23 @@
 """Questions packed behind one prefix: the same loss and gradients as apart, every example once, nothing padded."""
 
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
+import ray
 import torch
 from transformers import GPT2Config
 
+from mellow_platform.config import PreprocessConfig
+from mellow_platform.data.shards import Manifest, read_records
+from mellow_platform.features.preprocess import preprocess
 from mellow_platform.model import MellowConfig, MellowForConditionalGeneration
 from mellow_platform.model.configuration_mellow import tiny_decoder_config
+from mellow_platform.model.folder import load_processor
+from mellow_platform.training.batches import Plan, batches
+from mellow_platform.training.examples import AnswerExamples, RecordNames, Texts
+from tests.conftest import write_corpus
 
 VOCABULARY = 128
 PAIR_INDEX = [0, 0, 0, 1, 2, 2]  # unequal numbers of questions a pair
@@ -139,3 +150,154 @@ def test_no_position_of_the_packed_sequence_is_padding():
     model(**packed(model))
     prefix = 2 * model.config.num_audio_tokens + 2
     assert lengths == [(1, 3 * prefix + sum(PROMPTS) + sum(ANSWERS) - 6)]
+
+
+@pytest.fixture(scope="module")
+def shards(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small corpus's shards, with random partners."""
+    root = tmp_path_factory.mktemp("packing")
+    write_corpus(str(root / "corpus"), {"train": 6, "val": 2, "test": 1})
+    preprocess(
+        PreprocessConfig(
+            corpus=str(root / "corpus"), output=str(root / "shards"), size="mellow-tiny", partner="random",
+            clips_per_shard=4,
+        )
+    )  # fmt: skip
+    return str(root / "shards")
+
+
+def neighbours(pairs: np.ndarray) -> list[int]:
+    """Return how many neighbouring rows are equal, stretch by stretch."""
+    edges = np.flatnonzero(np.append(True, (pairs[1:] != pairs[:-1]).any(axis=1)))
+    return np.diff(np.append(edges, len(pairs))).tolist()
+
+
+@pytest.mark.parametrize("questions_per_pack", [1, 4])
+@pytest.mark.parametrize("partner_per_epoch", [False, True])
+def test_an_epoch_has_every_question_once_in_an_order_of_its_own(
+    questions_per_pack: int, partner_per_epoch: bool, shards: str
+):
+    examples = AnswerExamples.load(
+        shards, "train", questions_per_pack=questions_per_pack, partner_per_epoch=partner_per_epoch
+    )
+    orders = [examples.order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    for order in orders:
+        assert np.sort(order).tolist() == list(range(len(examples)))
+    assert len({order.tobytes() for order in orders}) == 4
+    again = AnswerExamples.load(
+        shards, "train", questions_per_pack=questions_per_pack, partner_per_epoch=partner_per_epoch
+    )
+    assert (again.order(1, 1) == orders[3]).all()
+
+
+def test_the_order_of_an_epoch_is_the_same_after_others_were_asked_for(shards: str):
+    examples = AnswerExamples.load(shards, "train", questions_per_pack=4)
+    first = examples.order(0, 0).tolist()
+    for epoch in range(10):
+        examples.order(0, epoch)
+    assert examples.order(0, 0).tolist() == first
+
+
+def test_questions_on_the_same_clips_are_neighbours_and_share_these(shards: str):
+    examples = AnswerExamples.load(shards, "train", questions_per_pack=4, partner_per_epoch=True)
+    order = examples.order(0, 0)
+    pairs = examples.pairs(0, 0, order)
+    counts = np.unique(pairs, axis=0, return_counts=True)[1]
+    # As few prefixes as packs of four leave; two packs of one pair may have come to stand together.
+    packs = sum(-(-count // 4) for count in counts)
+    assert counts.max() > 4
+    assert len(counts) < len(neighbours(pairs)) <= packs
+    numbers = order[:20]
+    arrays = examples.collate(0, 0, numbers)
+    lengths = neighbours(pairs[:20])
+    assert arrays["pair_index"].tolist() == np.repeat(range(len(lengths)), lengths).tolist()
+    heard = arrays["input_features"][arrays["pair_index"]]
+    assert heard.dtype == np.float16
+    assert (heard == examples.features["input_features"][pairs[:20]]).all()
+
+
+def test_a_clip_has_one_partner_an_epoch_and_never_itself(shards: str):
+    examples = AnswerExamples.load(shards, "train", partner_per_epoch=True)
+    everything = np.arange(len(examples))
+    seen: dict[int, set[int]] = {}
+    for epoch in range(8):
+        pairs = examples.pairs(0, epoch, everything)
+        assert (pairs[~examples.single] == examples.clips[~examples.single]).all()
+        for clip in np.unique(pairs[examples.single, 0]):
+            (partner,) = set(pairs[examples.single & (pairs[:, 0] == clip), 1])
+            assert partner != clip
+            seen.setdefault(clip, set()).add(partner)
+    assert all(len(partners) > 1 for partners in seen.values())
+    assert not examples.single.all()
+    stored = AnswerExamples.load(shards, "train")
+    assert (stored.pairs(0, 5, everything) == stored.clips).all()
+
+
+def test_partners_are_drawn_only_where_the_shards_were_written_with_random_ones(shards: str, tmp_path: Path):
+    manifest = Manifest.read(shards)
+    manifest.configuration["partner"] = "same"
+    manifest.write(str(tmp_path))
+    with pytest.raises(ValueError, match=r"partner: same, which leaves nothing to draw .* --partner random"):
+        AnswerExamples.load(str(tmp_path), "train", partner_per_epoch=True)
+
+
+def test_prompts_are_padded_no_further_than_their_micro_batch_needs(shards: str):
+    processor = load_processor(f"{shards}/processor")
+    records = read_records(shards, "train").to_pylist()
+    wanted = [processor.question_ids(record["input"]) for record in records]
+    numbers = AnswerExamples.load(shards, "train").order(0, 0)[:6]
+    longest = max(len(wanted[number]) for number in numbers)
+    unseen = AnswerExamples.load(shards, "train", pad_prompts=False).collate(0, 0, numbers)
+    published = AnswerExamples.load(shards, "train").collate(0, 0, numbers)
+    assert unseen["input_ids"].shape == unseen["attention_mask"].shape == (6, longest)
+    assert unseen["labels"].shape[1] == max(len(records[number]["answer_ids"]) for number in numbers)
+    assert "attention_mask" not in published
+    for row, number in enumerate(numbers):
+        assert unseen["input_ids"][row][unseen["attention_mask"][row] == 1].tolist() == wanted[number]
+        assert published["input_ids"][row].tolist() == processor.prompt_ids(records[number]["input"])
+        labels = unseen["labels"][row]
+        assert labels[labels >= 0].tolist() == records[number]["answer_ids"]
+
+
+def test_ragged_micro_batches_come_through_ray_data_as_they_were_collated(shards: str):
+    examples = AnswerExamples.load(shards, "train", questions_per_pack=4, pad_prompts=False, partner_per_epoch=True)
+    plan = Plan(seed=3, count=len(examples), batch=16, micro_batch=8, workers=1)
+    steps = list(batches(plan, ray.put(examples), 0, 0, plan.steps_per_epoch + 1))
+    shapes = set()
+    for step, turns in enumerate(steps):
+        epoch, first, last = plan.stretch(step)
+        order = examples.order(3, epoch)[first:last]
+        assert sum(micro.counts for micro in turns) == -(-len(order) // 8)
+        for turn, micro in enumerate(turns):
+            if micro.counts:
+                expected = examples.collate(3, epoch, order[turn * 8 : turn * 8 + 8])
+                assert micro.arrays.keys() == expected.keys()
+                for name, array in expected.items():
+                    assert np.array_equal(micro.arrays[name].numpy(), array), name
+            shapes.add(tuple(micro.arrays["input_features"].shape))
+    assert len(shapes) > 1
+
+
+def test_a_million_questions_are_ordered_in_flat_arrays():
+    count, clips = 1_000_000, 50_000
+    generator = np.random.default_rng(0)
+    first = generator.integers(0, clips, count)
+    texts = Texts(np.zeros(count, np.int32), np.arange(count + 1))
+    examples = AnswerExamples(
+        name="million",
+        ids=RecordNames("train", count),
+        clips=np.stack([first, (first + 1) % clips], axis=1),
+        single=generator.random(count) < 0.7,
+        prompts=texts,
+        answers=texts,
+        features={"audio_latent": np.zeros((clips, 1), np.float16)},
+        pad_token=0,
+        questions_per_pack=8,
+        partner_per_epoch=True,
+    )
+    order = examples.order(0, 0)
+    assert (np.bincount(order, minlength=count) == 1).all()
+    # About 14 questions about a clip alone and 6 with its neighbour: packs hold most of eight.
+    packs = neighbours(examples.pairs(0, 0, order))
+    assert count / len(packs) > 5
+    assert len(pickle.dumps(examples, protocol=5, buffer_callback=lambda buffer: False)) < 10_000

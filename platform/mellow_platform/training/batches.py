@@ -4,7 +4,7 @@ A step is a fixed stretch of its epoch's order, cut into micro-batches that do n
 them: a run that is resumed, on other workers too, builds the rest of the list and goes on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,7 +26,7 @@ class Examples(Protocol):
         sizes: [count] what each example counts in the mean loss (its answer's tokens, or 1).
     """
 
-    ids: list[str]
+    ids: Sequence[str]
     sizes: np.ndarray
 
     def __len__(self) -> int: ...
