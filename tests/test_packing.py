@@ -7,16 +7,21 @@ import numpy as np
 import pytest
 import ray
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config
 
-from mellow_platform.config import PreprocessConfig
+from mellow_platform.config import PreprocessConfig, ScalingSection, TrainConfig
 from mellow_platform.data.shards import Manifest, read_records
 from mellow_platform.features.preprocess import preprocess
-from mellow_platform.model import MellowConfig, MellowForConditionalGeneration
+from mellow_platform.model import HTSATEncoder, MellowConfig, MellowForConditionalGeneration, encoder_config
 from mellow_platform.model.configuration_mellow import tiny_decoder_config
-from mellow_platform.model.folder import load_processor
+from mellow_platform.model.folder import load_processor, save_pretrained
 from mellow_platform.training.batches import Plan, batches
+from mellow_platform.training.checkpoints import CheckpointStore
 from mellow_platform.training.examples import AnswerExamples, RecordNames, Texts
+from mellow_platform.training.finetune import load_examples, train_answers
+from mellow_platform.training.flops import ModelFlops
+from mellow_platform.training.loop import run_training
 from tests.conftest import write_corpus
 
 VOCABULARY = 128
@@ -301,3 +306,47 @@ def test_a_million_questions_are_ordered_in_flat_arrays():
     packs = neighbours(examples.pairs(0, 0, order))
     assert count / len(packs) > 5
     assert len(pickle.dumps(examples, protocol=5, buffer_callback=lambda buffer: False)) < 10_000
+
+
+@pytest.mark.parametrize(("decoder", "lora"), [("llama", False), ("llama", True), ("gpt2", False)])
+def test_counted_operations_are_those_of_the_matrix_products(decoder: str, lora: bool):
+    model = build(decoder, lora)
+    flops, batch = ModelFlops.of(model), packed(model)
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
+    work = flops.work(batch)
+    prefix = 2 * model.config.num_audio_tokens + 2
+    assert work["tokens"] == work["useful_tokens"] == 3 * prefix + sum(PROMPTS) + sum(ANSWERS) - 6
+    # torch counts no attention on a CPU, and the first matrices learn without a gradient of what comes in.
+    looks = 3 * prefix * (prefix + 1) / 2
+    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+        length = prompt + answer - 1
+        looks += length * prefix + length * (length + 1) / 2
+    assert work["model_flops"] - looks * flops.attention == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_padding_that_is_seen_is_work_and_not_useful():
+    model = build("llama")
+    batch = packed(model)
+    padding = model.config.pad_token_id
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch.pop("attention_mask") == 0, padding)
+    work = ModelFlops.of(model).work(batch)
+    assert work["tokens"] - work["useful_tokens"] == 6 * max(PROMPTS) - sum(PROMPTS)
+
+
+def test_a_run_with_packs_reports_its_work(shards: str, tmp_path: Path):
+    save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")), str(tmp_path / "encoder"))
+    config = TrainConfig(
+        shards=shards, encoder=str(tmp_path / "encoder"), size="mellow-tiny", storage=str(tmp_path / "runs"),
+        run="packs", output=str(tmp_path / "model"), epochs=1.0, batch=16, micro_batch=8, log_every=1,
+        questions_per_pack=4, pad_prompts=False, partner_per_epoch=True, scaling=ScalingSection(workers=2),
+    )  # fmt: skip
+    result = run_training(train_answers, config, load_examples(config))
+    assert result["step"] == result["total_steps"] > 2
+    assert 0 < result["useful_tokens_per_second"] == pytest.approx(result["tokens_per_second"])
+    assert 0 < result["model_flop_utilization"] < 1
+    assert 0 <= result["data_wait_share"] < 1
+    losses = CheckpointStore(result["run"]).read_log()["loss"].to_pylist()
+    assert losses[-1] < losses[0]
+    # What is published reads prompts as they were read in training.
+    assert not load_processor(str(tmp_path / "model")).pad_prompt

@@ -176,7 +176,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         prefixes = self.audio_prefix(input_features, audio_frames, audio_latent)
         if pair_index is None:
             pair_index = torch.arange(len(input_ids), device=input_ids.device)
-        packing = Packing.of(*prefixes.shape[:2], pair_index, attention_mask.sum(1), read.sum(1))
+        packing = Packing.of(len(prefixes), prefixes.shape[1], pair_index, attention_mask.sum(1), read.sum(1))
         questions = self.get_input_embeddings()(tokens[read])
         hidden = self.language_model.base_model(
             inputs_embeds=torch.cat([prefixes.flatten(0, 1), questions])[None],

@@ -38,7 +38,9 @@ class Packing:
     ends: torch.Tensor
 
     @classmethod
-    def of(cls, pairs: int, prefix: int, pair_index: torch.Tensor, prompts: torch.Tensor, lengths: torch.Tensor):
+    def of(
+        cls, pairs: int, prefix: int, pair_index: torch.Tensor, prompts: torch.Tensor, lengths: torch.Tensor
+    ) -> "Packing":
         """Return the packing of questions of `lengths` [Q] tokens, of which `prompts` [Q] are the prompt's."""
         longest = int(lengths.max())
         starts = lengths.cumsum(0) - lengths

@@ -19,15 +19,17 @@ WINDOW, TASK = 64, 16  # micro-batches made ahead, and of them in one Ray task
 
 
 class Examples(Protocol):
-    """What a training job learns from, by number; read in place from Ray's object store.
+    """What a training job learns from, by number; read in place from Ray's object store."""
 
-    Attributes:
-        ids: a stable name of each example, for the log.
-        sizes: [count] what each example counts in the mean loss (its answer's tokens, or 1).
-    """
+    @property
+    def ids(self) -> Sequence[str]:
+        """A stable name of each example, for the log."""
+        ...
 
-    ids: Sequence[str]
-    sizes: np.ndarray
+    @property
+    def sizes(self) -> np.ndarray:
+        """What each example counts [count] in the mean loss: its answer's tokens, or 1."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -60,10 +60,10 @@ class RecordNames(Sequence[str]):
     """Names of a split's records by number, made when asked for."""
 
     def __init__(self, split: str, count: int):
-        self.split, self.count = split, count
+        self.split, self.total = split, count
 
     def __len__(self) -> int:
-        return self.count
+        return self.total
 
     def __getitem__(self, number: Any) -> Any:  # a number of any integer type; nobody slices names
         return f"{self.split}/{int(number):07d}"

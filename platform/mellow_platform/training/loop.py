@@ -135,6 +135,7 @@ class Counters:
     steps: int = 0
     examples: int = 0
     loss: float = 0.0
+    work: dict[str, float] = dataclasses.field(default_factory=dict)  # counts over all workers
     waited: float = 0.0  # seconds in which the loop had no batch
 
 
@@ -144,9 +145,22 @@ class Progress:
     Rank 0 writes; the others take part in what all must do together.
     """
 
-    def __init__(self, config: RunSection, plan: Plan, examples: Examples, clip_seconds: float):
+    def __init__(
+        self,
+        config: RunSection,
+        plan: Plan,
+        examples: Examples,
+        clip_seconds: float,
+        peak_flops: float = math.nan,
+    ):
+        """
+        Args:
+            clip_seconds: audio of an example.
+            peak_flops: floating-point operations a second of all workers, which `model_flops` are held against.
+        """
         context = ray.train.get_context()
         self.config, self.plan, self.examples, self.clip_seconds = config, plan, examples, clip_seconds
+        self.peak_flops = peak_flops
         self.total = total_steps(config, len(examples))
         self.rank = context.get_world_rank()
         self.is_first = self.rank == 0
@@ -223,19 +237,23 @@ class Progress:
             loss: this worker's share of the step's mean loss.
             snapshot: returns the tensors to go on from, where its argument says to keep them.
             validate: returns `val_loss` and more, where the run validates.
-            work: counts of this step that are reported as rates a second.
+            work: this worker's counts in the step, of the same names everywhere, that are reported as rates a second.
         """
         now = time.monotonic()
         look = self.is_first and now - self.watched >= PREEMPTION_SECONDS
-        together = torch.stack([loss.detach().double(), torch.tensor(float(look), device=loss.device).double()])
+        counts = torch.tensor([float(look), *(work or {}).values()], dtype=torch.float64, device=loss.device)
+        together = torch.cat([loss.detach().double()[None], counts])
         torch.distributed.all_reduce(together)
-        mean, look = together[0].item(), bool(together[1].item())
+        mean, looking, *done = together.tolist()
+        look = bool(looking)
         if not math.isfinite(mean):
             raise RuntimeError(
                 f"step {self.step + 1}: the loss is {mean}; lower learning_rate, or look at the step's examples: "
                 f"{', '.join(self._ids()[:8])}, ..."
             )
         self._record(mean, learning_rate)
+        for name, count in zip(work or {}, done, strict=True):
+            self.counters.work[name] = self.counters.work.get(name, 0.0) + count
         if look:
             self.watched = now
         notice = look and self._is_preempted()
@@ -245,7 +263,7 @@ class Progress:
             better = self._validated(validate())
         checkpoint = last or notice or better or self.stopped or self.step % self.config.checkpoint_every == 0
         if checkpoint or self.step % self.config.log_every == 0:
-            self._report(learning_rate, work or {})
+            self._report(learning_rate)
         if checkpoint:
             self._checkpoint(snapshot, wait=notice or self.over)
         elif self.is_first and now - self.noted >= POSITION_SECONDS:
@@ -305,7 +323,7 @@ class Progress:
         self.stopped = bool(patience) and self.worse >= patience
         return False
 
-    def _report(self, learning_rate: float, work: dict[str, float]) -> None:
+    def _report(self, learning_rate: float) -> None:
         counters, self.counters = self.counters, Counters()
         seconds = max(self.counters.since - counters.since, 1e-9)
         rate = counters.examples / seconds
@@ -315,8 +333,10 @@ class Progress:
             "examples_per_second": rate,
             "audio_seconds_per_second": rate * self.clip_seconds,
             "data_wait_share": counters.waited / seconds,
-            **{f"{name}_per_second": value * counters.steps / seconds for name, value in work.items()},
+            **{f"{name}_per_second": count / seconds for name, count in counters.work.items()},
         }
+        if "model_flops" in counters.work:
+            self.metrics["model_flop_utilization"] = self.metrics["model_flops_per_second"] / self.peak_flops
         if self.tracker and self.bar:
             self.tracker.log(self.metrics, self.step)
             self.bar.set_postfix(loss=f"{self.metrics['loss']:.4f}", ex_s=f"{rate:.0f}", refresh=False)
