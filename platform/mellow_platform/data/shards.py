@@ -14,7 +14,7 @@ import pyarrow as pa
 from mellow_platform import storage
 from mellow_platform.data import records as record_format
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 
 # Shape and type of a clip's arrays stand in the manifest; a row holds their bytes (fp16, C order).
@@ -29,7 +29,7 @@ RECORD_SCHEMA = pa.schema(
         *record_format.SCHEMA,
         pa.field("clip1", pa.string(), nullable=False),
         pa.field("clip2", pa.string(), nullable=False),  # the partner rule's clip where the question has one
-        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),  # without padding
         pa.field("answer_ids", pa.list_(pa.int32()), nullable=False),
     ]
 )

@@ -314,7 +314,8 @@ def write_record_shards(
 
     def write(row: dict[str, Any]) -> dict[str, str]:
         part = ray.get(source).slice(row["start"], size)
-        prompts = pa.array([processor.prompt_ids(text) for text in part["input"].to_pylist()], pa.list_(pa.int32()))
+        asked = [processor.question_ids(text)[: processor.prompt_length] for text in part["input"].to_pylist()]
+        prompts = pa.array(asked, pa.list_(pa.int32()))
         answers = pa.array([processor.answer_ids(text) for text in part["answer"].to_pylist()], pa.list_(pa.int32()))
         part = part.append_column("prompt_ids", prompts).append_column("answer_ids", answers)
         name = f"records/{split}/{row['start'] // size:06d}.parquet"

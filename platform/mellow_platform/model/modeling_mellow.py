@@ -12,6 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .configuration_mellow import MellowConfig
 from .encoders import build_encoder
 from .lora import add_adapters, freeze_all_but_adapters, merge_adapters
+from .packing import ATTENTION, Packing
 from .projections import projection_class
 
 
@@ -34,7 +35,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.frame_embedding = nn.Linear(audio.frame_size, audio.hidden_size)
         projection = projection_class(config.projection)
         self.projection = projection(audio.hidden_size, text.hidden_size, config.projection_dropout)
-        self.language_model = AutoModelForCausalLM.from_config(text)
+        self.language_model = AutoModelForCausalLM.from_config(text, attn_implementation=ATTENTION)
         self.post_init()
         if config.lora:
             # After post_init, which would draw the adapters' zeros anew.
@@ -92,39 +93,46 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         copies = self.config.frame_repeat // self.config.pool_size
         return torch.cat([projected[..., :1, :], projected[..., 1:, :].repeat_interleave(copies, dim=-2)], dim=-2)
 
-    def prefix(
+    def audio_prefix(
         self,
-        input_ids: torch.Tensor,
         input_features: torch.Tensor | None = None,
         audio_frames: torch.Tensor | None = None,
         audio_latent: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the embeddings [batch, positions, text] of both clips and the prompt.
+        """Return the embeddings [pairs, positions, text] of both clips, each with the separator behind it.
 
         Args:
-            input_ids: prompts [batch, prompt].
-            input_features: log-mel spectrograms [batch, 2, frames, bands] in dB.
-            audio_frames, audio_latent: encoder outputs [batch, 2, F, frame_size] and [batch, 2, H].
+            input_features: log-mel spectrograms [pairs, 2, frames, bands] in dB.
+            audio_frames, audio_latent: encoder outputs [pairs, 2, F, frame_size] and [pairs, 2, H].
 
         Raises:
             ValueError: no audio, or both forms of it.
         """
         if (input_features is None) == (audio_frames is None):
             raise ValueError("give either input_features, or audio_frames and audio_latent")
+        dtype = self.frame_embedding.weight.dtype
         if input_features is not None:
             # Both clips of a single-clip question are often the same one: encode what is distinct.
             distinct, index = torch.unique(input_features.flatten(0, 1), dim=0, return_inverse=True)
-            encoded = self.audio_encoder(distinct)
+            encoded = self.audio_encoder(distinct.to(dtype))
             shape = input_features.shape[:2]
             audio_frames = encoded.frames[index].unflatten(0, shape)
             audio_latent = encoded.latent[index].unflatten(0, shape)
         if audio_frames is None or audio_latent is None:
             raise ValueError("audio_frames and audio_latent go together")
-        dtype = self.frame_embedding.weight.dtype
         audio = self.audio_tokens(audio_frames.to(dtype), audio_latent.to(dtype))
-        embed = self.get_input_embeddings()
-        separator = embed(torch.full_like(input_ids[:, :1], self.config.separator_token_id))
-        return torch.cat([audio[:, 0], separator, audio[:, 1], separator, embed(input_ids)], dim=1)
+        token = torch.full(audio.shape[:2], self.config.separator_token_id, device=audio.device)
+        separators = self.get_input_embeddings()(token)[:, :, None]
+        return torch.cat([audio, separators], dim=2).flatten(1, 2)
+
+    def prefix(self, input_ids: torch.Tensor, **audio: torch.Tensor | None) -> torch.Tensor:
+        """Return the embeddings [batch, positions, text] of both clips and the prompt.
+
+        Args:
+            input_ids: prompts [batch, prompt].
+            audio: arguments of `audio_prefix`.
+        """
+        return torch.cat([self.audio_prefix(**audio), self.get_input_embeddings()(input_ids)], dim=1)
 
     def forward(
         self,
@@ -133,29 +141,63 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio_frames: torch.Tensor | None = None,
         audio_latent: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pair_index: torch.Tensor | None = None,
+        num_items_in_batch: float | torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Return logits after the prompt: one position without `labels`, else one for each label.
+        """Return the loss of the answers, and the logits after the prompt.
+
+        Questions on the same clips share these: the result is that of separate sequences, and nothing is computed
+        that the answers do not depend on.
 
         Args:
-            input_ids: prompts [batch, prompt], padded to one length; the padding is seen, as published.
-            labels: answers [batch, answer], -100 where there is none; the loss is their mean cross-entropy.
+            input_ids: prompts [questions, prompt], each with a token at least.
+            input_features, audio_frames, audio_latent: clip pairs as in `audio_prefix`.
+            labels: answers [questions, answer], -100 where there is nothing to learn.
+            attention_mask: [questions, prompt], 0 where a prompt's padding is not seen; by default all is, as the
+                published weights expect.
+            pair_index: clip pair [questions] that each question is about; by default each has its own.
+            num_items_in_batch: what the sum over the answers' tokens is divided by; by default their number.
+
+        Returns:
+            `loss` with `labels`; `logits` [questions, 1, vocabulary] without, else [questions, answer, vocabulary],
+            zeros where there is no label. While training they are left out: only those with a label exist, flat.
         """
-        embeddings = self.prefix(input_ids, input_features, audio_frames, audio_latent)
-        first = embeddings.shape[1] - 1
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        tokens, read = input_ids, attention_mask.bool()
         if labels is not None:
-            known = labels[:, :-1].masked_fill(labels[:, :-1] < 0, self.config.pad_token_id)
-            embeddings = torch.cat([embeddings, self.get_input_embeddings()(known)], dim=1)
-        # No attention mask: the published weights expect the prompt's padding to be seen.
-        hidden = self.language_model.base_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        logits = self.get_output_embeddings()(hidden[:, first:])
-        loss = None
-        if labels is not None:
-            loss = nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
-            )
-            loss = loss / kwargs.get("num_items_in_batch", (labels >= 0).sum())
-        return CausalLMOutputWithPast(loss=loss, logits=logits)
+            # The last label is followed by nothing, so its token is not read.
+            labelled = labels >= 0
+            follows = labelled.flip(1).cumsum(1).flip(1)[:, 1:] > 0
+            answers = labels[:, :-1].masked_fill(~labelled[:, :-1], self.config.pad_token_id)
+            tokens, read = torch.cat([tokens, answers], dim=1), torch.cat([read, follows], dim=1)
+        prefixes = self.audio_prefix(input_features, audio_frames, audio_latent)
+        if pair_index is None:
+            pair_index = torch.arange(len(input_ids), device=input_ids.device)
+        packing = Packing.of(len(prefixes), prefixes.shape[1], pair_index, attention_mask.sum(1), read.sum(1))
+        questions = self.get_input_embeddings()(tokens[read])
+        hidden = self.language_model.base_model(
+            inputs_embeds=torch.cat([prefixes.flatten(0, 1), questions])[None],
+            position_ids=packing.position_ids,
+            attention_mask=packing.mask,
+            packing=packing,
+            use_cache=False,
+        ).last_hidden_state[0]
+        head = self.get_output_embeddings()
+        if labels is None:
+            return CausalLMOutputWithPast(logits=head(hidden[packing.ends])[:, None])
+        # The vocabulary is a fifth of the work of a position: only those that predict a label go through it.
+        places = packing.ends[:, None] + torch.arange(labels.shape[1], device=labels.device)
+        logits, known = head(hidden[places[labelled]]), labels[labelled]
+        loss = nn.functional.cross_entropy(logits.float(), known, reduction="sum")
+        loss = loss / (len(known) if num_items_in_batch is None else num_items_in_batch)
+        if self.training:
+            return CausalLMOutputWithPast(loss=loss)
+        whole = logits.new_zeros(*labels.shape, logits.shape[-1])
+        whole[labelled] = logits
+        return CausalLMOutputWithPast(loss=loss, logits=whole)
 
     @torch.no_grad()
     def generate(
@@ -171,7 +213,9 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         `kwargs` are those of transformers' `generate` (`max_new_tokens`, `do_sample`, ...).
         """
         kwargs.pop("attention_mask", None)
-        embeddings = self.prefix(input_ids, input_features, audio_frames, audio_latent)
+        embeddings = self.prefix(
+            input_ids, input_features=input_features, audio_frames=audio_frames, audio_latent=audio_latent
+        )
         return self.language_model.generate(
             inputs_embeds=embeddings,
             attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device),

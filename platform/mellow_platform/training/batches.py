@@ -4,7 +4,7 @@ A step is a fixed stretch of its epoch's order, cut into micro-batches that do n
 them: a run that is resumed, on other workers too, builds the rest of the list and goes on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,15 +19,17 @@ WINDOW, TASK = 64, 16  # micro-batches made ahead, and of them in one Ray task
 
 
 class Examples(Protocol):
-    """What a training job learns from, by number; read in place from Ray's object store.
+    """What a training job learns from, by number; read in place from Ray's object store."""
 
-    Attributes:
-        ids: a stable name of each example, for the log.
-        sizes: [count] what each example counts in the mean loss (its answer's tokens, or 1).
-    """
+    @property
+    def ids(self) -> Sequence[str]:
+        """A stable name of each example, for the log."""
+        ...
 
-    ids: list[str]
-    sizes: np.ndarray
+    @property
+    def sizes(self) -> np.ndarray:
+        """What each example counts [count] in the mean loss: its answer's tokens, or 1."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -18,11 +18,10 @@ of Ray.
 
 import logging
 import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -43,10 +42,8 @@ LOG_SCHEMA = pa.schema(
         pa.field("examples", pa.list_(pa.string()), nullable=False),
     ]
 )
-ATTEMPTS, PAUSE = 5, 1.0  # of a write, and seconds before the second; each later pause is twice as long
 
 Tensors = dict[str, torch.Tensor]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, order=True)
@@ -69,7 +66,7 @@ class CheckpointStore:
         for name in storage.list_folder(storage.join(self.run, FOLDER)):
             uri = storage.join(self.run, FOLDER, name)
             if storage.exists(storage.join(uri, MARKER)):
-                found.append(Saved(int(name.split("-")[1]), uri))
+                found.append(Saved(step_of(name), uri))
         return sorted(found)
 
     def load_latest(self) -> tuple[Saved, Tensors, dict[str, Any]] | None:
@@ -97,7 +94,7 @@ class CheckpointStore:
         return load_file(folder / STATE), storage.read_json(str(folder / PROGRESS))
 
     def write(self, step: int, attempt: str, tensors: Tensors, progress: dict[str, Any]) -> Saved:
-        """Write a checkpoint, its marker last; a write that fails is repeated within bounds.
+        """Write a checkpoint, its marker last.
 
         Args:
             attempt: name of this start of the run: a torn checkpoint of an earlier one is never added to.
@@ -108,17 +105,21 @@ class CheckpointStore:
             save_file(tensors, folder / STATE)
             storage.write_json(str(folder / PROGRESS), progress)
             digests = {file.name: storage.sha256(file) for file in sorted(folder.iterdir())}
-            retried(lambda: storage.upload(folder, saved.uri), saved.uri)
-        retried(lambda: storage.write_json(storage.join(saved.uri, MARKER), digests), saved.uri)
+            storage.upload(folder, saved.uri)
+        storage.write_json(storage.join(saved.uri, MARKER), digests)
         return saved
 
     def prune(self, keep: int, besides: Iterable[int] = ()) -> None:
-        """Delete all but the latest `keep` whole checkpoints and those of the steps `besides`, and what was torn."""
+        """Delete all but the latest `keep` whole checkpoints and those of the steps `besides`, and what was torn.
+
+        What is torn but not older than these may still be in writing, by another start of the run.
+        """
         whole = self.saved()
-        kept = {saved.uri for saved in whole[-keep:]} | {saved.uri for saved in whole if saved.step in set(besides)}
+        latest, also = whole[-keep:], set(besides)
+        kept = {saved.uri for saved in latest} | {saved.uri for saved in whole if saved.step in also}
         for name in storage.list_folder(storage.join(self.run, FOLDER)):
             uri = storage.join(self.run, FOLDER, name)
-            if uri not in kept:
+            if uri not in kept and step_of(name) < latest[0].step:
                 # A whole checkpoint stops being one before anything of it goes.
                 storage.delete_folder(storage.join(uri, MARKER))
                 storage.delete_folder(uri)
@@ -127,7 +128,7 @@ class CheckpointStore:
         """Write one piece of the log, of consecutive steps, and return its name."""
         name = f"{rows[0]['step']:08d}-{rows[-1]['step']:08d}.parquet"
         table = pa.Table.from_pylist(rows, schema=LOG_SCHEMA)
-        retried(lambda: storage.write_table(storage.join(self.run, LOG, name), table), name)
+        storage.write_table(storage.join(self.run, LOG, name), table)
         return name
 
     def read_log(self) -> pa.Table:
@@ -139,16 +140,6 @@ class CheckpointStore:
         return storage.read_tables([storage.join(self.run, LOG, name) for name in pieces])
 
 
-def retried(action: Callable[[], Result], what: str) -> Result:
-    """Return what `action` returns, called again after growing pauses while it fails.
-
-    Raises:
-        Exception: that of the last attempt.
-    """
-    for attempt in range(ATTEMPTS - 1):
-        try:
-            return action()
-        except Exception as error:  # whatever the storage behind it raises
-            logger.warning("%s: attempt %d of %d failed: %r", what, attempt + 1, ATTEMPTS, error)
-            time.sleep(PAUSE * 2**attempt)
-    return action()
+def step_of(name: str) -> int:
+    """Return the step in the name of a checkpoint's folder."""
+    return int(name.split("-")[1])

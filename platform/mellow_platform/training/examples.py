@@ -1,42 +1,219 @@
-"""TEMP"""
+"""Questions with answers from a shard set: whose clips they hear in an epoch, in which order, and as arrays.
+
+Clips are rows of the feature arrays and texts are stretches of flat token arrays: millions of questions are a few
+arrays, which every task reads in place from Ray's object store.
+"""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mellow_platform import storage
 from mellow_platform.data.shards import Manifest, read_records
 from mellow_platform.features.store import FeatureStore
-from mellow_platform.model import pad_labels
+from mellow_platform.model.folder import load_processor
+from mellow_platform.training.batches import Arrays
+
+# What `forward` calls the arrays that shards hold of a clip.
+NETWORK_NAMES = {"log_mel": "input_features", "frames": "audio_frames", "latent": "audio_latent"}
+# Orders that this process has computed last; an object read from the object store is a new one in every task.
+_ORDERS: dict[tuple[str, int, int], np.ndarray] = {}
+KEPT_ORDERS = 4
 
 
-class AnswerExamples:
+@dataclass(frozen=True)
+class Texts:
+    """Token ids of many texts, one behind the other: text n is `tokens[offsets[n] : offsets[n + 1]]`."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
     @classmethod
-    def load(cls, shards, split, **kw):
-        self = cls()
+    def from_column(cls, column: pa.ChunkedArray) -> "Texts":
+        """Take over a column of lists of int32."""
+        lists = column.combine_chunks()
+        offsets = lists.offsets.to_numpy()
+        # Of a sliced column, only what the slice holds.
+        return cls(lists.values.to_numpy()[offsets[0] : offsets[-1]], (offsets - offsets[0]).astype(np.int64))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def padded(self, numbers: np.ndarray, fill: int, length: int | None = None) -> np.ndarray:
+        """Return texts as int64 [texts, length], filled up with `fill`; by default to the longest of them."""
+        starts = self.offsets[numbers]
+        lengths = self.offsets[numbers + 1] - starts
+        columns = np.arange(length or lengths.max())
+        read = columns < lengths[:, None]
+        padded = np.full(read.shape, fill, np.int64)
+        padded[read] = self.tokens[(starts[:, None] + columns)[read]]
+        return padded
+
+
+class RecordNames(Sequence[str]):
+    """Names of a split's records by number, made when asked for."""
+
+    def __init__(self, split: str, count: int):
+        self.split, self.total = split, count
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, number: Any) -> Any:  # a number of any integer type; nobody slices names
+        return f"{self.split}/{int(number):07d}"
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerExamples:
+    """The questions of a split with their answers, and how a run wants them put together.
+
+    Attributes:
+        name: that the orders of these examples are remembered by.
+        ids: names of the examples.
+        clips: rows [questions, 2] of `features`: the clips that the shards pair.
+        single: [questions], true where a question is about its first clip alone.
+        prompts, answers: their tokens.
+        features: arrays [clips, ...] of each distinct clip, by the name that the network reads them by.
+        questions_per_pack: neighbours on the same clips, which share a prefix; 1 gives each question its own.
+        prompt_length: tokens that every prompt is filled to with `pad_token`, which is seen; None fills prompts to the
+            longest of a micro-batch, unseen.
+        partner_per_epoch: draw the second clip of questions about one anew in every epoch.
+    """
+
+    name: str
+    ids: Sequence[str]
+    clips: np.ndarray
+    single: np.ndarray
+    prompts: Texts
+    answers: Texts
+    features: Arrays
+    pad_token: int
+    questions_per_pack: int = 1
+    prompt_length: int | None = None
+    partner_per_epoch: bool = False
+
+    @classmethod
+    def load(
+        cls,
+        shards: str,
+        split: str,
+        *,
+        questions_per_pack: int = 1,
+        pad_prompts: bool = True,
+        partner_per_epoch: bool = False,
+    ) -> "AnswerExamples":
+        """Read the examples of `split`.
+
+        Raises:
+            ValueError: the set has no such split, a question without a token, or another rule than `partner: random`
+                where partners are to be drawn.
+        """
+        configuration = Manifest.read(shards).configuration
+        if partner_per_epoch and configuration["partner"] != "random":
+            raise ValueError(
+                f"{shards} was written with partner: {configuration['partner']}, which leaves nothing to draw in an "
+                "epoch: unset partner_per_epoch, or run jobs/preprocess.py with --partner random"
+            )
         records = read_records(shards, split)
         store = FeatureStore.load(shards)
-        self.features = store.arrays
-        self.clips = np.array(
-            [
-                [store.rows[one], store.rows[two]]
-                for one, two in zip(records["clip1"].to_pylist(), records["clip2"].to_pylist(), strict=True)
-            ],
-            np.int64,
-        ).reshape(-1, 2)
-        self.prompts = np.array(records["prompt_ids"].to_pylist(), np.int64)
-        self.labels = pad_labels(records["answer_ids"].to_pylist()).numpy()
-        self.sizes = (self.labels >= 0).sum(1)
-        self.ids = [f"{split}/{n}" for n in range(len(self.clips))]
-        return self
+        sides = [[store.rows[clip] for clip in records[side].to_pylist()] for side in ("clip1", "clip2")]
+        rows, clips = np.unique(np.array(sides, np.int64).T, return_inverse=True)
+        processor = load_processor(storage.join(shards, "processor"))
+        prompts = Texts.from_column(records["prompt_ids"])
+        if len(empty := np.flatnonzero(prompts.lengths == 0)):
+            raise ValueError(f"{shards}: {len(empty)} questions of {split} have no token, the first is {empty[0]}")
+        return cls(
+            name=uuid.uuid4().hex,
+            ids=RecordNames(split, len(records)),
+            clips=clips.reshape(-1, 2),
+            single=pc.equal(records["filepath2"], "").to_numpy(),
+            prompts=prompts,
+            answers=Texts.from_column(records["answer_ids"]),
+            # Of the other splits' clips nothing is kept.
+            features={NETWORK_NAMES[name]: array[rows] for name, array in store.arrays.items()},
+            pad_token=processor.tokenizer.pad_token_id,
+            questions_per_pack=questions_per_pack,
+            prompt_length=processor.prompt_length if pad_prompts else None,
+            partner_per_epoch=partner_per_epoch,
+        )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.clips)
 
-    def order(self, seed, epoch):
-        return np.random.default_rng([seed, epoch]).permutation(len(self))
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens [questions] of every answer."""
+        return self.answers.lengths
 
-    def collate(self, seed, epoch, numbers):
-        c = self.clips[numbers]
-        return {
-            "input_ids": self.prompts[numbers],
-            "labels": self.labels[numbers],
-            "audio_frames": self.features["frames"][c],
-            "audio_latent": self.features["latent"][c],
+    def pairs(self, seed: int, epoch: int, numbers: np.ndarray) -> np.ndarray:
+        """Return the two clips [numbers, 2] that the numbered questions hear in an epoch.
+
+        Where partners are drawn per epoch, a clip has one partner in it: all questions about the clip alone share
+        the pair. It is any other clip that the split's questions are about.
+        """
+        pairs = self.clips[numbers]
+        count = len(next(iter(self.features.values())))
+        if self.partner_per_epoch and count > 1:
+            drawn = _generator(seed, epoch, "partners").integers(0, count - 1, count)
+            partners = drawn + (drawn >= np.arange(count))
+            pairs[:, 1] = np.where(self.single[numbers], partners[pairs[:, 0]], pairs[:, 1])
+        return pairs
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Return the order [questions] of an epoch: every question once, packs of neighbours in random order.
+
+        The questions on a pair of clips are shuffled and cut into packs of at most `questions_per_pack`.
+        """
+        key = (self.name, seed, epoch)
+        if key not in _ORDERS:
+            while len(_ORDERS) >= KEPT_ORDERS:
+                del _ORDERS[next(iter(_ORDERS))]
+            _ORDERS[key] = self._order(seed, epoch)
+        return _ORDERS[key]
+
+    def _order(self, seed: int, epoch: int) -> np.ndarray:
+        generator = _generator(seed, epoch, "order")
+        shuffled = generator.permutation(len(self))
+        if self.questions_per_pack == 1:
+            return shuffled
+        pairs = self.pairs(seed, epoch, shuffled)
+        codes = pairs[:, 0] * (pairs.max() + 1) + pairs[:, 1]
+        by_pair = np.argsort(codes, kind="stable")
+        codes = codes[by_pair]
+        begins = np.append(True, codes[1:] != codes[:-1])
+        places = np.arange(len(codes))
+        within = places - np.maximum.accumulate(np.where(begins, places, 0))
+        packs = np.cumsum(within % self.questions_per_pack == 0) - 1
+        ranks = generator.permutation(packs[-1] + 1)
+        return shuffled[by_pair[np.argsort(ranks[packs], kind="stable")]]
+
+    def collate(self, seed: int, epoch: int, numbers: np.ndarray) -> Arrays:
+        """Return what `MellowForConditionalGeneration.forward` reads of the numbered questions.
+
+        `input_ids` and `labels` [questions, tokens], the clips' arrays [pairs, 2, ...], `attention_mask` where
+        padding is not seen, and `pair_index` [questions] where neighbours on equal clips share them.
+        """
+        pairs = self.pairs(seed, epoch, numbers)
+        arrays = {
+            "input_ids": self.prompts.padded(numbers, self.pad_token, self.prompt_length),
+            "labels": self.answers.padded(numbers, -100),
         }
+        if self.prompt_length is None:
+            lengths = self.prompts.offsets[numbers + 1] - self.prompts.offsets[numbers]
+            seen = np.arange(arrays["input_ids"].shape[1]) < lengths[:, None]
+            arrays["attention_mask"] = seen.astype(np.int64)
+        if self.questions_per_pack > 1:
+            begins = np.append(True, (pairs[1:] != pairs[:-1]).any(axis=1))
+            arrays["pair_index"] = np.cumsum(begins) - 1
+            pairs = pairs[begins]
+        return arrays | {name: array[pairs] for name, array in self.features.items()}
+
+
+def _generator(seed: int, epoch: int, purpose: str) -> np.random.Generator:
+    return np.random.default_rng([seed, epoch, *purpose.encode()])

@@ -10,6 +10,7 @@ import deepspeed
 import numpy as np
 import ray
 import ray.train
+import ray.train.torch
 import torch
 
 from mellow_platform import storage
@@ -22,6 +23,7 @@ from mellow_platform.training.batches import MicroBatch, Plan, batches
 from mellow_platform.training.checkpoints import Tensors
 from mellow_platform.training.engine_state import EngineState, weights_of
 from mellow_platform.training.examples import AnswerExamples
+from mellow_platform.training.flops import ModelFlops, measured_peak
 from mellow_platform.training.gate import Question, check_published, greedy_answers
 from mellow_platform.training.loop import Progress, learning_rate_factor, plan_of, worker_threads
 
@@ -140,6 +142,7 @@ class Finetuning:
             tensors: of the checkpoint to go on from, when there is one.
         """
         self.config, self.plan = config, plan
+        self.flops = ModelFlops.of(model)  # before ZeRO cuts the weights up
         if config.activation_checkpointing:
             model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         if tensors:
@@ -170,6 +173,14 @@ class Finetuning:
             self.engine.backward(loss * (self.plan.workers * self.plan.turns))
             self.engine.step()
             total += loss.detach()
+        return total
+
+    def work(self, turns: list[MicroBatch]) -> dict[str, float]:
+        """Return what this worker's micro-batches of a step come to, as in `ModelFlops.work`."""
+        total = dict.fromkeys(("tokens", "useful_tokens", "model_flops"), 0.0)
+        for micro in turns:
+            for name, count in self.flops.work(micro.arrays).items():
+                total[name] += count * micro.counts
         return total
 
     def restore(self, tensors: Tensors, step: int, turns: list[MicroBatch]) -> None:
@@ -245,6 +256,15 @@ def gate_questions(examples: AnswerExamples, config: TrainConfig) -> list[Questi
     return questions
 
 
+def peak_of_all(config: TrainConfig) -> float:
+    """Return the floating-point operations a second of all workers' devices, measured at the same time."""
+    device = ray.train.torch.get_device()
+    dtype = torch.bfloat16 if config.scaling.gpus_per_worker else torch.float32
+    peak = torch.tensor(measured_peak(device, dtype), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(peak)
+    return peak.item()
+
+
 def train_answers(values: dict[str, Any]) -> None:
     """The loop of one worker; rank 0 publishes the model folder at the end."""
     config = TrainConfig(**values["config"])
@@ -253,7 +273,7 @@ def train_answers(values: dict[str, Any]) -> None:
     rank, workers = context.get_world_rank(), context.get_world_size()
     examples: AnswerExamples = ray.get(values["examples"])
     plan = plan_of(config, examples, workers)
-    progress = Progress(config, plan, examples, clip_seconds=20.0)
+    progress = Progress(config, plan, examples, clip_seconds=20.0, peak_flops=peak_of_all(config))
     processor = load_processor(storage.join(config.shards, "processor"))
     model = build_model(config, processor)
     tensors = progress.resume()
@@ -266,6 +286,6 @@ def train_answers(values: dict[str, Any]) -> None:
             tuning.restore(tensors, progress.step, turns)
             tensors = None
         rate = config.learning_rate * learning_rate_factor(progress.step, progress.total, config.warmup)
-        progress.advance(tuning.step(turns, rate), rate, tuning.state.snapshot, validate)
+        progress.advance(tuning.step(turns, rate), rate, tuning.state.snapshot, validate, tuning.work(turns))
     publish(tuning, progress, processor, validation)
     progress.finish(model=config.output)

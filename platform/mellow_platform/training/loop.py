@@ -148,6 +148,7 @@ class Counters:
     steps: int = 0
     examples: int = 0
     loss: float = 0.0
+    work: dict[str, float] = dataclasses.field(default_factory=dict)  # counts over all workers
     waited: float = 0.0  # seconds in which the loop had no batch
 
 
@@ -157,9 +158,22 @@ class Progress:
     Rank 0 writes; the others take part in what all must do together.
     """
 
-    def __init__(self, config: RunSection, plan: Plan, examples: Examples, clip_seconds: float):
+    def __init__(
+        self,
+        config: RunSection,
+        plan: Plan,
+        examples: Examples,
+        clip_seconds: float,
+        peak_flops: float = math.nan,
+    ):
+        """
+        Args:
+            clip_seconds: audio of an example.
+            peak_flops: floating-point operations a second of all workers, which `model_flops` are held against.
+        """
         context = ray.train.get_context()
         self.config, self.plan, self.examples, self.clip_seconds = config, plan, examples, clip_seconds
+        self.peak_flops = peak_flops
         self.total = total_steps(config, len(examples))
         self.rank = context.get_world_rank()
         self.is_first = self.rank == 0
@@ -236,33 +250,24 @@ class Progress:
             loss: this worker's share of the step's mean loss.
             snapshot: returns the tensors to go on from, where its argument says to keep them.
             validate: returns `val_loss` and more, where the run validates.
-            work: counts of this step that are reported as rates a second.
+            work: this worker's counts in the step, of the same names everywhere, that are reported as rates a second.
         """
         now = time.monotonic()
-        # What the first worker's clock says is time for is done by all: both are collective calls.
-        look = self.is_first and now - self.watched >= PREEMPTION_SECONDS
-        report = self.is_first and now - self.reported >= REPORT_SECONDS
-        together = torch.tensor([float(loss.detach()), look, report], dtype=torch.float64, device=loss.device)
-        torch.distributed.all_reduce(together)
-        mean, look, report = together[0].item(), bool(together[1]), bool(together[2])
+        mean, look, report = self._together(loss, work or {}, now)
         if not math.isfinite(mean):
             raise RuntimeError(
                 f"step {self.step + 1}: the loss is {mean}; lower learning_rate, or look at the step's examples: "
                 f"{', '.join(self._ids()[:8])}, ..."
             )
         self._record(mean, learning_rate)
-        if look:
-            self.watched = now
         notice = look and self._is_preempted()
-        last = self.step >= self.total
         better = False
-        if validate and (last or self.step % self.validate_every == 0):
+        if validate and (self.step >= self.total or self.step % self.validate_every == 0):
             better = self._validated(validate())
         checkpoint = self.over or notice or better or self.step % self.config.checkpoint_every == 0
         if checkpoint or self.step % self.config.log_every == 0:
-            self._log(learning_rate, work or {})
+            self._log(learning_rate)
         if report or self.over:
-            self.reported = now
             ray.train.report(self.metrics | {"step": self.step, "total_steps": self.total})
         if checkpoint:
             self._checkpoint(snapshot, wait=notice or self.over)
@@ -291,6 +296,26 @@ class Progress:
             "worse": self.worse,
         }
         storage.write_json(storage.join(self.folder, RESULT), result | more)
+
+    def _together(self, loss: torch.Tensor, work: dict[str, float], now: float) -> tuple[float, bool, bool]:
+        """Sum losses and work over the workers; return the mean loss, and what it is time for.
+
+        What the first worker's clock says is time for (a look for notices, a report) is done by all: both are
+        collective calls.
+        """
+        look = self.is_first and now - self.watched >= PREEMPTION_SECONDS
+        report = self.is_first and now - self.reported >= REPORT_SECONDS
+        counts = torch.tensor([look, report, *work.values()], dtype=torch.float64, device=loss.device)
+        sums = torch.cat([loss.detach().double()[None], counts])
+        torch.distributed.all_reduce(sums)
+        mean, looking, reporting, *done = sums.tolist()
+        for name, count in zip(work, done, strict=True):
+            self.counters.work[name] = self.counters.work.get(name, 0.0) + count
+        if looking:
+            self.watched = now
+        if reporting:
+            self.reported = now
+        return mean, bool(looking), bool(reporting)
 
     def _ids(self) -> list[str]:
         ids = self.examples.ids
@@ -329,7 +354,7 @@ class Progress:
         self.worse += 1
         return False
 
-    def _log(self, learning_rate: float, work: dict[str, float]) -> None:
+    def _log(self, learning_rate: float) -> None:
         counters, self.counters = self.counters, Counters()
         seconds = max(self.counters.since - counters.since, 1e-9)
         rate = counters.examples / seconds
@@ -339,8 +364,10 @@ class Progress:
             "examples_per_second": rate,
             "audio_seconds_per_second": rate * self.clip_seconds,
             "data_wait_share": counters.waited / seconds,
-            **{f"{name}_per_second": value * counters.steps / seconds for name, value in work.items()},
+            **{f"{name}_per_second": count / seconds for name, count in counters.work.items()},
         }
+        if "model_flops" in counters.work:
+            self.metrics["model_flop_utilization"] = self.metrics["model_flops_per_second"] / self.peak_flops
         if self.tracker and self.bar:
             self.tracker.log(self.metrics, self.step)
             self.bar.set_postfix(loss=f"{self.metrics['loss']:.4f}", ex_s=f"{rate:.0f}", refresh=False)

@@ -1,0 +1,352 @@
+"""Questions packed behind one prefix: the same loss and gradients as apart, every example once, nothing padded."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config
+
+from mellow_platform.config import PreprocessConfig, ScalingSection, TrainConfig
+from mellow_platform.data.shards import Manifest, read_records
+from mellow_platform.features.preprocess import preprocess
+from mellow_platform.model import HTSATEncoder, MellowConfig, MellowForConditionalGeneration, encoder_config
+from mellow_platform.model.configuration_mellow import tiny_decoder_config
+from mellow_platform.model.folder import load_processor, save_pretrained
+from mellow_platform.training.batches import Plan, batches
+from mellow_platform.training.checkpoints import CheckpointStore
+from mellow_platform.training.examples import AnswerExamples, RecordNames, Texts
+from mellow_platform.training.finetune import load_examples, train_answers
+from mellow_platform.training.flops import ModelFlops
+from mellow_platform.training.loop import run_training
+from tests.conftest import write_corpus
+
+VOCABULARY = 128
+PAIR_INDEX = [0, 0, 0, 1, 2, 2]  # unequal numbers of questions a pair
+PROMPTS, ANSWERS = [5, 2, 7, 1, 4, 7], [3, 6, 1, 4, 2, 5]  # tokens
+
+
+def build(decoder: str, lora: bool = False) -> MellowForConditionalGeneration:
+    torch.manual_seed(0)
+    text = tiny_decoder_config(VOCABULARY)
+    text.num_key_value_heads = 2  # as in SmolLM2, a key has several queries
+    if decoder == "gpt2":
+        sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 96, "vocab_size": VOCABULARY}
+        text = GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+    model = MellowForConditionalGeneration(MellowConfig.from_size("mellow-tiny", text_config=text)).freeze_encoder()
+    if lora:
+        model.add_lora({"r": 4, "lora_alpha": 8})
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(value, std=0.1)  # adapters that begin as nothing would hide theirs
+    return model.train()
+
+
+def packed(model: MellowForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """Six questions about three pairs of clips, with unseen padding behind prompts and answers."""
+    audio, generator = model.config.audio_config, torch.Generator().manual_seed(1)
+    longest = max(PROMPTS), max(ANSWERS)
+    prompts = torch.randint(2, VOCABULARY, (6, longest[0]), generator=generator)
+    answers = torch.randint(2, VOCABULARY, (6, longest[1]), generator=generator)
+    return {
+        "input_ids": prompts,
+        "attention_mask": (torch.arange(longest[0]) < torch.tensor(PROMPTS)[:, None]).long(),
+        "labels": answers.masked_fill(torch.arange(longest[1]) >= torch.tensor(ANSWERS)[:, None], -100),
+        "audio_frames": torch.rand(3, 2, audio.num_frames, audio.frame_size, generator=generator),
+        "audio_latent": torch.randn(3, 2, audio.hidden_size, generator=generator),
+        "pair_index": torch.tensor(PAIR_INDEX),
+    }
+
+
+def alone(batch: dict[str, torch.Tensor], question: int) -> dict[str, torch.Tensor]:
+    """One question of a packed batch, without any padding."""
+    pair = PAIR_INDEX[question]
+    return {
+        "input_ids": batch["input_ids"][question, None, : PROMPTS[question]],
+        "labels": batch["labels"][question, None, : ANSWERS[question]],
+        "audio_frames": batch["audio_frames"][pair, None],
+        "audio_latent": batch["audio_latent"][pair, None],
+    }
+
+
+def plain_loss(model: MellowForConditionalGeneration, question: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The sum of an answer's cross-entropy by the decoder as transformers runs it: a plain causal sequence."""
+    audio = {name: question[name] for name in ("audio_frames", "audio_latent")}
+    prefix = model.prefix(question["input_ids"], **audio)
+    sequence = torch.cat([prefix, model.get_input_embeddings()(question["labels"])], dim=1)
+    logits = model.language_model(inputs_embeds=sequence, use_cache=False).logits[0, prefix.shape[1] - 1 : -1]
+    return torch.nn.functional.cross_entropy(logits, question["labels"][0], reduction="sum")
+
+
+def gradients(model: MellowForConditionalGeneration, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize(("decoder", "lora"), [("llama", False), ("llama", True), ("gpt2", False), ("gpt2", True)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_questions_learn_what_separate_sequences_learn(decoder: str, lora: bool, checkpointing: bool):
+    model = build(decoder, lora)
+    batch = packed(model)
+    apart = torch.stack([plain_loss(model, alone(batch, question)) for question in range(6)]).sum() / sum(ANSWERS)
+    expected = gradients(model, apart)
+    if checkpointing:
+        model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    together = model(**batch).loss
+    found = gradients(model, together)
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
+    assert found.keys() == expected.keys()
+    assert all(value.abs().max() > 0 for value in expected.values())
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("decoder", ["llama", "gpt2"])
+@torch.no_grad()
+def test_packed_questions_have_the_logits_of_separate_sequences(decoder: str):
+    model = build(decoder).eval()
+    batch = packed(model)
+    logits = model(**batch).logits
+    asked = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    for question in range(6):
+        expected = model(**alone(batch, question)).logits[0]
+        torch.testing.assert_close(logits[question, : ANSWERS[question]], expected, atol=1e-5, rtol=0)
+        assert not logits[question, ANSWERS[question] :].any()
+        torch.testing.assert_close(asked[question, 0], expected[0], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_padding_is_seen_only_where_no_mask_hides_it():
+    model = build("llama").eval()
+    batch = packed(model)
+    other = batch | {"input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 1)}
+    assert torch.equal(model(**batch).loss, model(**other).loss)
+    del batch["attention_mask"], other["attention_mask"]
+    assert not torch.equal(model(**batch).loss, model(**other).loss)
+
+
+@torch.no_grad()
+def test_a_hole_in_an_answer_is_read_as_padding_and_not_learned():
+    model = build("llama").eval()
+    batch = packed(model)
+    batch["labels"][1, 2] = -100
+    found = model(**batch, num_items_in_batch=1.0).loss
+    whole = model(**batch | {"labels": batch["labels"].masked_fill(batch["labels"] < 0, 0)}).logits
+    assert torch.isfinite(whole).all()
+    filled = alone(batch, 1)
+    filled["labels"] = filled["labels"].masked_fill(filled["labels"] < 0, model.config.pad_token_id)
+    logits = model(**filled).logits[0]
+    keep = batch["labels"][1, : ANSWERS[1]] >= 0
+    hole = torch.nn.functional.cross_entropy(logits[keep], filled["labels"][0][keep], reduction="sum")
+    rest = sum(plain_loss(model, alone(batch, question)) for question in (0, 2, 3, 4, 5))
+    torch.testing.assert_close(found, rest + hole, atol=1e-4, rtol=0)
+
+
+def test_no_position_of_the_packed_sequence_is_padding():
+    model = build("llama")
+    lengths = []
+    model.language_model.model.layers[0].mlp.register_forward_hook(
+        lambda module, inputs, output: lengths.append(output.shape[:2])
+    )
+    model(**packed(model))
+    prefix = 2 * model.config.num_audio_tokens + 2
+    assert lengths == [(1, 3 * prefix + sum(PROMPTS) + sum(ANSWERS) - 6)]
+
+
+@pytest.fixture(scope="module")
+def shards(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small corpus's shards, with random partners."""
+    root = tmp_path_factory.mktemp("packing")
+    write_corpus(str(root / "corpus"), {"train": 6, "val": 2, "test": 1})
+    preprocess(
+        PreprocessConfig(
+            corpus=str(root / "corpus"), output=str(root / "shards"), size="mellow-tiny", partner="random",
+            clips_per_shard=4,
+        )
+    )  # fmt: skip
+    return str(root / "shards")
+
+
+def neighbours(pairs: np.ndarray) -> list[int]:
+    """Return how many neighbouring rows are equal, stretch by stretch."""
+    edges = np.flatnonzero(np.append(True, (pairs[1:] != pairs[:-1]).any(axis=1)))
+    return np.diff(np.append(edges, len(pairs))).tolist()
+
+
+@pytest.mark.parametrize("questions_per_pack", [1, 4])
+@pytest.mark.parametrize("partner_per_epoch", [False, True])
+def test_an_epoch_has_every_question_once_in_an_order_of_its_own(
+    questions_per_pack: int, partner_per_epoch: bool, shards: str
+):
+    examples = AnswerExamples.load(
+        shards, "train", questions_per_pack=questions_per_pack, partner_per_epoch=partner_per_epoch
+    )
+    orders = [examples.order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    for order in orders:
+        assert np.sort(order).tolist() == list(range(len(examples)))
+    assert len({order.tobytes() for order in orders}) == 4
+    again = AnswerExamples.load(
+        shards, "train", questions_per_pack=questions_per_pack, partner_per_epoch=partner_per_epoch
+    )
+    assert (again.order(1, 1) == orders[3]).all()
+
+
+def test_the_order_of_an_epoch_is_the_same_after_others_were_asked_for(shards: str):
+    examples = AnswerExamples.load(shards, "train", questions_per_pack=4)
+    first = examples.order(0, 0).tolist()
+    for epoch in range(10):
+        examples.order(0, epoch)
+    assert examples.order(0, 0).tolist() == first
+
+
+def test_questions_on_the_same_clips_are_neighbours_and_share_these(shards: str):
+    examples = AnswerExamples.load(shards, "train", questions_per_pack=4, partner_per_epoch=True)
+    order = examples.order(0, 0)
+    pairs = examples.pairs(0, 0, order)
+    counts = np.unique(pairs, axis=0, return_counts=True)[1]
+    # As few prefixes as packs of four leave; two packs of one pair may have come to stand together.
+    packs = sum(-(-count // 4) for count in counts)
+    assert counts.max() > 4
+    assert len(counts) < len(neighbours(pairs)) <= packs
+    numbers = order[:20]
+    arrays = examples.collate(0, 0, numbers)
+    lengths = neighbours(pairs[:20])
+    assert arrays["pair_index"].tolist() == np.repeat(range(len(lengths)), lengths).tolist()
+    heard = arrays["input_features"][arrays["pair_index"]]
+    assert heard.dtype == np.float16
+    assert (heard == examples.features["input_features"][pairs[:20]]).all()
+
+
+def test_a_clip_has_one_partner_an_epoch_and_never_itself(shards: str):
+    examples = AnswerExamples.load(shards, "train", partner_per_epoch=True)
+    everything = np.arange(len(examples))
+    seen: dict[int, set[int]] = {}
+    for epoch in range(8):
+        pairs = examples.pairs(0, epoch, everything)
+        assert (pairs[~examples.single] == examples.clips[~examples.single]).all()
+        for clip in np.unique(pairs[examples.single, 0]):
+            (partner,) = set(pairs[examples.single & (pairs[:, 0] == clip), 1])
+            assert partner != clip
+            seen.setdefault(clip, set()).add(partner)
+    assert all(len(partners) > 1 for partners in seen.values())
+    assert not examples.single.all()
+    stored = AnswerExamples.load(shards, "train")
+    assert (stored.pairs(0, 5, everything) == stored.clips).all()
+
+
+def test_partners_are_drawn_only_where_the_shards_were_written_with_random_ones(shards: str, tmp_path: Path):
+    manifest = Manifest.read(shards)
+    manifest.configuration["partner"] = "same"
+    manifest.write(str(tmp_path))
+    with pytest.raises(ValueError, match=r"partner: same, which leaves nothing to draw .* --partner random"):
+        AnswerExamples.load(str(tmp_path), "train", partner_per_epoch=True)
+
+
+def test_prompts_are_padded_no_further_than_their_micro_batch_needs(shards: str):
+    processor = load_processor(f"{shards}/processor")
+    records = read_records(shards, "train").to_pylist()
+    wanted = [processor.question_ids(record["input"]) for record in records]
+    numbers = AnswerExamples.load(shards, "train").order(0, 0)[:6]
+    longest = max(len(wanted[number]) for number in numbers)
+    unseen = AnswerExamples.load(shards, "train", pad_prompts=False).collate(0, 0, numbers)
+    published = AnswerExamples.load(shards, "train").collate(0, 0, numbers)
+    assert unseen["input_ids"].shape == unseen["attention_mask"].shape == (6, longest)
+    assert unseen["labels"].shape[1] == max(len(records[number]["answer_ids"]) for number in numbers)
+    assert "attention_mask" not in published
+    for row, number in enumerate(numbers):
+        assert unseen["input_ids"][row][unseen["attention_mask"][row] == 1].tolist() == wanted[number]
+        assert published["input_ids"][row].tolist() == processor.prompt_ids(records[number]["input"])
+        labels = unseen["labels"][row]
+        assert labels[labels >= 0].tolist() == records[number]["answer_ids"]
+
+
+def test_ragged_micro_batches_come_through_ray_data_as_they_were_collated(shards: str):
+    examples = AnswerExamples.load(shards, "train", questions_per_pack=4, pad_prompts=False, partner_per_epoch=True)
+    plan = Plan(seed=3, count=len(examples), batch=16, micro_batch=8, workers=1)
+    steps = list(batches(plan, ray.put(examples), 0, 0, plan.steps_per_epoch + 1))
+    shapes = set()
+    for step, turns in enumerate(steps):
+        epoch, first, last = plan.stretch(step)
+        order = examples.order(3, epoch)[first:last]
+        assert sum(micro.counts for micro in turns) == -(-len(order) // 8)
+        for turn, micro in enumerate(turns):
+            if micro.counts:
+                expected = examples.collate(3, epoch, order[turn * 8 : turn * 8 + 8])
+                assert micro.arrays.keys() == expected.keys()
+                for name, array in expected.items():
+                    assert np.array_equal(micro.arrays[name].numpy(), array), name
+            shapes.add(tuple(micro.arrays["input_features"].shape))
+    assert len(shapes) > 1
+
+
+def test_a_million_questions_are_ordered_in_flat_arrays():
+    count, clips = 1_000_000, 50_000
+    generator = np.random.default_rng(0)
+    first = generator.integers(0, clips, count)
+    texts = Texts(np.zeros(count, np.int32), np.arange(count + 1))
+    examples = AnswerExamples(
+        name="million",
+        ids=RecordNames("train", count),
+        clips=np.stack([first, (first + 1) % clips], axis=1),
+        single=generator.random(count) < 0.7,
+        prompts=texts,
+        answers=texts,
+        features={"audio_latent": np.zeros((clips, 1), np.float16)},
+        pad_token=0,
+        questions_per_pack=8,
+        partner_per_epoch=True,
+    )
+    order = examples.order(0, 0)
+    assert (np.bincount(order, minlength=count) == 1).all()
+    # About 14 questions about a clip alone and 6 with its neighbour: packs hold most of eight.
+    packs = neighbours(examples.pairs(0, 0, order))
+    assert count / len(packs) > 5
+    assert len(pickle.dumps(examples, protocol=5, buffer_callback=lambda buffer: False)) < 10_000
+
+
+@pytest.mark.parametrize(("decoder", "lora"), [("llama", False), ("llama", True), ("gpt2", False)])
+def test_counted_operations_are_those_of_the_matrix_products(decoder: str, lora: bool):
+    model = build(decoder, lora)
+    flops, batch = ModelFlops.of(model), packed(model)
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
+    work = flops.work(batch)
+    prefix = 2 * model.config.num_audio_tokens + 2
+    assert work["tokens"] == work["useful_tokens"] == 3 * prefix + sum(PROMPTS) + sum(ANSWERS) - 6
+    # torch counts no attention on a CPU, and the first matrices learn without a gradient of what comes in.
+    looks = 3 * prefix * (prefix + 1) / 2
+    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+        length = prompt + answer - 1
+        looks += length * prefix + length * (length + 1) / 2
+    assert work["model_flops"] - looks * flops.attention == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_padding_that_is_seen_is_work_and_not_useful():
+    model = build("llama")
+    batch = packed(model)
+    padding = model.config.pad_token_id
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch.pop("attention_mask") == 0, padding)
+    work = ModelFlops.of(model).work(batch)
+    assert work["tokens"] - work["useful_tokens"] == 6 * max(PROMPTS) - sum(PROMPTS)
+
+
+def test_a_run_with_packs_reports_its_work(shards: str, tmp_path: Path):
+    save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")), str(tmp_path / "encoder"))
+    config = TrainConfig(
+        shards=shards, encoder=str(tmp_path / "encoder"), size="mellow-tiny", storage=str(tmp_path / "runs"),
+        run="packs", output=str(tmp_path / "model"), epochs=1.0, batch=16, micro_batch=8, log_every=1,
+        questions_per_pack=4, pad_prompts=False, partner_per_epoch=True, scaling=ScalingSection(workers=2),
+    )  # fmt: skip
+    result = run_training(train_answers, config, load_examples(config))
+    assert result["step"] == result["total_steps"] > 2
+    assert 0 < result["useful_tokens_per_second"] == pytest.approx(result["tokens_per_second"])
+    assert 0 < result["model_flop_utilization"] < 1
+    assert 0 <= result["data_wait_share"] < 1
+    losses = CheckpointStore(result["run"]).read_log()["loss"].to_pylist()
+    assert losses[-1] < losses[0]
+    # What is published reads prompts as they were read in training.
+    assert not load_processor(str(tmp_path / "model")).pad_prompt
