@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModel,
@@ -45,10 +44,11 @@ from mellow_platform.model.encoders import (
 )
 from mellow_platform.model.folder import load_model, load_processor, save_pretrained
 from mellow_platform.model.tokenizer import train_tokenizer
-from mellow_platform.training.finetune import build_model, train_answers
+from mellow_platform.training.checkpoints import CheckpointStore
+from mellow_platform.training.finetune import build_model, load_examples, train_answers
 from mellow_platform.training.loop import run_training
+from mellow_platform.training.tagger import TaggedClips, train_tagger
 from mellow_platform.training.tagger import build_encoder as build_tagger
-from mellow_platform.training.tagger import train_tagger
 from tests.conftest import write_corpus
 
 VOCABULARY = 300
@@ -340,7 +340,7 @@ def path(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
         )
     )  # fmt: skip
     made.shared = {
-        "storage": made.run("runs"), "size": "mellow-tiny", "micro_batch": 4, "checkpoint_every": 2, "log_every": 1,
+        "storage": made.run("runs"), "size": "mellow-tiny", "batch": 4, "micro_batch": 4, "checkpoint_every": 2,
         "scaling": {"workers": 1},
     }  # fmt: skip
     made.train = TrainConfig(
@@ -348,21 +348,19 @@ def path(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
         output=made.run("model"), run="mellow", projection="mlp", learning_rate=1e-2, epochs=0.5,
         lora={"rank": 4, "alpha": 8, "dropout": 0.0},
     )  # fmt: skip
-    made.result = run_training(train_answers, made.train)
+    made.result = run_training(train_answers, made.train, load_examples(made.train))
     return made
 
 
 def run_losses(path: SimpleNamespace) -> list[float]:
-    """Return the loss of every step so far, from the run's logs."""
-    logs = (path.root / "runs/mellow/tensorboard").glob("events.*")
-    events = [event for log in logs for event in EventAccumulator(str(log)).Reload().Scalars("loss")]
-    return [event.value for event in sorted(events, key=lambda event: event.step)]
+    """Return the loss of every step so far."""
+    return CheckpointStore(path.run("runs/mellow")).read_log()["loss"].to_pylist()
 
 
 def test_named_parts_go_through_every_job(path: SimpleNamespace):
     assert Manifest.read(path.run("features")).features == {"frames": [7, 256], "latent": [256]}
     losses = run_losses(path)
-    assert len(losses) == path.result.metrics["total_steps"]
+    assert len(losses) == path.result["total_steps"]
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]
 
@@ -374,8 +372,8 @@ def test_a_tagger_of_another_type_is_trained_and_encodes(path: SimpleNamespace):
         **path.shared, shards=path.run("log-mel"), labels=path.run("corpus/labels.json"), output=path.run("tagger"),
         run="tagger", encoder_name="cnn14",
     )  # fmt: skip
-    result = run_training(train_tagger, config)
-    assert result.metrics["step"] == result.metrics["total_steps"]
+    result = run_training(train_tagger, config, TaggedClips.load(config))
+    assert result["step"] == result["total_steps"]
     output = path.run("tagged")
     preprocess(PreprocessConfig(**path.common, output=output, features="encoder", encoder=path.run("tagger")))
     spectrograms = FeatureStore.load(path.run("log-mel")).arrays["log_mel"]
@@ -398,9 +396,10 @@ def test_training_with_adapters_leaves_the_decoder_and_saves_both(path: SimpleNa
 
 
 def test_a_run_with_adapters_goes_on_from_its_last_checkpoint(path: SimpleNamespace):
-    first = path.result.metrics["total_steps"]
-    result = run_training(train_answers, path.train.model_copy(update={"epochs": 0.7}))
-    assert result.metrics["step"] == result.metrics["total_steps"] > first
+    first = path.result["total_steps"]
+    config = path.train.model_copy(update={"epochs": 0.7})
+    result = run_training(train_answers, config, load_examples(config))
+    assert result["step"] == result["total_steps"] > first
     # The frozen weights are the decoder's again, and the loss goes on where it was.
     assert run_losses(path)[first] < run_losses(path)[0]
     saved = load_file(Path(path.run("model")) / "model.safetensors")

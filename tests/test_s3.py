@@ -15,9 +15,9 @@ from mellow_platform.model import MellowConfig, MellowFeatureExtractor, MellowFo
 from mellow_platform.model.conversion import export, from_reference
 from mellow_platform.model.folder import load_model, save_model
 from mellow_platform.model.tokenizer import train_tokenizer
-from mellow_platform.training.finetune import train_answers
+from mellow_platform.training.finetune import load_examples, train_answers
 from mellow_platform.training.loop import run_training
-from mellow_platform.training.tagger import train_tagger
+from mellow_platform.training.tagger import TaggedClips, train_tagger
 from tests.conftest import write_corpus
 from tests.object_storage import object_store
 
@@ -43,25 +43,21 @@ def test_the_whole_path_runs_in_object_storage(cluster_on_s3: str):
 
     write_corpus(uri("corpus"), {"train": 8, "val": 1, "test": 2})
     common = {"corpus": uri("corpus"), "size": "mellow-tiny", "clips_per_shard": 4}
-    run = {"storage": uri("runs"), "size": "mellow-tiny", "micro_batch": 2, "checkpoint_every": 2}
+    run = {"storage": uri("runs"), "size": "mellow-tiny", "batch": 4, "micro_batch": 2, "checkpoint_every": 2}
     preprocess(PreprocessConfig(**common, output=uri("log-mel")))
-    run_training(
-        train_tagger,
-        EncoderConfig(
-            **run, shards=uri("log-mel"), labels=uri("corpus/labels.json"), output=uri("encoder"), run="encoder"
-        ),
+    tagging = EncoderConfig(
+        **run, shards=uri("log-mel"), labels=uri("corpus/labels.json"), output=uri("encoder"), run="encoder"
     )
+    run_training(train_tagger, tagging, TaggedClips.load(tagging))
     manifest = preprocess(
         PreprocessConfig(**common, output=uri("features"), features="encoder", encoder=uri("encoder"))
     )
     assert manifest.counts["clips"] == 11
-    result = run_training(
-        train_answers,
-        TrainConfig(
-            **run, shards=uri("features"), encoder=uri("encoder"), output=uri("model"), run="mellow", epochs=0.15
-        ),
+    tuning = TrainConfig(
+        **run, shards=uri("features"), encoder=uri("encoder"), output=uri("model"), run="mellow", epochs=0.15
     )
-    assert result.metrics["step"] == result.metrics["total_steps"]
+    result = run_training(train_answers, tuning, load_examples(tuning))
+    assert result["step"] == result["total_steps"]
     report = evaluate(
         EvaluateConfig(
             model=uri("model"), shards=uri("features"), output=uri("evaluation"), limit=4, conditions=["audio"]

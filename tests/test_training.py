@@ -1,8 +1,8 @@
 """Training with real Ray Train and DeepSpeed: the same losses whatever shares, stops or moves a run."""
 
+import itertools
 import json
 import shutil
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -156,7 +156,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_examples_and_losses(made, 
 def test_going_on_at_the_end_of_an_epoch_neither_skips_nor_repeats_one(made, whole):
     per_epoch = -(-len(load_examples(configured(made, "whole"))) // 8)
     epochs = [whole.examples[start : start + per_epoch] for start in range(0, STEPS, per_epoch)]
-    whole_epochs = [sorted(sum(steps, [])) for steps in epochs if len(steps) == per_epoch]
+    whole_epochs = [sorted(itertools.chain(*steps)) for steps in epochs if len(steps) == per_epoch]
     assert len(whole_epochs) >= 2
     assert all(ids == whole_epochs[0] == sorted(set(ids)) for ids in whole_epochs)
     config = configured(made, "boundary", epochs=1.0)
@@ -176,7 +176,7 @@ def test_a_complete_run_is_left_as_it_is(made, whole):
 
 def test_a_run_does_not_go_on_under_other_values(made, whole):
     config = configured(made, "whole", seed=1)
-    with pytest.raises(ValueError, match=r"run 'run' in .* was begun with other values \(seed 0 -> 1\): choose another"):
+    with pytest.raises(ValueError, match=r"was begun with other values \(seed 0 -> 1\): choose another"):
         run_training(train_answers, config, load_examples(config))
 
 
@@ -219,7 +219,7 @@ def test_a_model_is_published_only_as_it_was_trained(made, whole, tmp_path):
     check_published(str(tmp_path / "model"), model, [], [], like=model.frame_embedding.weight)
     with torch.no_grad():
         model.frame_embedding.weight[0, 0] += 1e-3
-    with pytest.raises(RuntimeError, match="is not published: frame_embedding.weight differs from what was trained"):
+    with pytest.raises(RuntimeError, match=r"is not published: frame_embedding\.weight differs from what was trained"):
         check_published(str(tmp_path / "model"), model, [], [], like=model.frame_embedding.weight)
 
 

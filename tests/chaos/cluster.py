@@ -5,6 +5,7 @@ loopback address. The cluster's files stand in a folder of its own, so that it i
 """
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -53,6 +54,7 @@ class ChaosCluster(contextlib.AbstractContextManager):
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "platform"), str(REPOSITORY)]),
         } | env  # fmt: skip
         self.addresses = 1
+        self.ips: dict[int, str] = {}
         self.drivers: list[subprocess.Popen] = []
         self.head = self._start("127.0.0.1", head_cpus, "--head", f"--port={self.address.split(':')[1]}")
         self.nodes: list[subprocess.Popen] = []
@@ -95,6 +97,33 @@ class ChaosCluster(contextlib.AbstractContextManager):
                         found.append(process)
         return found
 
+    def host_of(self, title: str) -> subprocess.Popen | None:
+        """Return a node, not the head, that runs a worker whose title begins so; None where there is none."""
+        for node in self.nodes:
+            for process in _family(node):
+                with contextlib.suppress(psutil.Error):
+                    if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
+                        return node
+        return None
+
+    def give_notice(self, node: subprocess.Popen, seconds: int = 60) -> None:
+        """Tell Ray that a node will be taken away in `seconds`, as a cloud's preemption notice does."""
+        (node_id,) = [
+            member["NodeID"] for member in self._members() if member["NodeManagerAddress"] == self.ips[node.pid]
+        ]
+        command = [
+            str(Path(sys.executable).with_name("ray")), "drain-node", f"--address={self.address}",
+            f"--node-id={node_id}", "--reason=DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message=preempted", f"--deadline-remaining-seconds={seconds}",
+        ]  # fmt: skip
+        subprocess.run(command, env=self.env, capture_output=True, check=True)
+
+    def kill_node(self, node: subprocess.Popen) -> None:
+        """Kill a node and start another in its place."""
+        self.nodes.remove(node)
+        _kill(node)
+        self.add_node()
+
     def kill(self, what: str, rng: random.Random, driver: subprocess.Popen) -> str:
         """Kill one thing of the kind `what` with SIGKILL and return what it was; a killed node is replaced."""
         if what == DRIVER:
@@ -102,9 +131,8 @@ class ChaosCluster(contextlib.AbstractContextManager):
             driver.wait()
             return f"driver {driver.pid}"
         if what == NODE:
-            node = self.nodes.pop(rng.randrange(len(self.nodes)))
-            _kill(node)
-            self.add_node()
+            node = rng.choice(self.nodes)
+            self.kill_node(node)
             return f"node {node.pid}"
         workers = self.busy_workers()
         if not workers:
@@ -127,17 +155,26 @@ class ChaosCluster(contextlib.AbstractContextManager):
         if "--head" in options:
             command += [f"--temp-dir={self.folder}", "--include-dashboard=false"]
         with (self.folder / f"{ip}.log").open("w") as log:
-            return subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            node = subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        self.ips[node.pid] = ip
+        return node
+
+    def _members(self) -> list[dict]:
+        """Return what Ray knows of the nodes that are alive; nothing while it does not answer."""
+        code = (
+            "import json, ray; ray.init(logging_level='error'); "
+            "print(json.dumps([node for node in ray.nodes() if node['Alive']]))"
+        )
+        answer = subprocess.run([sys.executable, "-c", code], env=self.env, capture_output=True, text=True)
+        return json.loads(answer.stdout) if answer.returncode == 0 else []
 
     def _wait_for_nodes(self, count: int) -> None:
-        code = "import ray; ray.init(logging_level='error'); print(sum(node['Alive'] for node in ray.nodes()))"
         for _ in range(30):
-            answer = subprocess.run([sys.executable, "-c", code], env=self.env, capture_output=True, text=True)
-            if answer.stdout.strip() == str(count):
+            if (found := len(self._members())) == count:
                 return
             time.sleep(1)
         logs = "\n".join(log.read_text()[-2000:] for log in self.folder.glob("*.log"))
-        raise TimeoutError(f"{count} nodes were started, and {answer.stdout!r} are there:\n{answer.stderr}\n{logs}")
+        raise TimeoutError(f"{count} nodes were started, and {found} are there:\n{logs}")
 
 
 def _family(process: subprocess.Popen) -> list[psutil.Process]:

@@ -7,7 +7,7 @@ them: a run that is resumed, on other workers too, builds the rest of the list a
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import ray
@@ -120,7 +120,7 @@ def batches(plan: Plan, source: ray.ObjectRef, rank: int, first: int, last: int)
     def window(start: int) -> ray.data.Dataset:
         count = (min(start + steps, last) - start) * plan.turns
 
-        def make(row: dict[str, int]) -> Arrays:
+        def make(row: dict[str, int]) -> dict[str, Any]:
             torch.set_num_threads(1)
             step, turn = divmod(row["id"], plan.turns)
             return _collated(plan, ray.get(source), start + step, turn, rank)
@@ -138,22 +138,19 @@ def batches(plan: Plan, source: ray.ObjectRef, rank: int, first: int, last: int)
             for row in made.iter_rows():
                 size, counts, draw = row.pop("size"), row.pop("counts"), row.pop("draw")
                 tensors = {name: torch.from_numpy(np.array(array)) for name, array in row.items()}
-                turns.append(MicroBatch(tensors, float(size), bool(counts), int(draw)))
+                turns.append(MicroBatch(tensors, size, counts, draw))
                 if len(turns) == plan.turns:
                     yield turns
                     turns = []
 
 
-def _collated(plan: Plan, examples: Examples, step: int, turn: int, rank: int) -> Arrays:
+def _collated(plan: Plan, examples: Examples, step: int, turn: int, rank: int) -> dict[str, Any]:
     epoch, first, last = plan.stretch(step)
     order = examples.order(plan.seed, epoch)
     own = plan.micro(step, turn, rank)
     start, stop = own or (first, min(first + plan.micro_batch, last))
     arrays = examples.collate(plan.seed, epoch, order[start:stop])
     # A draw depends on the step and on the micro-batch's first example, not on who computes it.
-    draw = np.random.SeedSequence([plan.seed, step, start]).generate_state(1, np.uint64)[0] >> np.uint64(1)
-    return arrays | {
-        "size": np.float64(examples.sizes[order[first:last]].sum()),
-        "counts": np.bool_(own is not None),
-        "draw": np.int64(draw),
-    }
+    draw = int(np.random.SeedSequence([plan.seed, step, start]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    size = float(examples.sizes[order[first:last]].sum())
+    return arrays | {"size": size, "counts": own is not None, "draw": draw}

@@ -5,8 +5,6 @@ conversion (`ds_to_universal`). What its parameters hold is read and set here th
 for every ZeRO stage.
 """
 
-from collections.abc import Callable
-
 import deepspeed
 import torch
 from deepspeed.utils import (
@@ -48,13 +46,8 @@ class EngineState:
         whole = {name: self._read(parameter, WEIGHT) for name, parameter in self.trained.items()}
         return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in whole.items() if keep}
 
-    def restore(self, tensors: Tensors, step: int, empty_step: Callable[[], None]) -> None:
-        """Take over a snapshot after `step` steps.
-
-        Args:
-            empty_step: runs a step with no gradient at learning rate 0, which makes the optimizer allocate its state.
-        """
-        empty_step()
+    def restore(self, tensors: Tensors, step: int) -> None:
+        """Take over a snapshot after `step` steps; the optimizer has made a step, and so allocated its state."""
         for name, parameter in self.trained.items():
             for key in (WEIGHT, *MOMENTS):
                 self._write(parameter, key, tensors[f"{key}.{name}"])

@@ -186,13 +186,14 @@ class Finetuning:
     def restore(self, tensors: Tensors, step: int, turns: list[MicroBatch]) -> None:
         """Take the optimizer's state after `step` steps over; `turns` are those of any step."""
         empty = [dataclasses.replace(micro, counts=False) for micro in turns]
-        self.state.restore(tensors, step, lambda: self.step(empty, 0.0))
+        self.step(empty, 0.0)  # an optimizer allocates its state in its first step
+        self.state.restore(tensors, step)
 
     @torch.no_grad()
     def validate(self, examples: AnswerExamples, rank: int) -> dict[str, float]:
-        """Return `val_loss`, and `val_accuracy`: the share of examples whose greedy answer is the true one, word for word.
+        """Return `val_loss`, and `val_accuracy`: the share of examples whose greedy answer is the true one.
 
-        The greedy answer is the true one exactly where every true token is the likeliest behind those before it.
+        It is exactly where every true token is the likeliest behind those before it.
         """
         self.engine.eval()
         # The first examples of a fixed order; all workers make as many passes.

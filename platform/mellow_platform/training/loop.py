@@ -1,4 +1,4 @@
-"""What both training loops share: the trainer that Ray runs them with, schedule, reports, checkpoints and resumption."""
+"""What both training loops share: the trainer that Ray runs them with, schedule, metrics, checkpoints, resumption."""
 
 import concurrent.futures
 import dataclasses

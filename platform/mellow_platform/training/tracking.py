@@ -27,7 +27,7 @@ class Tracker:
             import mlflow
         except ImportError as error:
             raise ImportError(
-                "tracking: mlflow needs it installed on the workers: pip install mlflow-skinny"
+                "tracking: mlflow needs it installed on the workers: pip install 'mellow-platform[mlflow]'"
             ) from error
         self.mlflow = mlflow
         mlflow.set_experiment("mellow")

@@ -1,0 +1,244 @@
+"""Kill a training run at random moments, and hold what it committed against an undisturbed one.
+
+    python tests/chaos/kill_training.py [--kills 10] [--seed 0]
+
+A cluster of three nodes trains a tiny Mellow from an S3 server that fails one request in twenty. Workers, nodes (some
+of them after a notice of preemption) and drivers are killed with SIGKILL; a driver is then submitted again. At the end
+the committed log of (step, example ids, loss) is compared with that of a run that nobody disturbed:
+
+    lost        steps of the undisturbed run that are not in the log, and of committed logs seen after a kill
+    repeated    steps that stand in it twice
+    different   steps with other examples, or a loss that is more than 1e-5 away
+    redone      steps that were computed again because they came after the last checkpoint, to within a second's steps
+
+`redone` has to stay within one checkpoint interval a kill. The last line is these counts as JSON; the status is 1 where
+one of them is not what it has to be.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mellow_platform import storage
+from mellow_platform.model import HTSATEncoder, encoder_config
+from mellow_platform.model.folder import save_pretrained
+from mellow_platform.training.checkpoints import POSITION, CheckpointStore
+from mellow_platform.training.loop import RESULT
+from tests.chaos.cluster import DRIVER, NODE, WORKER, ChaosCluster
+from tests.conftest import write_corpus
+from tests.object_storage import object_store
+
+FAILURES = 0.05  # share of storage requests
+TOLERANCE = 1e-5
+NOTICE = "notice"  # a node that is told before it is killed
+PATIENCE = 300  # seconds in which a run has to get on
+NOTICE_SECONDS = 30  # in which a notice has to have brought a checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--checkpoint-every", type=int, default=40)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="kills-") as folder:
+        counts = kill_training(Path(folder), options.kills, options.seed, options.steps, options.checkpoint_every)
+    print(json.dumps(counts))
+    wrong = counts["lost"] + counts["repeated"] + counts["different"] + counts["notices"] - counts["notices_saved"]
+    sys.exit(int(wrong > 0 or counts["redone"] > counts["kills"] * options.checkpoint_every))
+
+
+def kill_training(folder: Path, kills: int, seed: int, steps: int, checkpoint_every: int) -> dict[str, Any]:
+    """Train `steps` steps twice, the second time with `kills` kills, and return how the two compare.
+
+    Args:
+        folder: for the storage server's files and the drivers' logs.
+    """
+    with (
+        object_store(folder / "s3", failures=FAILURES, seed=seed) as store,
+        ChaosCluster(store.env, nodes=2, cpus=3, head_cpus=1) as cluster,
+    ):
+        examples = write_shards(store.uri, cluster, folder / "shards.log")
+        undisturbed = Run(store.uri, "undisturbed", cluster, folder, steps, checkpoint_every, examples)
+        undisturbed.begin()
+        undisturbed.wait()
+        run = Run(store.uri, "disturbed", cluster, folder, steps, checkpoint_every, examples)
+        disturbance = Disturbance(run, random.Random(seed), kills)
+        disturbance.go_through()
+        expected, found = undisturbed.log(), run.log()
+        result = run.result()
+        print(f"{store.failed} of {store.requests} storage requests failed")
+        weights = [one.published()["files"]["model.safetensors"] for one in (undisturbed, run)]
+    counts = compare(expected, found)
+    return {
+        "kills": kills,
+        **counts,
+        "lost": counts["lost"] + disturbance.lost,
+        "redone": result["redone_steps"],
+        "notices": disturbance.notices,
+        "notices_saved": disturbance.saved,
+        "same_weights": weights[0] == weights[1],
+    }
+
+
+def write_shards(uri: str, cluster: ChaosCluster, log: Path) -> int:
+    """Write feature shards of a few scenes behind a random encoder; return the number of training examples."""
+    write_corpus(storage.join(uri, "corpus"), {"train": 24, "val": 1, "test": 1})
+    torch.manual_seed(0)
+    save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")).eval(), storage.join(uri, "encoder"))
+    driver = cluster.run_driver(
+        ["jobs/preprocess.py", "--corpus", f"{uri}/corpus", "--size", "mellow-tiny", "--output", f"{uri}/features",
+         "--features", "encoder", "--encoder", f"{uri}/encoder", "--encoder-workers", "1"], log,
+    )  # fmt: skip
+    if driver.wait(PATIENCE):
+        raise RuntimeError(f"preprocessing failed:\n{log.read_text()[-3000:]}")
+    return len(storage.read_json(f"{uri}/corpus/train.json"))
+
+
+class Run:
+    """A training run on the cluster, submitted as often as it takes."""
+
+    def __init__(
+        self, uri: str, name: str, cluster: ChaosCluster, folder: Path, steps: int, checkpoint_every: int, examples: int
+    ):
+        self.cluster, self.steps, self.checkpoint_every = cluster, steps, checkpoint_every
+        self.folder = storage.join(uri, name, "run")
+        self.output = storage.join(uri, name, "model")
+        self.file = folder / f"{name}.log"
+        batch = 16
+        self.command = [
+            "jobs/train.py", "--shards", f"{uri}/features", "--encoder", f"{uri}/encoder", "--size", "mellow-tiny",
+            "--storage", storage.join(uri, name), "--run", "run", "--output", self.output,
+            "--batch", str(batch), "--micro-batch", "8", "--epochs", str(steps / -(-examples // batch)),
+            "--checkpoint-every", str(checkpoint_every), "--scaling.max-failures", "-1",
+        ]  # fmt: skip
+        self.driver: subprocess.Popen | None = None
+
+    def begin(self) -> subprocess.Popen:
+        self.driver = self.cluster.run_driver(self.command, self.file)
+        return self.driver
+
+    def wait(self) -> None:
+        """Wait until the run is complete.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        assert self.driver
+        if self.driver.wait(2 * PATIENCE):
+            raise RuntimeError(f"the driver failed:\n{self.file.read_text()[-5000:]}")
+
+    def position(self) -> int:
+        uri = storage.join(self.folder, POSITION)
+        return storage.read_json(uri)["step"] if storage.exists(uri) else -1
+
+    def wait_for(self, step: int) -> None:
+        """Wait until the run has come to `step`, or to its end.
+
+        Raises:
+            RuntimeError: its driver failed, or it does not get there.
+        """
+        until = time.monotonic() + PATIENCE
+        while self.position() < step and not storage.exists(storage.join(self.folder, RESULT)):
+            if (self.driver and self.driver.poll()) or time.monotonic() > until:
+                raise RuntimeError(f"the run does not come to step {step}:\n{self.file.read_text()[-5000:]}")
+            time.sleep(0.3)
+
+    def log(self) -> list[dict[str, Any]]:
+        """Return the committed log."""
+        return CheckpointStore(self.folder).read_log().to_pylist()
+
+    def committed(self) -> int:
+        """Return the step of the latest whole checkpoint; 0 where there is none."""
+        saved = CheckpointStore(self.folder).saved()
+        return saved[-1].step if saved else 0
+
+    def result(self) -> dict[str, Any]:
+        return storage.read_json(storage.join(self.folder, RESULT))
+
+    def published(self) -> dict[str, Any]:
+        return storage.read_json(storage.join(self.output, "training.json"))
+
+
+class Disturbance:
+    """Kills at random steps of a run, one after the other."""
+
+    def __init__(self, run: Run, rng: random.Random, kills: int):
+        self.run, self.rng = run, rng
+        kinds = [DRIVER, NODE, WORKER, NOTICE]
+        self.kinds = [kinds[number % len(kinds)] for number in range(kills)]
+        rng.shuffle(self.kinds)
+        # Two steps that are drawn close together kill a run that is still starting again.
+        self.steps = sorted(rng.randrange(run.steps * 9 // 10) for _ in range(kills))
+        self.lost = self.notices = self.saved = 0
+
+    def go_through(self) -> None:
+        """Run to the end, with every kill on the way."""
+        run = self.run
+        driver = run.begin()
+        for step, kind in zip(self.steps, self.kinds, strict=True):
+            run.wait_for(step)
+            time.sleep(self.rng.random())
+            before = run.log()
+            if kind in (NODE, NOTICE):
+                what = self._take_a_node_away(notice=kind == NOTICE)
+            else:
+                what = run.cluster.kill(kind, self.rng, driver)
+            print(f"step {run.position():4d}: killed {what}", flush=True)
+            if kind == DRIVER:
+                driver = run.begin()
+            # Whatever was committed stays so.
+            self.lost += compare(before, run.log())["lost"]
+        run.wait()
+
+    def _take_a_node_away(self, notice: bool) -> str:
+        """Kill a node that trains; with a notice first, and not before the checkpoint that this has to bring."""
+        cluster = self.run.cluster
+        self.run.wait_for(self.run.position() + 1)
+        until = time.monotonic() + PATIENCE
+        while not (node := cluster.host_of("ray::RayTrainWorker")):
+            if time.monotonic() > until:
+                raise RuntimeError("no node trains")
+            time.sleep(0.3)
+        if notice:
+            cluster.give_notice(node)
+            self.notices += 1
+            self.saved += self._is_saved_between_checkpoints()
+        cluster.kill_node(node)
+        return f"node {node.pid}" + " after a notice" * notice
+
+    def _is_saved_between_checkpoints(self) -> bool:
+        """Whether a checkpoint appears soon at a step that none is due at."""
+        until = time.monotonic() + NOTICE_SECONDS
+        while time.monotonic() < until:
+            if self.run.committed() % self.run.checkpoint_every:
+                return True
+            time.sleep(0.2)
+        return False
+
+
+def compare(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> dict[str, int]:
+    """Count what the log `found` lacks of `expected`, has twice, or has otherwise."""
+    rows = {row["step"]: row for row in found}
+    shared = [(row, rows[row["step"]]) for row in expected if row["step"] in rows]
+    return {
+        "lost": len(expected) - len(shared),
+        "repeated": len(found) - len(rows),
+        "different": sum(
+            one["examples"] != other["examples"] or abs(one["loss"] - other["loss"]) > TOLERANCE
+            for one, other in shared
+        ),
+    }
+
+
+if __name__ == "__main__":
+    main()
