@@ -139,7 +139,6 @@ class RunSection(Section):
     tracking: Literal["tensorboard", "mlflow"] = Field(
         "tensorboard", description="where metrics go besides Ray; mlflow needs the extra `mlflow` and its own variables"
     )
-    dry_run: bool = Field(False, description="print the plan (steps, memory, checkpoint size, time) and stop")
     scaling: ScalingSection = ScalingSection()
 
 
@@ -200,6 +199,7 @@ class TrainConfig(RunSection):
     validation_examples: int = Field(256, ge=1, description="examples of the val split in a validation")
     patience: int = Field(0, ge=0, description="validations without a better loss that end the run; 0: none do")
     publish: Literal["last", "best"] = Field("last", description="weights that `output` gets: last, or best validated")
+    dry_run: bool = Field(False, description="print the plan (steps, memory, checkpoint size, time) and stop")
 
     @model_validator(mode="after")
     def _one_place_to_begin(self) -> "TrainConfig":

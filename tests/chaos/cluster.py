@@ -123,6 +123,7 @@ class ChaosCluster(contextlib.AbstractContextManager):
         self.nodes.remove(node)
         _kill(node)
         self.add_node()
+        self._replace_ended()
 
     def kill(self, what: str, rng: random.Random, driver: subprocess.Popen) -> str:
         """Kill one thing of the kind `what` with SIGKILL and return what it was; a killed node is replaced."""
@@ -159,6 +160,12 @@ class ChaosCluster(contextlib.AbstractContextManager):
         self.ips[node.pid] = ip
         return node
 
+    def _replace_ended(self) -> None:
+        """Start nodes again that did not come up: Ray gives a node a fixed time, which a busy machine exceeds."""
+        for node in [node for node in self.nodes if node.poll() is not None]:
+            self.nodes.remove(node)
+            self.add_node()
+
     def _members(self) -> list[dict]:
         """Return what Ray knows of the nodes that are alive; nothing while it does not answer."""
         code = (
@@ -169,9 +176,10 @@ class ChaosCluster(contextlib.AbstractContextManager):
         return json.loads(answer.stdout) if answer.returncode == 0 else []
 
     def _wait_for_nodes(self, count: int) -> None:
-        for _ in range(30):
+        for _ in range(60):
             if (found := len(self._members())) == count:
                 return
+            self._replace_ended()
             time.sleep(1)
         logs = "\n".join(log.read_text()[-2000:] for log in self.folder.glob("*.log"))
         raise TimeoutError(f"{count} nodes were started, and {found} are there:\n{logs}")

@@ -144,7 +144,11 @@ class Finetuning:
         self.config, self.plan = config, plan
         self.flops = ModelFlops.of(model)  # before ZeRO cuts the weights up
         if config.activation_checkpointing:
-            model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        if config.augment:
+            for module in model.audio_encoder.modules():
+                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                    module.momentum = 0.0  # its statistics are the frozen encoder's, and stay
         if tensors:
             model.load_state_dict(weights_of(tensors), strict=False)
         if not config.scaling.gpus_per_worker:
