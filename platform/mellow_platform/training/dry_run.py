@@ -1,4 +1,4 @@
-"""What a run will come to, before it is begun: steps, memory of a worker, size of a checkpoint, and a guess of the time."""
+"""What a run will come to, before it is begun: steps, memory of a worker, size of a checkpoint, a guess of the time."""
 
 import time
 from typing import Any
