@@ -1,0 +1,241 @@
+"""How fast training on stored features is at the published size, against the published recipe.
+
+python tests/benchmarks/training.py             # random weights, eight minutes on two cores
+python tests/benchmarks/training.py --rounds 1  # every figure once
+
+Published: batches of 4; every question's two clips go through the frozen encoder and 1025 positions of the projection,
+its prompt is filled to 129 tokens and its answer to 250, and there are logits at all 639 positions; plain PyTorch.
+Packed: what `jobs/train.py` does of the `encoder-cached` recipe, on one worker: stored features, 8 questions behind a
+prefix, no padding, logits where there are labels, in a DeepSpeed engine. Padded: the same with prompts of 129.
+All take the whole step (forward, backward, clipping, AdamW), in turn in one run after a warm-up.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import ray
+import torch
+from torch import nn
+
+from mellow_platform.config import TrainConfig
+from mellow_platform.model import MellowConfig, MellowForConditionalGeneration
+from mellow_platform.training.batches import MicroBatch, Plan, batches
+from mellow_platform.training.examples import AnswerExamples, RecordNames, Texts
+from mellow_platform.training.finetune import BETAS, Finetuning
+from mellow_platform.training.flops import ModelFlops, measured_peak
+
+THREADS = 2
+VOCABULARY, PAD_TOKEN = 49152, 17
+PROMPT, ANSWER, BATCH = 129, 250, 4  # of the published recipe
+# Tokens as in ReasonAQA: about 40 and about 30.
+PROMPTS, ANSWERS = (30, 51), (20, 41)
+PAIRS, QUESTIONS_PER_PACK, MICRO_BATCH = 64, 8, 16
+LIVE_STEPS = 3  # that read their batches from Ray Data
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="steps of each kind that are timed")
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=500_000_000, logging_level="warning")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
+        print(json.dumps(measure(arguments.rounds)))
+        torch.distributed.destroy_process_group()
+    ray.shutdown()
+
+
+def measure(rounds: int) -> dict[str, float]:
+    """Time the three systems in turn and the pipeline behind one; print tables and return the figures."""
+    torch.manual_seed(0)
+    published, packed = Published(), Packed()
+    examples = {"packed": make_examples(None), "padded": make_examples(PROMPT)}
+    seconds: dict[str, list[float]] = {"published": [], "packed": [], "padded": []}
+    peaks = []
+    for turn in range(rounds + 1):
+        taken = {"published": published.step(turn)}
+        for name, own in examples.items():
+            taken[name] = packed.step(packed.collate(own, turn))
+        peaks.append(measured_peak(torch.device("cpu"), torch.float32))
+        if turn:  # the first warms up
+            for name, value in taken.items():
+                seconds[name].append(value)
+    live = packed.live(examples["packed"])
+    return report({name: statistics.median(values) for name, values in seconds.items()}, examples, live, max(peaks))
+
+
+def make_examples(prompt_length: int | None) -> AnswerExamples:
+    """Return questions with random tokens and features, `QUESTIONS_PER_PACK` on each pair of clips."""
+    generator = np.random.default_rng(0)
+    count = PAIRS * QUESTIONS_PER_PACK
+
+    def texts(lengths: np.ndarray) -> Texts:
+        offsets = np.append(0, np.cumsum(lengths))
+        return Texts(generator.integers(18, VOCABULARY, offsets[-1], dtype=np.int32), offsets)
+
+    frames = generator.random((2 * PAIRS, 32, 527), np.float32).astype(np.float16)
+    return AnswerExamples(
+        name=f"benchmark-{prompt_length}",
+        ids=RecordNames("train", count),
+        clips=np.arange(2 * PAIRS).reshape(PAIRS, 2).repeat(QUESTIONS_PER_PACK, axis=0),
+        single=np.zeros(count, bool),
+        prompts=texts(generator.integers(*PROMPTS, count)),
+        answers=texts(generator.integers(*ANSWERS, count)),
+        features={
+            "audio_frames": frames,
+            "audio_latent": generator.standard_normal((2 * PAIRS, 768), np.float32).astype(np.float16),
+        },
+        pad_token=PAD_TOKEN,
+        questions_per_pack=QUESTIONS_PER_PACK,
+        prompt_length=prompt_length,
+    )
+
+
+class Published:
+    """The published recipe in plain PyTorch, with the same network and the same kernels."""
+
+    def __init__(self) -> None:
+        self.model = MellowForConditionalGeneration(MellowConfig.from_size("mellow-v0")).freeze_encoder().train()
+        self.model.audio_encoder.train()
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, 1e-4, betas=BETAS, weight_decay=1e-4, fused=True)
+
+    def step(self, number: int) -> float:
+        """Learn from one batch; return the seconds."""
+        generator = torch.Generator().manual_seed(number)
+        log_mel = 20 * torch.randn(BATCH, 2, 1001, 64, generator=generator) - 40
+        prompts = torch.randint(18, VOCABULARY, (BATCH, PROMPT), generator=generator)
+        answers = torch.randint(18, VOCABULARY, (BATCH, ANSWER), generator=generator)
+        lengths = torch.randint(*ANSWERS, (BATCH, 1), generator=generator)
+        answers = answers.masked_fill(torch.arange(ANSWER) >= lengths, PAD_TOKEN)
+        start = time.perf_counter()
+        self.loss(log_mel, prompts, answers).backward()
+        nn.utils.clip_grad_norm_(self.trained, 0.5)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    def loss(self, log_mel: torch.Tensor, prompts: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+        model, config = self.model, self.model.config
+        with torch.no_grad():
+            encoded = model.audio_encoder(log_mel.flatten(0, 1))
+        frames = model.frame_embedding(encoded.frames.repeat_interleave(config.frame_repeat, dim=1))
+        projected = model.projection(torch.cat([encoded.latent[:, None], frames], dim=1))
+        pooled = projected[:, 1:].unflatten(1, (-1, config.pool_size)).mean(2)
+        audio = torch.cat([projected[:, :1], pooled], dim=1).unflatten(0, (BATCH, 2))
+        embed = model.get_input_embeddings()
+        separator = embed(torch.full((BATCH, 1), config.separator_token_id))
+        sequence = torch.cat([audio[:, 0], separator, audio[:, 1], separator, embed(prompts), embed(answers)], dim=1)
+        logits = model.language_model(inputs_embeds=sequence, use_cache=False).logits
+        predicted = logits[:, -ANSWER - 1 : -1]
+        return nn.functional.cross_entropy(predicted.flatten(0, 1), answers.flatten(), ignore_index=PAD_TOKEN)
+
+
+class Packed:
+    """The training job's own step on one worker."""
+
+    def __init__(self) -> None:
+        config = TrainConfig(
+            shards="/none", encoder="/none", output="/none", storage="/none", run="benchmark",
+            batch=MICRO_BATCH, micro_batch=MICRO_BATCH, learning_rate=1e-4,
+        )  # fmt: skip
+        model = MellowForConditionalGeneration(MellowConfig.from_size("mellow-v0")).freeze_encoder()
+        self.plan = Plan(0, PAIRS * QUESTIONS_PER_PACK, MICRO_BATCH, MICRO_BATCH, workers=1)
+        self.tuning = Finetuning(config, self.plan, model, None)
+
+    def collate(self, examples: AnswerExamples, step: int) -> list[MicroBatch]:
+        numbers = self.plan.numbers(examples, step)
+        arrays = examples.collate(0, 0, numbers)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return [MicroBatch(tensors, float(examples.sizes[numbers].sum()), counts=True, draw=step)]
+
+    def step(self, turns: list[MicroBatch]) -> float:
+        """Learn from one batch; return the seconds."""
+        start = time.perf_counter()
+        self.tuning.step(turns, 1e-4)
+        return time.perf_counter() - start
+
+    def live(self, examples: AnswerExamples) -> dict[str, float]:
+        """Train on what Ray Data makes ahead; return the share of the time without a batch, and counts a second."""
+        stop = 1 + LIVE_STEPS
+        steps: Iterator[list[MicroBatch]] = batches(self.plan, ray.put(examples), 0, 0, stop)
+        self.step(next(steps))  # which waits for the pipeline to start
+        waited = busy = 0.0
+        work: dict[str, float] = {}
+        start = time.perf_counter()
+        for _ in range(LIVE_STEPS):
+            before = time.perf_counter()
+            turns = next(steps)
+            waited += time.perf_counter() - before
+            busy += self.step(turns)
+            for name, count in self.tuning.work(turns).items():
+                work[name] = work.get(name, 0.0) + count
+        whole = time.perf_counter() - start
+        rates = {f"{name}_per_second": count / whole for name, count in work.items()}
+        return {"data_wait_share": waited / whole, "outside_model_share": 1 - busy / whole} | rates
+
+
+def published_flops(flops: ModelFlops) -> float:
+    """Return the floating-point operations of the published recipe for one question."""
+    length = flops.prefix + PROMPT + ANSWER
+    config = MellowConfig.from_size("mellow-v0")
+    copies = (1 + config.audio_config.num_frames * config.frame_repeat) / (1 + config.audio_config.num_frames)
+    return (
+        length * (flops.position + flops.label)
+        + length * (length + 1) / 2 * flops.attention
+        + copies * flops.pair
+        + 2 * flops.clip
+    )
+
+
+def report(
+    seconds: dict[str, float], examples: dict[str, AnswerExamples], live: dict[str, float], peak: float
+) -> dict[str, float]:
+    """Print the tables and return the figures."""
+    with torch.device("meta"):
+        flops = ModelFlops.of(MellowForConditionalGeneration(MellowConfig.from_size("mellow-v0")).freeze_encoder())
+    count = {name: MICRO_BATCH for name in examples} | {"published": BATCH}
+    needed = {"published": published_flops(flops)}
+    for name, own in examples.items():
+        arrays = own.collate(0, 0, own.order(0, 0))
+        needed[name] = flops.work({key: torch.from_numpy(array) for key, array in arrays.items()})["model_flops"]
+        needed[name] /= len(own)
+    rate = {name: count[name] / seconds[name] for name in seconds}
+    print(f"{'':10} {'s a step':>10} {'examples':>10} {'ex/s':>8} {'GFLOP/ex':>10} {'utilised':>9} {'speedup':>8} {'bound':>7}")
+    for name in seconds:
+        print(
+            f"{name:10} {seconds[name]:10.2f} {count[name]:10} {rate[name]:8.3f} {needed[name] / 1e9:10.1f} "
+            f"{rate[name] * needed[name] / peak:9.3f} {rate[name] / rate['published']:8.2f} "
+            f"{needed['published'] / needed[name]:7.2f}"
+        )
+    print(f"\nfloat32 products: {peak / 1e9:.0f} GFLOP/s on {THREADS} threads; batches from Ray Data:")
+    for name, value in live.items():
+        print(f"{name:28} {value:12.4g}")
+    figures = {
+        "speedup_vs_published": rate["packed"] / rate["published"],
+        "speedup_padded_prompts": rate["padded"] / rate["published"],
+        "data_wait_share": live["data_wait_share"],
+        "bound_vs_published": needed["published"] / needed["packed"],
+        "bound_padded_prompts": needed["published"] / needed["padded"],
+        "examples_per_second": rate["packed"],
+        "published_examples_per_second": rate["published"],
+        "tokens_per_second": live["tokens_per_second"],
+        "useful_tokens_per_second": live["useful_tokens_per_second"],
+        "model_flop_utilization": live["model_flops_per_second"] / peak,
+        "published_flop_utilization": rate["published"] * needed["published"] / peak,
+    }
+    figures["share_of_bound"] = figures["speedup_vs_published"] / figures["bound_vs_published"]
+    figures["share_of_bound_padded"] = figures["speedup_padded_prompts"] / figures["bound_padded_prompts"]
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+if __name__ == "__main__":
+    main()
