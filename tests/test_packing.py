@@ -1,7 +1,9 @@
 """Questions packed behind one prefix: the same loss and gradients as apart, every example once, nothing padded."""
 
 import pickle
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config
 
-from mellow_platform.config import PreprocessConfig, ScalingSection, TrainConfig
+from mellow_platform.config import PartnerDraws, PreprocessConfig, ScalingSection, TrainConfig
 from mellow_platform.data.shards import Manifest, read_records
 from mellow_platform.features.preprocess import preprocess
 from mellow_platform.model import HTSATEncoder, MellowConfig, MellowForConditionalGeneration, encoder_config
@@ -43,6 +45,13 @@ def build(decoder: str, lora: bool = False) -> MellowForConditionalGeneration:
             if "lora_B" in name:
                 torch.nn.init.normal_(value, std=0.1)  # adapters that begin as nothing would hide theirs
     return model.train()
+
+
+def load(shards: str, **options: Any) -> AnswerExamples:
+    """Return the training examples as a run with these options puts them together."""
+    return load_examples(
+        TrainConfig(shards=shards, encoder="/none", storage="/none", output="/none", run="none", **options)
+    )
 
 
 def packed(model: MellowForConditionalGeneration) -> dict[str, torch.Tensor]:
@@ -178,25 +187,21 @@ def neighbours(pairs: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize("questions_per_pack", [1, 4])
-@pytest.mark.parametrize("partner_per_epoch", [False, True])
+@pytest.mark.parametrize("partner_draws", ["stored", "clip", "question"])
 def test_an_epoch_has_every_question_once_in_an_order_of_its_own(
-    questions_per_pack: int, partner_per_epoch: bool, shards: str
+    questions_per_pack: int, partner_draws: PartnerDraws, shards: str
 ):
-    examples = AnswerExamples.load(
-        shards, "train", questions_per_pack=questions_per_pack, partner_per_epoch=partner_per_epoch
-    )
+    examples = load(shards, questions_per_pack=questions_per_pack, partner_draws=partner_draws)
     orders = [examples.order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     for order in orders:
         assert np.sort(order).tolist() == list(range(len(examples)))
     assert len({order.tobytes() for order in orders}) == 4
-    again = AnswerExamples.load(
-        shards, "train", questions_per_pack=questions_per_pack, partner_per_epoch=partner_per_epoch
-    )
+    again = load(shards, questions_per_pack=questions_per_pack, partner_draws=partner_draws)
     assert (again.order(1, 1) == orders[3]).all()
 
 
 def test_the_order_of_an_epoch_is_the_same_after_others_were_asked_for(shards: str):
-    examples = AnswerExamples.load(shards, "train", questions_per_pack=4)
+    examples = load(shards, questions_per_pack=4)
     first = examples.order(0, 0).tolist()
     for epoch in range(10):
         examples.order(0, epoch)
@@ -204,7 +209,7 @@ def test_the_order_of_an_epoch_is_the_same_after_others_were_asked_for(shards: s
 
 
 def test_questions_on_the_same_clips_are_neighbours_and_share_these(shards: str):
-    examples = AnswerExamples.load(shards, "train", questions_per_pack=4, partner_per_epoch=True)
+    examples = load(shards, questions_per_pack=4, partner_draws="clip")
     order = examples.order(0, 0)
     pairs = examples.pairs(0, 0, order)
     counts = np.unique(pairs, axis=0, return_counts=True)[1]
@@ -221,8 +226,18 @@ def test_questions_on_the_same_clips_are_neighbours_and_share_these(shards: str)
     assert (heard == examples.features["input_features"][pairs[:20]]).all()
 
 
+def test_partners_drawn_for_questions_differ_between_those_on_a_clip(shards: str):
+    examples = load(shards, partner_draws="question")
+    alone = np.flatnonzero(examples.single)
+    pairs = examples.pairs(0, 0, alone)
+    assert (pairs[:, 0] == examples.clips[alone, 0]).all() and (pairs[:, 0] != pairs[:, 1]).all()
+    assert len(np.unique(pairs, axis=0)) > 2 * len(np.unique(pairs[:, 0]))
+    assert (examples.pairs(0, 0, alone[5:9]) == pairs[5:9]).all()
+    assert (examples.pairs(0, 1, alone) != pairs).any()
+
+
 def test_a_clip_has_one_partner_an_epoch_and_never_itself(shards: str):
-    examples = AnswerExamples.load(shards, "train", partner_per_epoch=True)
+    examples = load(shards, partner_draws="clip")
     everything = np.arange(len(examples))
     seen: dict[int, set[int]] = {}
     for epoch in range(8):
@@ -234,7 +249,7 @@ def test_a_clip_has_one_partner_an_epoch_and_never_itself(shards: str):
             seen.setdefault(clip, set()).add(partner)
     assert all(len(partners) > 1 for partners in seen.values())
     assert not examples.single.all()
-    stored = AnswerExamples.load(shards, "train")
+    stored = load(shards)
     assert (stored.pairs(0, 5, everything) == stored.clips).all()
 
 
@@ -242,18 +257,19 @@ def test_partners_are_drawn_only_where_the_shards_were_written_with_random_ones(
     manifest = Manifest.read(shards)
     manifest.configuration["partner"] = "same"
     manifest.write(str(tmp_path))
+    shutil.copytree(f"{shards}/processor", tmp_path / "processor")
     with pytest.raises(ValueError, match=r"partner: same, which leaves nothing to draw .* --partner random"):
-        AnswerExamples.load(str(tmp_path), "train", partner_per_epoch=True)
+        load(str(tmp_path), partner_draws="clip")
 
 
 def test_prompts_are_padded_no_further_than_their_micro_batch_needs(shards: str):
     processor = load_processor(f"{shards}/processor")
     records = read_records(shards, "train").to_pylist()
     wanted = [processor.question_ids(record["input"]) for record in records]
-    numbers = AnswerExamples.load(shards, "train").order(0, 0)[:6]
+    numbers = load(shards).order(0, 0)[:6]
     longest = max(len(wanted[number]) for number in numbers)
-    unseen = AnswerExamples.load(shards, "train", pad_prompts=False).collate(0, 0, numbers)
-    published = AnswerExamples.load(shards, "train").collate(0, 0, numbers)
+    unseen = load(shards, pad_prompts=False).collate(0, 0, numbers)
+    published = load(shards).collate(0, 0, numbers)
     assert unseen["input_ids"].shape == unseen["attention_mask"].shape == (6, longest)
     assert unseen["labels"].shape[1] == max(len(records[number]["answer_ids"]) for number in numbers)
     assert "attention_mask" not in published
@@ -265,7 +281,7 @@ def test_prompts_are_padded_no_further_than_their_micro_batch_needs(shards: str)
 
 
 def test_ragged_micro_batches_come_through_ray_data_as_they_were_collated(shards: str):
-    examples = AnswerExamples.load(shards, "train", questions_per_pack=4, pad_prompts=False, partner_per_epoch=True)
+    examples = load(shards, questions_per_pack=4, pad_prompts=False, partner_draws="clip")
     plan = Plan(seed=3, count=len(examples), batch=16, micro_batch=8, workers=1)
     steps = list(batches(plan, ray.put(examples), 0, 0, plan.steps_per_epoch + 1))
     shapes = set()
@@ -298,7 +314,7 @@ def test_a_million_questions_are_ordered_in_flat_arrays():
         features={"audio_latent": np.zeros((clips, 1), np.float16)},
         pad_token=0,
         questions_per_pack=8,
-        partner_per_epoch=True,
+        partner_draws="clip",
     )
     order = examples.order(0, 0)
     assert (np.bincount(order, minlength=count) == 1).all()
@@ -339,7 +355,7 @@ def test_a_run_with_packs_reports_its_work(shards: str, tmp_path: Path):
     config = TrainConfig(
         shards=shards, encoder=str(tmp_path / "encoder"), size="mellow-tiny", storage=str(tmp_path / "runs"),
         run="packs", output=str(tmp_path / "model"), epochs=1.0, batch=16, micro_batch=8, log_every=1,
-        questions_per_pack=4, pad_prompts=False, partner_per_epoch=True, scaling=ScalingSection(workers=2),
+        questions_per_pack=4, pad_prompts=False, partner_draws="clip", scaling=ScalingSection(workers=2),
     )  # fmt: skip
     result = run_training(train_answers, config, load_examples(config))
     assert result["step"] == result["total_steps"] > 2

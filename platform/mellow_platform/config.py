@@ -18,6 +18,7 @@ from mellow_platform import storage
 Uri = Annotated[str, AfterValidator(storage.absolute)]
 Size = Literal["mellow-v0", "mellow-tiny"]
 Partner = Literal["random", "same", "silence"]
+PartnerDraws = Literal["stored", "clip", "question"]
 Dtype = Literal["float32", "int8", "bfloat16"]
 
 
@@ -186,8 +187,10 @@ class TrainConfig(RunSection):
         "none", description="what ZeRO keeps in CPU memory: the optimizer's state (from stage 1), or parameters too (3)"
     )
     pad_prompts: bool = Field(True, description="fill prompts to the processor's length with padding that is seen")
-    partner_per_epoch: bool = Field(
-        False, description="draw the second clip of questions about one anew in every epoch, one a clip"
+    partner_draws: PartnerDraws = Field(
+        "stored",
+        description="second clip of a question about one: as the shards have it, or, of shards with partner: random, "
+        "drawn anew in every epoch for each clip or (as published) for each question",
     )
     questions_per_pack: int = Field(
         1, ge=1, description="neighbouring questions on the same clips, which share one encoded prefix"

@@ -209,7 +209,9 @@ def report(
         needed[name] = flops.work({key: torch.from_numpy(array) for key, array in arrays.items()})["model_flops"]
         needed[name] /= len(own)
     rate = {name: count[name] / seconds[name] for name in seconds}
-    print(f"{'':10} {'s a step':>10} {'examples':>10} {'ex/s':>8} {'GFLOP/ex':>10} {'utilised':>9} {'speedup':>8} {'bound':>7}")
+    print(
+        f"{'':10} {'s a step':>10} {'examples':>10} {'ex/s':>8} {'GFLOP/ex':>10} {'utilised':>9} {'speedup':>8} {'bound':>7}"
+    )
     for name in seconds:
         print(
             f"{name:10} {seconds[name]:10.2f} {count[name]:10} {rate[name]:8.3f} {needed[name] / 1e9:10.1f} "

@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mellow_platform import storage
+from mellow_platform.config import PartnerDraws
 from mellow_platform.data.shards import Manifest, read_records
 from mellow_platform.features.store import FeatureStore
-from mellow_platform.model.folder import load_processor
 from mellow_platform.training.batches import Arrays
 
 # What `forward` calls the arrays that shards hold of a clip.
@@ -83,7 +82,8 @@ class AnswerExamples:
         questions_per_pack: neighbours on the same clips, which share a prefix; 1 gives each question its own.
         prompt_length: tokens that every prompt is filled to with `pad_token`, which is seen; None fills prompts to the
             longest of a micro-batch, unseen.
-        partner_per_epoch: draw the second clip of questions about one anew in every epoch.
+        partner_draws: whether the second clip of a question about one is the stored one, or drawn anew in every epoch,
+            for each clip or for each question.
     """
 
     name: str
@@ -96,7 +96,7 @@ class AnswerExamples:
     pad_token: int
     questions_per_pack: int = 1
     prompt_length: int | None = None
-    partner_per_epoch: bool = False
+    partner_draws: PartnerDraws = "stored"
 
     @classmethod
     def load(
@@ -104,9 +104,10 @@ class AnswerExamples:
         shards: str,
         split: str,
         *,
+        pad_token: int,
+        prompt_length: int | None,
         questions_per_pack: int = 1,
-        pad_prompts: bool = True,
-        partner_per_epoch: bool = False,
+        partner_draws: PartnerDraws = "stored",
     ) -> "AnswerExamples":
         """Read the examples of `split`.
 
@@ -115,16 +116,15 @@ class AnswerExamples:
                 where partners are to be drawn.
         """
         configuration = Manifest.read(shards).configuration
-        if partner_per_epoch and configuration["partner"] != "random":
+        if partner_draws != "stored" and configuration["partner"] != "random":
             raise ValueError(
                 f"{shards} was written with partner: {configuration['partner']}, which leaves nothing to draw in an "
-                "epoch: unset partner_per_epoch, or run jobs/preprocess.py with --partner random"
+                "epoch: set partner_draws: stored, or run jobs/preprocess.py with --partner random"
             )
         records = read_records(shards, split)
         store = FeatureStore.load(shards)
         sides = [[store.rows[clip] for clip in records[side].to_pylist()] for side in ("clip1", "clip2")]
         rows, clips = np.unique(np.array(sides, np.int64).T, return_inverse=True)
-        processor = load_processor(storage.join(shards, "processor"))
         prompts = Texts.from_column(records["prompt_ids"])
         if len(empty := np.flatnonzero(prompts.lengths == 0)):
             raise ValueError(f"{shards}: {len(empty)} questions of {split} have no token, the first is {empty[0]}")
@@ -137,10 +137,10 @@ class AnswerExamples:
             answers=Texts.from_column(records["answer_ids"]),
             # Of the other splits' clips nothing is kept.
             features={NETWORK_NAMES[name]: array[rows] for name, array in store.arrays.items()},
-            pad_token=processor.tokenizer.pad_token_id,
+            pad_token=pad_token,
             questions_per_pack=questions_per_pack,
-            prompt_length=processor.prompt_length if pad_prompts else None,
-            partner_per_epoch=partner_per_epoch,
+            prompt_length=prompt_length,
+            partner_draws=partner_draws,
         )
 
     def __len__(self) -> int:
@@ -154,15 +154,18 @@ class AnswerExamples:
     def pairs(self, seed: int, epoch: int, numbers: np.ndarray) -> np.ndarray:
         """Return the two clips [numbers, 2] that the numbered questions hear in an epoch.
 
-        Where partners are drawn per epoch, a clip has one partner in it: all questions about the clip alone share
-        the pair. It is any other clip that the split's questions are about.
+        A partner that is drawn is any other clip that the split's questions are about. Drawn for a clip, it is the
+        same for all questions about that clip alone, which then share the pair.
         """
         pairs = self.clips[numbers]
         count = len(next(iter(self.features.values())))
-        if self.partner_per_epoch and count > 1:
-            drawn = _generator(seed, epoch, "partners").integers(0, count - 1, count)
-            partners = drawn + (drawn >= np.arange(count))
-            pairs[:, 1] = np.where(self.single[numbers], partners[pairs[:, 0]], pairs[:, 1])
+        if self.partner_draws == "stored" or count == 1:
+            return pairs
+        of_clip = self.partner_draws == "clip"
+        drawn = _generator(seed, epoch, "partners").integers(0, count - 1, count if of_clip else len(self))
+        drawn = drawn[pairs[:, 0] if of_clip else numbers]
+        partners = drawn + (drawn >= pairs[:, 0])
+        pairs[:, 1] = np.where(self.single[numbers], partners, pairs[:, 1])
         return pairs
 
     def order(self, seed: int, epoch: int) -> np.ndarray:

@@ -103,12 +103,14 @@ def load_examples(config: TrainConfig, split: str = "train") -> AnswerExamples:
     """
     if config.augment:
         Manifest.read_with(config.shards, "logmel")
+    processor = load_processor(storage.join(config.shards, "processor"))
     return AnswerExamples.load(
         config.shards,
         split,
+        pad_token=processor.tokenizer.pad_token_id,
+        prompt_length=processor.prompt_length if config.pad_prompts else None,
         questions_per_pack=config.questions_per_pack,
-        pad_prompts=config.pad_prompts,
-        partner_per_epoch=config.partner_per_epoch,
+        partner_draws=config.partner_draws,
     )
 
 
