@@ -202,7 +202,7 @@ def report(
     """Print the tables and return the figures."""
     with torch.device("meta"):
         flops = ModelFlops.of(MellowForConditionalGeneration(MellowConfig.from_size("mellow-v0")).freeze_encoder())
-    count = {name: MICRO_BATCH for name in examples} | {"published": BATCH}
+    count = dict.fromkeys(examples, MICRO_BATCH) | {"published": BATCH}
     needed = {"published": published_flops(flops)}
     for name, own in examples.items():
         arrays = own.collate(0, 0, own.order(0, 0))
