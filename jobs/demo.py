@@ -165,7 +165,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     corpus, recordings = demo.uri("corpus"), config.corpus
     audio_root = recordings or storage.join(corpus, "audio")
     source = ["--source", "recordings", "--recordings", recordings, "--rounds", "40"] if recordings else []
-    passes = (["--epochs", "60", "--micro-batch", "4"], ["--epochs", "4"]) if recordings else ([], [])
+    passes = (["--epochs", "60", "--batch", "8", "--micro-batch", "4"], ["--epochs", "4"]) if recordings else ([], [])
     preprocess = ["--config", f"{CONFIGS}/preprocess.yaml", "--corpus", corpus, "--audio-root", audio_root]
     if recordings:
         preprocess += ["--clips-per-shard", "8"]
@@ -188,7 +188,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
             )  # fmt: skip
         with demo.stage("train"):
             trained = demo.submit(
-                "train", "--config", f"{CONFIGS}/train.yaml", "--shards", demo.uri("features"),
+                "train", "--config", "jobs/configs/recipes/tiny.yaml", "--shards", demo.uri("features"),
                 "--encoder", demo.uri("encoder"), "--output", demo.uri("model"), *training, "mellow", *passes[1],
             )  # fmt: skip
         with demo.stage("evaluate"):

@@ -1,7 +1,8 @@
 """Train the audio encoder as a multi-label sound tagger; Mellow then freezes it.
 
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
-    python jobs/pretrain_encoder.py --config jobs/configs/pretrain_encoder.yaml --shards s3://bucket/log-mel ...
+    python jobs/pretrain_encoder.py --config jobs/configs/mellow-v0/pretrain_encoder.yaml \
+    --shards s3://bucket/log-mel ...
 """
 
 import json

@@ -1,7 +1,7 @@
 """Fine-tune Mellow on answers with Ray Train and DeepSpeed.
 
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
-    python jobs/train.py --config jobs/configs/train.yaml --shards s3://bucket/features ...
+    python jobs/train.py --config jobs/configs/recipes/published.yaml --shards s3://bucket/features ...
 """
 
 import json

@@ -71,13 +71,28 @@ def test_a_relative_path_in_a_submitted_job_is_refused(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "file", sorted((REPOSITORY / "jobs" / "configs").glob("*/*.yaml")), ids=lambda f: f"{f.parent.name}/{f.name}"
+    "file", sorted((REPOSITORY / "jobs" / "configs").glob("mellow-*/*.yaml")), ids=lambda f: f"{f.parent.name}/{f.name}"
 )
 def test_every_shipped_file_fits_its_job(file: Path):
     jobs: dict[str, tuple[type[Section], list[str]]] = {
         "preprocess": (PreprocessConfig, ["--corpus", "/c", "--output", "/o"]),
-        "train": (TrainConfig, REQUIRED),
         "pretrain_encoder": (EncoderConfig, [*REQUIRED[:-2], "--labels", "/l"]),
     }
     schema, required = jobs[file.stem]
     assert load(schema, ["--config", str(file), *required]).model_dump()["size"] == file.parent.name
+
+
+RECIPES = sorted((REPOSITORY / "jobs/configs/recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_a_valid_configuration_whose_workers_share_its_batch(recipe: Path):
+    begin = "--init-from" if recipe.stem == "finetune" else "--encoder"
+    places = ["--shards", "/s", "--output", "/o", "--storage", "/r", "--run", "x", begin, "/e"]
+    config = load(TrainConfig, ["--config", str(recipe), *places])
+    assert config.batch % (config.micro_batch * config.scaling.workers) == 0
+    assert config.micro_batch % config.questions_per_pack == 0
+
+
+def test_the_recipes_are_those_that_are_documented():
+    assert [path.stem for path in RECIPES] == ["8-gpus", "encoder-cached", "finetune", "lora", "published", "tiny"]

@@ -1,0 +1,43 @@
+"""Where metrics go: TensorBoard and MLflow, by their own readers."""
+
+from pathlib import Path
+
+import mlflow
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mellow_platform.config import TrainConfig
+from mellow_platform.training.tracking import Tracker
+
+
+def configured(tracking: str) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {"shards": "/s", "encoder": "/e", "output": "/o", "storage": "/r", "run": "mine", "tracking": tracking}
+    )
+
+
+def test_tensorboard_shows_a_resumed_run_without_the_steps_that_were_run_again(tmp_path: Path):
+    run = str(tmp_path / "run")
+    for start, stop, value in ((0, 8, 1.0), (5, 10, 2.0)):
+        tracker = Tracker(configured("tensorboard"), run, start)
+        for step in range(start, stop):
+            tracker.log({"loss": value}, step + 1)
+        tracker.close()
+    events = EventAccumulator(f"{run}/tensorboard").Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [
+        *((step, 1.0) for step in range(1, 6)),
+        *((step, 2.0) for step in range(6, 11)),
+    ]
+
+
+def test_mlflow_shows_a_resumed_run_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # in place of a server
+    for start in (0, 5):
+        tracker = Tracker(configured("mlflow"), str(tmp_path / "run"), start)
+        tracker.log({"loss": float(start)}, start + 1)
+        tracker.close()
+    (run,) = mlflow.search_runs(experiment_names=["mellow"], output_format="list")
+    assert run.info.run_name == "mine"
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(1, 0.0), (6, 5.0)]
