@@ -20,6 +20,8 @@ Size = Literal["mellow-v0", "mellow-tiny"]
 Partner = Literal["random", "same", "silence"]
 PartnerDraws = Literal["stored", "clip", "question"]
 Dtype = Literal["float32", "int8", "bfloat16"]
+# Of ReasonAQA, what a large language model wrote from captions alone; 70 % of the train split.
+SYNTHETIC_SUBTYPES = ["Clotho-MCQ", "Clotho-Detail", "AudioCaps-MCQ", "AudioCaps-Detail"]
 
 
 class Section(BaseModel):
@@ -69,7 +71,11 @@ class PreprocessConfig(Section):
     )
     vocab_size: int = Field(1024, ge=300, description="of the tokenizer that mellow-tiny trains")
     features: Literal["logmel", "encoder"] = Field("logmel", description="what is stored of a clip")
-    encoder: Uri | None = Field(None, description="folder of the frozen encoder, for features: encoder")
+    encoder: Uri | None = Field(
+        None,
+        description="folder of the frozen encoder, for features: encoder; that of a whole Mellow gives its encoder and, "
+        "where there is no `decoder`, its tokenizer",
+    )
     short_clip: Literal["pad", "repeat"] = Field("pad", description="what fills a clip shorter than 10 s")
     partner: Partner = Field(
         "same", description="second clip of a question about one: a random other of its split, itself, or silence"
@@ -174,11 +180,22 @@ class TrainConfig(RunSection):
 
     encoder: Uri | None = Field(None, description="folder of the frozen encoder that made the shards")
     decoder: str | None = Field(None, description="hub name, folder or GGUF file with the decoder's weights")
+    pretrained: bool = Field(True, description="take the decoder's weights; false: only its shape, with fresh weights")
     init_from: Uri | None = Field(
         None, description="folder of a Mellow model to go on from, in place of encoder and decoder"
     )
     projection: str = Field("mellow", description="mellow (as published), linear, mlp or transformer")
     lora: LoRASection = LoRASection()
+    synthetic_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of synthetic questions among those trained on, of which as many are taken as it allows; "
+        "default: all there are",
+    )
+    synthetic_subtypes: list[str] = Field(
+        SYNTHETIC_SUBTYPES, description="questions that count as synthetic; default: what ReasonAQA had a model write"
+    )
     zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed ZeRO stage")
     activation_checkpointing: bool = Field(
         False, description="compute the decoder's activations again in the backward pass, to save memory"
@@ -208,6 +225,14 @@ class TrainConfig(RunSection):
     def _one_place_to_begin(self) -> "TrainConfig":
         if bool(self.encoder) == bool(self.init_from):
             raise ValueError("give `encoder`, or `init_from`, a model that brings its own")
+        return self
+
+    @model_validator(mode="after")
+    def _fresh_weights_need_a_shape(self) -> "TrainConfig":
+        if not self.pretrained and not self.decoder:
+            raise ValueError(
+                "pretrained: false goes with `decoder`, whose shape it takes: without one it is fresh anyway"
+            )
         return self
 
     @model_validator(mode="after")

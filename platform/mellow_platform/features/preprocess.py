@@ -26,12 +26,13 @@ from mellow_platform.model import (
     MellowFeatureExtractor,
     MellowProcessor,
     encoder_config,
+    holds_model,
     load_encoder,
     load_encoder_config,
 )
 from mellow_platform.model.decoder import load_tokenizer
 from mellow_platform.model.encoders import AudioEncoderConfig
-from mellow_platform.model.folder import save_pretrained
+from mellow_platform.model.folder import load_processor, save_pretrained
 from mellow_platform.model.tokenizer import train_tokenizer
 
 # Prompt and answer lengths in tokens, as published; a tokenizer of the corpus's own is measured on the corpus.
@@ -162,14 +163,18 @@ def clip_splits(records: dict[str, list[Record]], labelled: list[ClipLabels]) ->
 def build_processor(
     config: PreprocessConfig, extractor: MellowFeatureExtractor, records: dict[str, list[Record]]
 ) -> MellowProcessor:
-    """Return front end and tokenizer: the decoder's, or one trained on the train split's text.
+    """Return front end and tokenizer: the decoder's, that of the Mellow in `encoder`, or one trained on the questions.
 
     Raises:
         ValueError: the size has no tokenizer of its own and none is given.
     """
     training = records.get("train") or [record for members in records.values() for record in members]
+    lengths, model = PUBLISHED_LENGTHS, None
     if config.decoder:
         tokenizer = load_tokenizer(config.decoder)
+    elif config.encoder and holds_model(config.encoder):
+        model = load_processor(config.encoder)
+        tokenizer, lengths = model.tokenizer, (model.prompt_length, model.answer_length)
     elif config.size == "mellow-tiny":
         texts = [text for record in training for text in (record.input, record.answer)]
         tokenizer = train_tokenizer(texts, config.vocab_size)
@@ -178,11 +183,11 @@ def build_processor(
     processor = MellowProcessor(
         extractor,
         tokenizer,
-        *PUBLISHED_LENGTHS,
+        *lengths,
         prompt_end_marker=config.prompt_end_marker,
         partner=config.partner,
     )
-    if config.decoder:
+    if config.decoder or model:
         return processor
     prompts, answers = {record.input for record in training}, {record.answer for record in training}
     # Every padded position of a prompt is seen and paid for, so prompts are as long as the corpus needs.
