@@ -1,6 +1,8 @@
 """Ablations: their points, the data and weights that these are about, and a grid from end to end."""
 
+import csv
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,13 +11,17 @@ import pytest
 import torch
 import transformers
 
-from mellow_platform.config import PreprocessConfig, TrainConfig
+from mellow_platform import storage
+from mellow_platform.config import AblationConfig, PreprocessConfig, TrainConfig
 from mellow_platform.data.shards import read_records
 from mellow_platform.features.preprocess import preprocess
 from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.configuration_mellow import tiny_decoder_config
 from mellow_platform.model.folder import load_processor, save_pretrained
+from mellow_platform.training.ablation import run_ablation, runs_of
+from mellow_platform.training.ablation_report import point_labels
 from mellow_platform.training.finetune import build_model, load_examples
+from mellow_platform.training.loop import RESULT
 from tests.conftest import write_corpus
 
 
@@ -110,3 +116,110 @@ def test_a_decoder_with_another_tokenizer_than_the_shards_is_refused(made, tmp_p
 def test_fresh_weights_without_a_shape_are_refused(made):
     with pytest.raises(ValueError, match="pretrained: false goes with `decoder`"):
         configured(made, pretrained=False)
+
+
+@pytest.fixture(scope="module")
+def grid(made: SimpleNamespace) -> AblationConfig:
+    """Two points with two seeds each; the encoder of one is not there."""
+    return AblationConfig(
+        output=str(made.root / "ablation"),
+        train={
+            "size": "mellow-tiny", "batch": 16, "micro_batch": 8, "epochs": 0.5, "validation_examples": 8,
+            "scaling": {"workers": 1},
+        },
+        preprocess={"corpus": str(made.root / "corpus")},
+        evaluate={"split": "val", "workers": 1, "max_new_tokens": 4, "limit": 4},
+        grid={"encoder": [str(made.root / "encoder"), str(made.root / "no-encoder")], "lora": [{"rank": 4}]},
+        seeds=[0, 1],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result(grid: AblationConfig) -> dict[str, Any]:
+    return run_ablation(grid)
+
+
+def test_a_grid_is_trained_scored_and_tabulated_and_a_failed_point_keeps_its_reason(grid, result):
+    good, failed = result["points"]
+    stored = [storage.read_json(storage.join(grid.output, "runs", run["run"], RESULT)) for run in good["runs"]]
+    assert [run["seed"] for run in good["runs"]] == [0, 1]
+    for name in ("val_loss", "val_accuracy"):
+        values = [run[name] for run in stored]
+        assert good["mean"][name] == pytest.approx(np.mean(values))
+        assert good["std"][name] == pytest.approx(np.std(values, ddof=1))
+    assert good["std"]["val_loss"] > 0
+    assert {"accuracy", "steps"} <= good["mean"].keys()
+    assert not failed["runs"]
+    assert [item["seed"] for item in failed["failed"]] == [0, 1]
+    assert all("no-encoder: no such file or folder" in item["reason"] for item in failed["failed"])
+
+    loss = f"{good['mean']['val_loss']:.3f} ± {good['std']['val_loss']:.3f}"
+    table = Path(grid.output, "table.md").read_text()
+    assert f"| encoder | rank 4 | 2 of 2 | {good['mean']['val_accuracy']:.3f} ±" in table
+    assert loss in table
+    assert "| no-encoder | rank 4 | 0 of 2 | failed |" in table
+    rows = list(csv.DictReader(Path(grid.output, "table.csv").read_text().splitlines()))
+    assert float(rows[0]["val_loss_mean"]) == good["mean"]["val_loss"]
+    assert Path(grid.output, "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_ablation_that_is_submitted_again_trains_what_is_missing_alone(grid, result, made):
+    files = {path: path.stat().st_mtime_ns for path in Path(grid.output, "runs").rglob("*")}
+    assert files
+    # A value that is added is another point and leaves the others theirs.
+    more = grid.model_copy(update={"grid": grid.grid | {"lora": [{"rank": 4}, {"rank": 4, "target_modules": ["no"]}]}})
+    good, *failed = run_ablation(more)["points"]
+    assert good["runs"] == result["points"][0]["runs"]
+    assert any("target_modules" in item["reason"].lower() for item in failed[0]["failed"])
+    assert files == {path: path.stat().st_mtime_ns for path in Path(grid.output, "runs").rglob("*")}
+
+
+def names(config: AblationConfig) -> list[str]:
+    return [run.name for run in runs_of(config)]
+
+
+def test_a_run_is_named_by_its_values_and_not_by_the_grid(grid):
+    def changed(**changes: Any) -> list[str]:
+        return names(AblationConfig(**grid.model_dump() | changes))
+
+    first = names(grid)
+    assert first[0].startswith("encoder-mellow-lora4-")
+    assert len(set(first)) == 4
+    assert changed(seeds=[0, 1, 2])[:2] == first[:2]
+    assert changed(grid=grid.grid | {"projection": ["mellow", "mlp"]})[:2] == first[:2]
+    assert changed(train=grid.train | {"learning_rate": 0.1})[0] != first[0]
+    # More epochs go on with a run, but where they are an axis they make another.
+    assert changed(train=grid.train | {"epochs": 9.0}) == first
+    assert len(set(changed(grid=grid.grid | {"epochs": [1.0, 2.0]}))) == 8
+
+
+def test_one_axis_at_a_time_is_changed_from_the_first_values(grid):
+    axes = {"projection": ["mellow", "mlp", "linear"], "lora": [{"rank": 0}, {"rank": 8}]}
+    config = AblationConfig(**grid.model_dump() | {"grid": axes, "combinations": "one_at_a_time"} | SHARDS)
+    assert point_labels(config) == ["reference", "projection mlp", "projection linear", "lora rank 8"]
+    config = AblationConfig(**grid.model_dump() | {"grid": axes} | SHARDS)
+    assert len(config.points()) == 6
+    assert point_labels(config)[-1] == "projection linear, lora rank 8"
+
+
+SHARDS = {"preprocess": None, "evaluate": None, "train": {"shards": "/s", "encoder": "/e", "size": "mellow-tiny"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": {"projektion": ["mlp"]}}, "projektion is not a field of jobs/train.py .*; did you mean projection?"),
+        ({"grid": {"seed": [0, 1]}}, "seed is not a field of jobs/train.py that a grid can have"),
+        ({"grid": {"projection": []}}, "grid.projection has no values"),
+        ({"grid": {"lora": [{"rnk": 4}]}}, "point {'lora': {'rnk': 4}}: lora.rnk is not a .*; did you mean lora.rank?"),
+        ({"grid": {"pretrained": [True, False]}}, "point {'pretrained': False}: .* goes with `decoder`"),
+        ({"grid": {"encoder": ["/a", "/b"]}}, "each encoder reads shards of its own: give `preprocess`"),
+        ({"train": {"encoder": "/e"}}, "give `preprocess`, the fields to write shards with, or `shards` in `train`"),
+        ({"preprocess": {"korpus": "/c"}, "train": {"encoder": "/e"}}, "korpus is not a .*; did you mean corpus?"),
+        ({"base": "absent.yaml"}, "absent.yaml"),
+        ({"metric": "accuracy"}, "metric: accuracy is that of `evaluate`"),
+    ],
+)  # fmt: skip
+def test_a_grid_that_cannot_be_trained_is_refused_before_anything_is(changes, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        AblationConfig(**{"output": "/o", "grid": {"projection": ["mlp"]}} | SHARDS | changes)
