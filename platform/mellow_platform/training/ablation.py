@@ -148,9 +148,10 @@ def run_trials(runs: list[Run], concurrent: int | None) -> dict[str, str]:
     if not ray.is_initialized():
         ray.init()
     fs, path = storage.arrow_filesystem(runs[0].folder)
+    trial = tune.with_parameters(train_and_score, runs={run.name: run for run in runs})
     tuner = tune.Tuner(
-        tune.with_resources(train_and_score, TRIAL),
-        param_space={"run": tune.grid_search(runs)},
+        tune.with_resources(trial, TRIAL),
+        param_space={"run": tune.grid_search([run.name for run in runs])},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=concurrent or min(room(run.train) for run in runs),
             trial_name_creator=_trial_name,
@@ -161,12 +162,12 @@ def run_trials(runs: list[Run], concurrent: int | None) -> dict[str, str]:
         ),
     )
     results = list(tuner.fit())
-    return {result.config["run"].name: reason(result.error) for result in results if result.error and result.config}
+    return {result.config["run"]: reason(result.error) for result in results if result.error and result.config}
 
 
-def train_and_score(values: dict[str, Any]) -> None:
+def train_and_score(values: dict[str, str], runs: dict[str, Run]) -> None:
     """The trial of a run: the driver of its training and evaluation, on the cluster."""
-    run: Run = values["run"]
+    run = runs[values["run"]]
     examples = load_examples(run.train)
     # What is wrong with a point is found here, before workers are started for it, and started again.
     build_model(run.train, load_processor(storage.join(run.train.shards, "processor")))
@@ -205,7 +206,7 @@ def reason(error: BaseException) -> str:
 
 
 def _trial_name(trial: Any) -> str:
-    return trial.config["run"].name
+    return trial.config["run"]
 
 
 class Announcer(tune.Callback):

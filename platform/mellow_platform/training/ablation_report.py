@@ -17,8 +17,9 @@ LESS_IS_BETTER = {"val_loss"}
 PANELS = {
     "val_accuracy": "validation accuracy",
     "val_loss": "validation loss",
-    "accuracy": "accuracy, mean over families",
+    "accuracy": "accuracy (mean over families)",
 }
+RUNS_BELOW = 0.2  # rows between a point's mean and the dots of its runs
 COLORS = {"val_accuracy": "tab:blue", "val_loss": "tab:orange", "accuracy": "tab:green"}
 
 
@@ -152,7 +153,7 @@ def picture(result: dict[str, Any]) -> bytes:
     panels = figure.subplots(1, max(1, len(names)), sharey=True, squeeze=False)[0]
     for panel, name in zip(panels, names, strict=False):
         _draw_panel(panel, name, points)
-    panels[0].set_yticks(range(len(points)), [point["label"] for point in points])
+    panels[0].set_yticks(range(len(points)), [_row_name(point) for point in points])
     panels[0].set_ylim(len(points) - 0.5, -0.5)
     figure.suptitle(
         f"Mean ± standard deviation over {len(result['seeds'])} seeds, sorted by {PANELS[result['metric']]}"
@@ -162,6 +163,11 @@ def picture(result: dict[str, Any]) -> bytes:
     return image.getvalue()
 
 
+def _row_name(point: dict[str, Any]) -> str:
+    done, failed = len(point["runs"]), len(point["failed"])
+    return point["label"] + (f"\n({done} of {done + failed} runs)" if done and failed else "")
+
+
 def _draw_panel(panel: Axes, name: str, points: list[dict[str, Any]]) -> None:
     for row, point in enumerate(points):
         if name not in point["mean"]:
@@ -169,9 +175,9 @@ def _draw_panel(panel: Axes, name: str, points: list[dict[str, Any]]) -> None:
                 0.5, row, "failed", transform=panel.get_yaxis_transform(), color="tab:red", ha="center", va="center"
             )
             continue
-        panel.errorbar(point["mean"][name], row, xerr=point["std"][name] or 0, fmt="o", capsize=4, color=COLORS[name])
+        panel.errorbar(point["mean"][name], row, xerr=point["std"][name], fmt="o", capsize=4, color=COLORS[name])
         runs = [run[name] for run in point["runs"]]
-        panel.plot(runs, [row] * len(runs), "|", color="0.45", markersize=9)
+        panel.plot(runs, [row + RUNS_BELOW] * len(runs), "o", color="0.6", markersize=3)
     panel.set_xlabel(PANELS[name] + (" (less is better)" if name in LESS_IS_BETTER else ""))
     panel.grid(axis="x", color="0.9")
     panel.set_axisbelow(True)
