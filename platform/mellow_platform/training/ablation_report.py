@@ -85,6 +85,8 @@ def value_names(values: list[Any]) -> dict[str, str]:
 def _name(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_name(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return " ".join(map(_name, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "default" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
@@ -155,9 +157,7 @@ def picture(result: dict[str, Any]) -> bytes:
         _draw_panel(panel, name, points)
     panels[0].set_yticks(range(len(points)), [_row_name(point) for point in points])
     panels[0].set_ylim(len(points) - 0.5, -0.5)
-    figure.suptitle(
-        f"Mean ± standard deviation over {len(result['seeds'])} seeds, sorted by {PANELS[result['metric']]}"
-    )
+    figure.suptitle(f"Mean ± standard deviation of the runs (grey), sorted by {PANELS[result['metric']]}")
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
     return image.getvalue()
