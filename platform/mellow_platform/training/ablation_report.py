@@ -141,7 +141,12 @@ def table_csv(result: dict[str, Any]) -> str:
     for point in result["points"]:
         values = [point[kind].get(name) for name in scores for kind in ("mean", "std")]
         writer.writerow(
-            [*(point["values"][axis] for axis in result["axes"]), len(point["runs"]), len(point["failed"]), *values]
+            [
+                *(_name(point["values"][axis]) for axis in result["axes"]),
+                len(point["runs"]),
+                len(point["failed"]),
+                *values,
+            ]
         )
     return text.getvalue()
 
