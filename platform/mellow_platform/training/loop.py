@@ -80,8 +80,22 @@ def run_training(loop: Callable[[dict[str, Any]], None], config: RunSection, exa
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": str(scaling.threads_per_worker)}},
         ),
     )
-    trainer.fit()
+    _fit(trainer, scaling.max_failures)
     return storage.read_json(finished)
+
+
+def _fit(trainer: TorchTrainer, max_failures: int) -> None:
+    """Run a trainer to its end. Ray restarts its workers; its controller, which does so, is restarted here."""
+    failures = 0
+    while True:
+        try:
+            trainer.fit()
+            return
+        except ray.exceptions.ActorDiedError as error:
+            failures += 1
+            if 0 <= max_failures < failures:
+                raise
+            logger.warning("the controller of the run is lost, and is started again: %s", error)
 
 
 def is_complete(result: dict[str, Any], config: RunSection, total: int) -> bool:
