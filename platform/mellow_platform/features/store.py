@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
-from mellow_platform.data.shards import Manifest
+from mellow_platform.data.audio import decode
+from mellow_platform.data.shards import CLIPS, Manifest
 
 
 @dataclass(frozen=True)
@@ -15,33 +17,43 @@ class FeatureStore:
         arrays: by name, fp16 [clips, ...] (`log_mel`, or `frames` and `latent`).
         filepaths, splits: of each row; those of the first file where several have the same content.
         rows: row of each clip id.
+        recordings: FLAC of each row in a set with `features: waveform`, whose `arrays` are empty.
+        sampling_rate: of `recordings`, in Hz.
     """
 
     arrays: dict[str, np.ndarray]
     filepaths: list[str]
     splits: list[str]
     rows: dict[str, int]
+    recordings: pa.ChunkedArray | None = None
+    sampling_rate: int = 0
 
     @classmethod
     def load(cls, shards: str) -> "FeatureStore":
-        """Read the clips of the shard set at `shards`; clips of equal content are kept once."""
+        """Read the clips of the shard set at `shards`."""
         manifest = Manifest.read(shards)
-        shapes = manifest.features
-        table = manifest.read_table(shards, "clips")
-        clip_ids = table["clip_id"].to_pylist()
-        rows: dict[str, int] = {}
-        first: list[int] = []
-        for place, clip_id in enumerate(clip_ids):
-            if clip_id not in rows:
-                rows[clip_id] = len(first)
-                first.append(place)
-        table = table.take(first)
+        table = manifest.read_table(shards, CLIPS)
+        rows = {clip_id: row for row, clip_id in enumerate(table["clip_id"].to_pylist())}
+        names = table["filepath"].to_pylist(), table["split"].to_pylist()
+        if "waveform" in manifest.features:
+            recordings = table["waveform"].cast(pa.large_binary())
+            return cls({}, *names, rows, recordings, manifest.counts["sampling_rate"])
         arrays = {}
-        for name, shape in shapes.items():
-            arrays[name] = np.empty((len(first), *shape), np.float16)
+        for name, shape in manifest.features.items():
+            arrays[name] = np.empty((len(table), *shape), np.float16)
             for row, value in enumerate(table[name]):
                 arrays[name][row] = np.frombuffer(value.as_buffer(), np.float16).reshape(shape)
-        return cls(arrays, table["filepath"].to_pylist(), table["split"].to_pylist(), rows)
+        return cls(arrays, *names, rows)
 
     def __len__(self) -> int:
         return len(self.filepaths)
+
+    def waveform(self, row: int) -> np.ndarray:
+        """Return the whole recording of a row, float32 [samples], as it is stored: 16 bits a sample, at most 1.
+
+        Raises:
+            ValueError: the set holds no waveforms.
+        """
+        if self.recordings is None:
+            raise ValueError("these shards hold no waveforms: run jobs/preprocess.py with --features waveform")
+        return decode(self.recordings[row].as_py(), self.sampling_rate)
