@@ -1,11 +1,12 @@
 """The features of every clip of a shard set in memory, by clip content."""
 
+import io
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import soundfile
 
-from mellow_platform.data.audio import decode
 from mellow_platform.data.shards import CLIPS, Manifest
 
 
@@ -18,7 +19,6 @@ class FeatureStore:
         filepaths, splits: of each row; those of the first file where several have the same content.
         rows: row of each clip id.
         recordings: FLAC of each row in a set with `features: waveform`, whose `arrays` are empty.
-        sampling_rate: of `recordings`, in Hz.
     """
 
     arrays: dict[str, np.ndarray]
@@ -26,7 +26,6 @@ class FeatureStore:
     splits: list[str]
     rows: dict[str, int]
     recordings: pa.ChunkedArray | None = None
-    sampling_rate: int = 0
 
     @classmethod
     def load(cls, shards: str) -> "FeatureStore":
@@ -37,7 +36,7 @@ class FeatureStore:
         names = table["filepath"].to_pylist(), table["split"].to_pylist()
         if "waveform" in manifest.features:
             recordings = table["waveform"].cast(pa.large_binary())
-            return cls({}, *names, rows, recordings, manifest.counts["sampling_rate"])
+            return cls({}, *names, rows, recordings)
         arrays = {}
         for name, shape in manifest.features.items():
             arrays[name] = np.empty((len(table), *shape), np.float16)
@@ -49,11 +48,11 @@ class FeatureStore:
         return len(self.filepaths)
 
     def waveform(self, row: int) -> np.ndarray:
-        """Return the whole recording of a row, float32 [samples], as it is stored: 16 bits a sample, at most 1.
+        """Return the whole recording of a row, float32 [samples] at the rate of the set's front end.
 
         Raises:
             ValueError: the set holds no waveforms.
         """
         if self.recordings is None:
             raise ValueError("these shards hold no waveforms: run jobs/preprocess.py with --features waveform")
-        return decode(self.recordings[row].as_py(), self.sampling_rate)
+        return soundfile.read(io.BytesIO(self.recordings[row].as_py()), dtype="float32")[0]
