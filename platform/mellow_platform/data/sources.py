@@ -263,7 +263,10 @@ def _tar_clips(unit: Unit, limits: Limits) -> Found:
     `<tar>/<member>`. The `.json` holds the fields of one record, or a list of such.
     """
     tar = PurePosixPath(unit.uri).name
-    current, clips, questions = "", [], []  # of the key at hand, whose members are neighbours
+    # Of the key at hand, whose members are neighbours.
+    current = ""
+    clips: list[tuple[Address, bytes | AudioError]] = []
+    questions: list[dict[str, Any]] = []
     with storage.open_read(unit.uri) as file, tarfile.open(fileobj=file, mode="r|") as archive:
         for member in archive:
             folder, _, base = member.name.rpartition("/")

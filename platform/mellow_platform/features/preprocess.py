@@ -48,9 +48,7 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
     extractor = MellowFeatureExtractor.for_encoder(encoder, config.short_clip)
     shapes = feature_shapes(config, extractor, encoder)
 
-    known = sum(len(unit.clips) for unit in plan.units)
-    stocked = Progress("clips in stock", known or 1)
-    stock = write_stock(plan.units, config, lambda clips, bad: known and stocked.add(clips, bad))
+    stock = write_stock(plan.units, config)
     records = plan.records or stocked_records(stock.table, config)
     stock = asked_about(stock, records) if plan.units[0].uri and records else stock
     clips = stock.distinct()
@@ -138,32 +136,20 @@ def clip_stage(
     Raises:
         ValueError: more clips than the allowed share cannot be used; raised as soon as that is sure.
     """
+    clips = stock.table.select(["path", "split", "reason", "detail"]).to_pylist()
     paths: dict[str, list[int]] = {}
     for row, clip_id in enumerate(stock.column("clip_id")):
         paths.setdefault(clip_id, []).append(row)
-    names, splits = stock.column("path"), stock.column("split")
-    reasons, details = stock.column("reason"), stock.column("detail")
-    rejected = [
-        {"filepath": names[row], "split": splits[row], "reason": reasons[row], "detail": details[row]}
-        for row in paths.get("", [])
-    ]
+    rejected = [_quarantined(clips[row], clips[row]) for row in paths.get("", [])]
 
     def add(receipt: dict[str, Any]) -> int:
         expect(f"clips of shard {receipt['name']}", receipt["expected"], receipt["read"] + len(receipt["rejected"]))
         for item in receipt["rejected"]:
-            for row in paths[item["clip_id"]]:
-                rejected.append(
-                    {
-                        "filepath": names[row],
-                        "split": splits[row],
-                        "reason": item["reason"],
-                        "detail": item["detail"],
-                    }
-                )
-        stop_if_too_many(rejected, len(names), config)
+            rejected.extend(_quarantined(clips[row], item) for row in paths[item["clip_id"]])
+        stop_if_too_many(rejected, len(clips), config)
         return len(receipt["rejected"])
 
-    stop_if_too_many(rejected, len(names), config)
+    stop_if_too_many(rejected, len(clips), config)
     receipts = shards.receipts(config.output, shards.CLIPS)
     done = sum(receipt["expected"] for receipt in receipts.values())
     progress = Progress("distinct clips", sum(len(row["clip_ids"]) for row in rows), done)
@@ -173,9 +159,18 @@ def clip_stage(
     for receipt in write_clip_shards(remaining, config, extractor, shapes):
         receipts[receipt["name"]] = receipt
         progress.add(receipt["expected"], add(receipt), sum(receipt["seconds"]))
-    for row in rows:
-        expect(f"clips of shard {row['name']}", len(row["clip_ids"]), receipts[row["name"]]["expected"])
-    return [receipts[row["name"]] for row in rows], sorted(rejected, key=lambda item: item["filepath"])
+    for shard in rows:
+        expect(f"clips of shard {shard['name']}", len(shard["clip_ids"]), receipts[shard["name"]]["expected"])
+    return [receipts[shard["name"]] for shard in rows], sorted(rejected, key=lambda item: item["filepath"])
+
+
+def _quarantined(clip: dict[str, str], because: dict[str, str]) -> dict[str, str]:
+    return {
+        "filepath": clip["path"],
+        "split": clip["split"],
+        "reason": because["reason"],
+        "detail": because["detail"],
+    }
 
 
 def stop_if_too_many(rejected: list[dict[str, str]], clips: int, config: PreprocessConfig) -> None:

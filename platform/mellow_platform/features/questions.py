@@ -82,6 +82,8 @@ def write_record_shards(
     kind, size = f"{shards.RECORDS}/{split}", config.records_per_shard
     done = shards.receipts(config.output, kind)
     yield from done.values()
+    if not ray.is_initialized():
+        ray.init()  # as Ray Data does by itself; the clips may have been done by an earlier run
     write = ray.remote(max_retries=-1)(write_record_shard)
     under_way: list[ray.ObjectRef] = []
     most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))

@@ -79,8 +79,9 @@ def _lengths(counted: Counter[str]) -> dict[str, Any]:
 
 def draw(statistics: dict[str, Any]) -> bytes:
     """Return a picture of `describe`'s statistics as a PNG file."""
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold", "axes.titlesize": 11}
-    with matplotlib.rc_context({"font.size": 9.5, **style}):
+    style: Any = {"font.size": 9.5, "axes.titlesize": 11, "axes.titleweight": "bold"}
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(13, 7.6), layout="constrained")
         axes = figure.subplots(2, 3)
         _draw_histogram(axes[0, 0], statistics["seconds"], "Durations of clips", "seconds", "clips")

@@ -5,7 +5,6 @@ a set, whatever their names; a clip that stands in two splits under two names is
 missing, empty and oversized files are known before the first clip is decoded.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from mellow_platform.config import PreprocessConfig
 from mellow_platform.data import shards
 from mellow_platform.data.audio import Limits
 from mellow_platform.data.sources import Address, Unit, take_stock
+from mellow_platform.features.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,8 @@ class Stock:
         return list(zip(first, (Address(**values) for values in rows), strict=True))
 
 
-def write_stock(
-    units: list[Unit], config: PreprocessConfig, watch: Callable[[int, int], None] = lambda clips, bad: None
-) -> Stock:
+def write_stock(units: list[Unit], config: PreprocessConfig) -> Stock:
     """Take stock of the units that are not done yet on Ray Data, and return all of it.
-
-    Args:
-        watch: is told how many more clips were looked at, and how many of them cannot be used.
 
     Raises:
         ValueError: one path stands for different clips, or a clip stands in two splits.
@@ -53,6 +48,7 @@ def write_stock(
     folder = storage.join(config.output, shards.STOCK)
     done = set(storage.list_folder(folder))
     open_units = [unit for unit in units if f"{unit.number:06d}.parquet" not in done]
+    progress = Progress("stock, in units", len(units), len(units) - len(open_units))
     if open_units:
         rows = [{"unit": [unit]} for unit in open_units]
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -60,13 +56,14 @@ def write_stock(
         limits = Limits(**config.limits.model_dump())
 
         def write(row: dict[str, Any]) -> dict[str, int]:
+            """Write the stock of one unit, whole or not at all: the file is its own receipt."""
             (unit,) = row["unit"]
             table = take_stock(unit, limits)
             storage.write_table(storage.join(folder, f"{unit.number:06d}.parquet"), table)
-            return {"clips": len(table), "bad": sum(map(bool, table["reason"].to_pylist()))}
+            return {"rejected": sum(map(bool, table["reason"].to_pylist()))}
 
         for counts in dataset.map(write).iter_rows():
-            watch(counts["clips"], counts["bad"])
+            progress.add(1, counts["rejected"])
     names = [f"{unit.number:06d}.parquet" for unit in units]
     table = storage.read_tables([storage.join(folder, name) for name in names])
     stock = Stock(_without_repeats(table.sort_by("path")))
@@ -76,7 +73,8 @@ def write_stock(
 
 def _without_repeats(table: pa.Table) -> pa.Table:
     """Return the sorted stock with each path once: rows of a Parquet file may repeat a clip for each question."""
-    kept, known = [], ""
+    kept: list[int] = []
+    known = ""
     clip_ids, uris = table["clip_id"].to_pylist(), table["uri"].to_pylist()
     for row, path in enumerate(table["path"].to_pylist()):
         if row and path == known:
