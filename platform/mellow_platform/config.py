@@ -237,7 +237,8 @@ class TrainConfig(RunSection):
         1, ge=1, description="neighbouring questions on the same clips, which share one encoded prefix"
     )
     augment: bool = Field(
-        False, description="SpecAugment and drop path in the frozen encoder, as published; needs features: logmel"
+        False,
+        description="SpecAugment and drop path in the frozen encoder, as published; for features: logmel or waveform",
     )
     validate_every: int = Field(0, ge=0, description="steps between validations on the val split; 0: none")
     validation_examples: int = Field(256, ge=1, description="examples of the val split in a validation")

@@ -101,8 +101,11 @@ def load_examples(config: TrainConfig, split: str = "train") -> AnswerExamples:
     Raises:
         ValueError: the shard set holds other features than the run needs.
     """
-    if config.augment:
-        Manifest.read_with(config.shards, "logmel")
+    if config.augment and (features := Manifest.read(config.shards).configuration["features"]) == "encoder":
+        raise ValueError(
+            f"augment: the encoder has heard the clips of {config.shards} already (features: {features}): "
+            "give shards with features: logmel or waveform, or unset augment"
+        )
     processor = load_processor(storage.join(config.shards, "processor"))
     return AnswerExamples.load(
         config.shards,
@@ -111,6 +114,7 @@ def load_examples(config: TrainConfig, split: str = "train") -> AnswerExamples:
         prompt_length=processor.prompt_length if config.pad_prompts else None,
         questions_per_pack=config.questions_per_pack,
         partner_draws=config.partner_draws,
+        extractor=processor.feature_extractor,
     )
 
 
