@@ -324,6 +324,7 @@ def load(schema: type[Config], arguments: Sequence[str] | None = None) -> Config
     parser.add_argument("--config", help="YAML file with any of the fields")
     for name, field in fields.items():
         default = argparse.SUPPRESS if field.is_required() else field.get_default()
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
         parser.add_argument(
             f"--{_dashed(name)}",
             metavar="VALUE",
@@ -331,6 +332,7 @@ def load(schema: type[Config], arguments: Sequence[str] | None = None) -> Config
             if default is not argparse.SUPPRESS
             else f"{field.description} (required)",
             default=argparse.SUPPRESS,
+            **switch,
         )
     known, unknown = parser.parse_known_args(arguments)
     for flag in unknown:
