@@ -22,9 +22,8 @@ from mellow_platform.model.folder import load_processor, save_pretrained
 from mellow_platform.training.batches import Plan, batches
 from mellow_platform.training.checkpoints import CheckpointStore
 from mellow_platform.training.examples import AnswerExamples, RecordNames, Texts
-from mellow_platform.training.finetune import load_examples, train_answers
+from mellow_platform.training.finetune import finetune, load_examples
 from mellow_platform.training.flops import ModelFlops
-from mellow_platform.training.loop import run_training
 from tests.conftest import write_corpus
 
 VOCABULARY = 128
@@ -384,7 +383,7 @@ def test_a_run_with_packs_reports_its_work(shards: str, tmp_path: Path):
         run="packs", output=str(tmp_path / "model"), epochs=1.0, batch=16, micro_batch=8, log_every=1,
         questions_per_pack=4, pad_prompts=False, partner_draws="clip", scaling=ScalingSection(workers=2),
     )  # fmt: skip
-    result = run_training(train_answers, config, load_examples(config))
+    result = finetune(config)
     assert result["step"] == result["total_steps"] > 2
     assert 0 < result["useful_tokens_per_second"] == pytest.approx(result["tokens_per_second"])
     assert 0 < result["model_flop_utilization"] < 1

@@ -41,13 +41,16 @@ CHANGEABLE = {
 }  # fmt: skip
 
 
-def run_training(loop: Callable[[dict[str, Any]], None], config: RunSection, examples: Examples) -> dict[str, Any]:
+def run_training(
+    loop: Callable[[dict[str, Any]], None], config: RunSection, examples: Examples, validation: Examples | None = None
+) -> dict[str, Any]:
     """Run `loop` on the workers that `config` asks for, and return what `Progress.finish` wrote.
 
     A run of the same name goes on from its latest whole checkpoint; one that is complete is left as it is.
 
     Args:
-        loop: called on every worker with `config` (a dict) and `examples` (their reference in the object store).
+        loop: called on every worker with `config` (a dict), `examples` and `validation` (references to them in the
+            object store, where every node has them once).
 
     Raises:
         ValueError: the run of this name was begun with other values.
@@ -63,7 +66,11 @@ def run_training(loop: Callable[[dict[str, Any]], None], config: RunSection, exa
     fs, path = storage.arrow_filesystem(config.storage)
     trainer = TorchTrainer(
         loop,
-        train_loop_config={"config": config.model_dump(), "examples": ray.put(examples)},
+        train_loop_config={
+            "config": config.model_dump(),
+            "examples": ray.put(examples),
+            "validation": ray.put(validation) if validation else None,
+        },
         torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(scaling.min_workers, scaling.workers) if scaling.min_workers else scaling.workers,
