@@ -126,7 +126,10 @@ class ChaosCluster(contextlib.AbstractContextManager):
         self._replace_ended()
 
     def kill(self, what: str, rng: random.Random, driver: subprocess.Popen) -> str:
-        """Kill one thing of the kind `what` with SIGKILL and return what it was; a killed node is replaced."""
+        """Kill one thing of the kind `what` with SIGKILL and return what it was; a killed node is replaced.
+
+        Nothing is killed, and nothing returned, where no worker is at work at the moment.
+        """
         if what == DRIVER:
             driver.kill()
             driver.wait()
@@ -137,13 +140,13 @@ class ChaosCluster(contextlib.AbstractContextManager):
             return f"node {node.pid}"
         workers = self.busy_workers()
         if not workers:
-            return "no worker was busy"
+            return ""
         victim = rng.choice(workers)
         with contextlib.suppress(psutil.Error):
             title = victim.cmdline()[0]
             victim.kill()
             return f"worker {victim.pid} ({title})"
-        return "the worker was gone"
+        return ""
 
     def _start(self, ip: str, cpus: int, *options: str) -> subprocess.Popen:
         command = [
