@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import psutil
 import pytest
+import ray
 import soundfile
+from ray._private.internal_api import memory_summary
 
 from mellow_platform import storage
 from mellow_platform.config import PreprocessConfig
@@ -281,9 +284,9 @@ def test_parquet_rows_give_clips_and_their_questions(cluster: None, tmp_path):
         np.testing.assert_array_equal(store.arrays["log_mel"][row], plain.arrays["log_mel"][plain.rows[clip_id]])
 
 
-def _as_recordings(folder: Path, clips: int) -> Path:
+def _as_recordings(folder: Path, clips: int, seconds: float = 1.0) -> Path:
     for number in range(clips):
-        storage.write_bytes(str(folder / "recordings" / f"{number}.flac"), sound(number))
+        storage.write_bytes(str(folder / "recordings" / f"{number}.flac"), sound(number, seconds))
     (folder / "recordings/readme.txt").write_text("no sound")
     return folder / "recordings"
 
@@ -317,3 +320,28 @@ def test_statistics_describe_the_corpus(cluster: None, tmp_path):
     assert asked == sum(map(len, records.values()))
     assert statistics["answer_tokens"]["train"]["count"] == len(records["train"])
     assert (tmp_path / "set/statistics.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_corpus_larger_than_the_object_store_streams_through(tmp_path):
+    """1,600 clips are 800 MB of waveforms and 205 MB of spectrograms; 256 MiB of object store, and nothing spilled."""
+    folder = _as_recordings(tmp_path, 16, seconds=10.0)
+    for number in range(16, 1600):  # other bytes, as cheaply as can be: the last sample differs
+        data, rate = soundfile.read(folder / f"{number % 16}.flac", dtype="int16")
+        data[-1] = number
+        soundfile.write(folder / f"{number}.flac", data, rate, subtype="PCM_16")
+    save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")), str(tmp_path / "encoder"))
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=256 << 20, logging_level="warning")
+    try:
+        before = psutil.Process().memory_info().rss
+        fields = {"features": "encoder", "encoder": str(tmp_path / "encoder"), "encoder_workers": 1}
+        settings = config(folder, tmp_path / "set", source="recordings", **fields | {"clips_per_shard": 16})
+        manifest = preprocess(settings)
+        grown = psutil.Process().memory_info().rss - before
+        report = memory_summary(stats_only=True)
+    finally:
+        ray.shutdown()
+    print(f"the driver grew by {grown / 2**20:.0f} MiB\n{report}")
+    assert manifest.counts["distinct_clips"] == 1600
+    assert "Spilled" not in report
+    assert grown < 200 << 20

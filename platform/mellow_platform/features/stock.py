@@ -64,7 +64,7 @@ def write_stock(units: list[Unit], config: PreprocessConfig) -> Stock:
             storage.write_table(storage.join(folder, f"{unit.number:06d}.parquet"), table)
             return {"rejected": sum(map(bool, table["reason"].to_pylist()))}
 
-        for counts in dataset.map(write).iter_rows():
+        for counts in dataset.map(write, max_retries=-1).iter_rows():
             progress.add(1, counts["rejected"])
     names = [f"{unit.number:06d}.parquet" for unit in units]
     table = storage.read_tables([storage.join(folder, name) for name in names])
