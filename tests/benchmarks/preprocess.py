@@ -143,9 +143,7 @@ def main() -> None:
         name, bound = f"Ray Data, {workers} workers", min(workers, cores)
         print(f"{name:24}{median[str(workers)]:10.0f}{ratio:9.2f}{bound:7d}{ratio / bound:10.0%}")
     print(f"taking stock (with the start of workers): {stock:.0f} audio-s/s")
-    print(
-        f"encoder stage, published HTSAT: {alone_encoded:.1f} clips/s in one thread; {encoded:.1f} clips/s in the whole job"
-    )
+    print(f"encoder stage, published HTSAT: {alone_encoded:.1f} clips/s in one thread, {encoded:.1f} in the whole job")
     best = speedups[counts[-1]]
     result = {
         "speedup_vs_loop": round(best, 3),
