@@ -338,7 +338,7 @@ def test_a_corpus_larger_than_the_object_store_streams_through(tmp_path):
         settings = config(folder, tmp_path / "set", source="recordings", **fields | {"clips_per_shard": 16})
         manifest = preprocess(settings)
         grown = psutil.Process().memory_info().rss - before
-        report = memory_summary(stats_only=True)
+        report = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
     finally:
         ray.shutdown()
     print(f"the driver grew by {grown / 2**20:.0f} MiB\n{report}")

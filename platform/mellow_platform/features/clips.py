@@ -80,10 +80,13 @@ def write_clip_shards(
         dataset = dataset.map(
             EncodeShard,
             fn_constructor_args=(config.encoder,),
-            concurrency=config.encoder_workers,
+            compute=ray.data.ActorPoolStrategy(size=config.encoder_workers),
             num_gpus=config.gpus_per_worker or None,
         )
-    written = dataset.map(write_clip_shard, fn_kwargs={"output": config.output, "shapes": shapes}, **RETRIED)
+    # Behind an encoder, writing waits for no CPU: a shard is committed as soon as it is encoded, however much there is
+    # left to decode. Otherwise it is part of the decoding task.
+    writing = RETRIED | ({"num_cpus": 0} if config.encoder else {})
+    written = dataset.map(write_clip_shard, fn_kwargs={"output": config.output, "shapes": shapes}, **writing)
     for row in written.iter_rows():
         yield json.loads(row["receipt"])
 
@@ -163,7 +166,7 @@ class EncodeShard:
     @torch.no_grad()
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         frames, latents = [], []
-        for batch in torch.from_numpy(row.pop("log_mel")).split(ENCODER_BATCH):
+        for batch in torch.tensor(row.pop("log_mel")).split(ENCODER_BATCH):
             encoded = self.encoder(batch.to(self.device).float())
             frames.append(encoded.frames.half().cpu().numpy())
             latents.append(encoded.latent.half().cpu().numpy())
