@@ -1,4 +1,4 @@
-"""The short form of tests/chaos/kill_training.py: a driver, a worker and a node with notice are killed; nothing is lost."""
+"""The short form of tests/chaos/kill_training.py: a driver, a worker and a node are killed, and nothing is lost."""
 
 from pathlib import Path
 
