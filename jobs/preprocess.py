@@ -1,5 +1,7 @@
 """Turn audio and question-answer records into Parquet shards.
 
+Submitted again after it was killed, it goes on with the shards that are not written; when it is done, it does nothing.
+
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
     python jobs/preprocess.py --config jobs/configs/preprocess.yaml --corpus s3://bucket/corpus --output s3://bucket/shards
 """
@@ -13,7 +15,11 @@ from mellow_platform.features.preprocess import preprocess
 def main() -> None:
     config = load(PreprocessConfig)
     manifest = preprocess(config)
-    print(json.dumps({"shards": config.output, "content_hash": manifest.content_hash, **manifest.counts}))
+    print(
+        json.dumps(
+            {"shards": manifest.configuration["output"], "content_hash": manifest.content_hash, **manifest.counts}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -10,15 +10,15 @@ import time
 
 from mellow_platform.config import EncoderConfig, load
 from mellow_platform.model.encoders import encoder_parts
-from mellow_platform.training.loop import run_training, summary
-from mellow_platform.training.tagger import TaggedClips, train_tagger
+from mellow_platform.training.loop import summary
+from mellow_platform.training.tagger import pretrain
 
 
 def main() -> None:
     config = load(EncoderConfig)
     encoder_parts(config.encoder_name)  # an unknown name ends the job here, not on workers that would be retried
     start = time.monotonic()
-    result = run_training(train_tagger, config, TaggedClips.load(config))
+    result = pretrain(config)
     print(json.dumps({"encoder": config.output} | summary(result, time.monotonic() - start)))
 
 

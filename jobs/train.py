@@ -10,21 +10,20 @@ import time
 from mellow_platform.config import TrainConfig, load
 from mellow_platform.model.projections import projection_class
 from mellow_platform.training.dry_run import describe, report
-from mellow_platform.training.finetune import load_examples, train_answers
-from mellow_platform.training.loop import run_training, summary
+from mellow_platform.training.finetune import finetune, load_examples
+from mellow_platform.training.loop import summary
 
 
 def main() -> None:
     config = load(TrainConfig)
     projection_class(config.projection)  # an unknown name ends the job here, not on workers that would be retried
-    examples = load_examples(config)
     if config.dry_run:
-        plan = describe(config, examples)
+        plan = describe(config, load_examples(config))
         print(report(plan))
         print(json.dumps(plan))
         return
     start = time.monotonic()
-    result = run_training(train_answers, config, examples)
+    result = finetune(config)
     print(json.dumps({"model": config.output} | summary(result, time.monotonic() - start)))
 
 

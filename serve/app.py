@@ -21,8 +21,6 @@ from mellow_platform.inference.request import Stream
 from mellow_platform.inference.windows import windows
 from serve.schema import MAX_NEW_TOKENS, ChatRequest, RequestError, clip_param, completion
 
-MAX_CLIP_SECONDS = 600.0
-
 api = FastAPI(title="Mellow", description="Ask questions about one or two sounds.")
 
 
@@ -104,7 +102,7 @@ class MellowEndpoint:
 
     def _decode(self, file: bytes, number: int) -> np.ndarray:
         try:
-            return decode(file, self.engine.processor.feature_extractor.sampling_rate, MAX_CLIP_SECONDS)
+            return decode(file, self.engine.processor.feature_extractor.sampling_rate)
         except AudioError as error:
             raise RequestError(f"clip {number}: {error}", clip_param(number), code=error.reason) from error
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -32,12 +32,18 @@ class ObjectStore:
         uri: of its only bucket, which is the folder `bucket` of the server's root.
         env: the standard AWS variables that lead a process to it.
         requests, failed: so many arrived, and so many of them met an error, at a server that fails.
+        puts: paths of the objects that were written there, in order; a write whose answer was lost is not counted.
     """
 
     uri: str
     env: dict[str, str]
     requests: int = 0
     failed: int = 0
+    puts: list[str] = field(default_factory=list)
+
+    def written(self, prefix: str) -> list[str]:
+        """Return the URIs of the objects below `prefix` that were written, one for each time."""
+        return [uri for uri in (f"s3:/{path}" for path in list(self.puts)) if uri.startswith(prefix)]
 
 
 @contextlib.contextmanager
@@ -132,6 +138,8 @@ def _failing_proxy(upstream: int, failures: float, seed: int, store: ObjectStore
                 if failure == "lost":
                     self.drop()
                 else:
+                    if self.command == "PUT" and status == 200:
+                        store.puts.append(self.path.partition("?")[0])
                     self.answer(status, headers, answer)
 
         do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_any  # noqa: N815 (names that http.server calls)

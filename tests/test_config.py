@@ -45,6 +45,12 @@ def test_a_wrong_flag_is_named_with_its_value(arguments: list[str], message: str
     assert message in capsys.readouterr().err
 
 
+def test_a_switch_needs_no_value():
+    assert load(TrainConfig, [*REQUIRED, "--dry-run"]).dry_run
+    assert load(TrainConfig, [*REQUIRED, "--dry-run", "--batch", "3"]).batch == 3
+    assert not load(TrainConfig, [*REQUIRED, "--dry-run", "false"]).dry_run
+
+
 def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_name(tmp_path: Path, capsys: pytest.CaptureFixture):
     file = tmp_path / "train.yaml"
     file.write_text("scaling:\n  worker: 3\n")

@@ -10,13 +10,14 @@ import pytest
 import soundfile
 
 from mellow_platform.data import corpus
-from mellow_platform.data.audio import AudioError, decode, encode
+from mellow_platform.data.audio import AudioError, Limits, decode, encode
 from mellow_platform.data.labels import ClipLabels, read_labels
 from mellow_platform.data.partners import draw_partner, second_clip
 from mellow_platform.data.records import Record, from_row, read_records, to_table, write_records
 from mellow_platform.data.scenes import KINDS, PITCHES, Event, Scene, draw_scene, render
 
 RATE = 32_000
+LIMITS = Limits(max_seconds=2.0, max_bytes=1_000_000, max_channels=2, max_samples=70_000)
 
 
 def tone(seconds: float = 1.0, rate: int = RATE, frequency: float = 440.0) -> np.ndarray:
@@ -44,6 +45,11 @@ def test_channels_are_averaged_and_the_rate_is_changed():
     assert np.abs(waveform[1000:-1000]).max() == pytest.approx(0.25, abs=0.01)
 
 
+def _cut(container: str) -> bytes:
+    data = encode(np.random.default_rng(0).normal(0, 0.1, 60_000).astype(np.float32), RATE, container)
+    return data[: len(data) * 7 // 10]
+
+
 def _float_wav(samples: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, RATE, format="WAV", subtype="FLOAT")
@@ -59,11 +65,15 @@ def _float_wav(samples: np.ndarray) -> bytes:
         (_float_wav(np.array([0.0, np.nan], np.float32)), "not_finite"),
         (encode(tone(3.0), RATE, "WAV"), "too_long"),
         (encode(tone(0.1), 500, "WAV"), "bad_header"),
+        (encode(np.zeros((100, 3)), RATE, "WAV"), "bad_header"),
+        (encode(np.zeros((40_000, 2)), RATE, "WAV"), "too_large"),
+        (bytes(1_000_001), "too_large"),
+        *((_cut(container), "truncated") for container in ("WAV", "FLAC", "OGG", "MP3")),
     ],
 )
 def test_unusable_audio_is_refused_with_its_reason(data: bytes, reason: str):
     with pytest.raises(AudioError) as error:
-        decode(data, RATE, max_seconds=2.0)
+        decode(data, RATE, LIMITS)
     assert error.value.reason == reason
 
 

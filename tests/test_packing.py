@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config
 
 from mellow_platform.config import PartnerDraws, PreprocessConfig, ScalingSection, TrainConfig
+from mellow_platform.data.audio import encode
 from mellow_platform.data.shards import Manifest, read_records
 from mellow_platform.features.preprocess import preprocess
 from mellow_platform.model import HTSATEncoder, MellowConfig, MellowForConditionalGeneration, encoder_config
@@ -21,9 +22,8 @@ from mellow_platform.model.folder import load_processor, save_pretrained
 from mellow_platform.training.batches import Plan, batches
 from mellow_platform.training.checkpoints import CheckpointStore
 from mellow_platform.training.examples import AnswerExamples, RecordNames, Texts
-from mellow_platform.training.finetune import load_examples, train_answers
+from mellow_platform.training.finetune import finetune, load_examples
 from mellow_platform.training.flops import ModelFlops
-from mellow_platform.training.loop import run_training
 from tests.conftest import write_corpus
 
 VOCABULARY = 128
@@ -299,6 +299,32 @@ def test_ragged_micro_batches_come_through_ray_data_as_they_were_collated(shards
     assert len(shapes) > 1
 
 
+def test_recordings_are_heard_in_a_window_of_their_own_in_every_epoch(cluster: None, tmp_path: Path):
+    write_corpus(str(tmp_path / "corpus"), {"train": 3, "val": 1, "test": 1})
+    longer = np.random.default_rng(0).uniform(-0.5, 0.5, 15 * 32_000).astype(np.float32)
+    (tmp_path / "corpus/audio/train/000000.flac").write_bytes(encode(longer, 32_000))
+    output = str(tmp_path / "shards")
+    preprocess(
+        PreprocessConfig(corpus=str(tmp_path / "corpus"), size="mellow-tiny", output=output, features="waveform")
+    )
+    examples = load(output)
+    extractor = load_processor(f"{output}/processor").feature_extractor
+    long = np.flatnonzero(
+        [path.endswith("000000.flac") for path in read_records(output, "train")["filepath1"].to_pylist()]
+    )
+
+    def heard(epoch: int, number: int) -> np.ndarray:
+        return examples.collate(0, epoch, np.array([number]))["input_features"][0, 0]
+
+    assert np.array_equal(heard(0, long[0]), heard(0, long[0]))
+    assert not np.array_equal(heard(0, long[0]), heard(1, long[0]))
+    assert not np.array_equal(heard(0, long[0]), heard(0, long[1]))
+    whole = extractor.log_mel(longer[None, :])[0].numpy()
+    short = next(number for number in range(len(examples)) if number not in long)
+    assert np.array_equal(heard(0, short), heard(1, short))
+    assert heard(0, short).shape == heard(0, long[0]).shape < whole.shape
+
+
 def test_a_million_questions_are_ordered_in_flat_arrays():
     count, clips = 1_000_000, 50_000
     generator = np.random.default_rng(0)
@@ -357,7 +383,7 @@ def test_a_run_with_packs_reports_its_work(shards: str, tmp_path: Path):
         run="packs", output=str(tmp_path / "model"), epochs=1.0, batch=16, micro_batch=8, log_every=1,
         questions_per_pack=4, pad_prompts=False, partner_draws="clip", scaling=ScalingSection(workers=2),
     )  # fmt: skip
-    result = run_training(train_answers, config, load_examples(config))
+    result = finetune(config)
     assert result["step"] == result["total_steps"] > 2
     assert 0 < result["useful_tokens_per_second"] == pytest.approx(result["tokens_per_second"])
     assert 0 < result["model_flop_utilization"] < 1

@@ -45,10 +45,9 @@ from mellow_platform.model.encoders import (
 from mellow_platform.model.folder import load_model, load_processor, save_pretrained
 from mellow_platform.model.tokenizer import train_tokenizer
 from mellow_platform.training.checkpoints import CheckpointStore
-from mellow_platform.training.finetune import build_model, load_examples, train_answers
-from mellow_platform.training.loop import run_training
-from mellow_platform.training.tagger import TaggedClips, train_tagger
+from mellow_platform.training.finetune import build_model, finetune
 from mellow_platform.training.tagger import build_encoder as build_tagger
+from mellow_platform.training.tagger import pretrain
 from tests.conftest import write_corpus
 
 VOCABULARY = 300
@@ -348,7 +347,7 @@ def path(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
         output=made.run("model"), run="mellow", projection="mlp", learning_rate=1e-2, epochs=0.5,
         lora={"rank": 4, "alpha": 8, "dropout": 0.0},
     )  # fmt: skip
-    made.result = run_training(train_answers, made.train, load_examples(made.train))
+    made.result = finetune(made.train)
     return made
 
 
@@ -372,7 +371,7 @@ def test_a_tagger_of_another_type_is_trained_and_encodes(path: SimpleNamespace):
         **path.shared, shards=path.run("log-mel"), labels=path.run("corpus/labels.json"), output=path.run("tagger"),
         run="tagger", encoder_name="cnn14",
     )  # fmt: skip
-    result = run_training(train_tagger, config, TaggedClips.load(config))
+    result = pretrain(config)
     assert result["step"] == result["total_steps"]
     output = path.run("tagged")
     preprocess(PreprocessConfig(**path.common, output=output, features="encoder", encoder=path.run("tagger")))
@@ -398,7 +397,7 @@ def test_training_with_adapters_leaves_the_decoder_and_saves_both(path: SimpleNa
 def test_a_run_with_adapters_goes_on_from_its_last_checkpoint(path: SimpleNamespace):
     first = path.result["total_steps"]
     config = path.train.model_copy(update={"epochs": 0.7})
-    result = run_training(train_answers, config, load_examples(config))
+    result = finetune(config)
     assert result["step"] == result["total_steps"] > first
     # The frozen weights are the decoder's again, and the loss goes on where it was.
     assert run_losses(path)[first] < run_losses(path)[0]

@@ -15,9 +15,8 @@ from mellow_platform.model import MellowConfig, MellowFeatureExtractor, MellowFo
 from mellow_platform.model.conversion import export, from_reference
 from mellow_platform.model.folder import load_model, save_model
 from mellow_platform.model.tokenizer import train_tokenizer
-from mellow_platform.training.finetune import load_examples, train_answers
-from mellow_platform.training.loop import run_training
-from mellow_platform.training.tagger import TaggedClips, train_tagger
+from mellow_platform.training.finetune import finetune
+from mellow_platform.training.tagger import pretrain
 from tests.conftest import write_corpus
 from tests.object_storage import object_store
 
@@ -48,7 +47,7 @@ def test_the_whole_path_runs_in_object_storage(cluster_on_s3: str):
     tagging = EncoderConfig(
         **run, shards=uri("log-mel"), labels=uri("corpus/labels.json"), output=uri("encoder"), run="encoder"
     )
-    run_training(train_tagger, tagging, TaggedClips.load(tagging))
+    pretrain(tagging)
     manifest = preprocess(
         PreprocessConfig(**common, output=uri("features"), features="encoder", encoder=uri("encoder"))
     )
@@ -56,7 +55,7 @@ def test_the_whole_path_runs_in_object_storage(cluster_on_s3: str):
     tuning = TrainConfig(
         **run, shards=uri("features"), encoder=uri("encoder"), output=uri("model"), run="mellow", epochs=0.15
     )
-    result = run_training(train_answers, tuning, load_examples(tuning))
+    result = finetune(tuning)
     assert result["step"] == result["total_steps"]
     report = evaluate(
         EvaluateConfig(

@@ -21,9 +21,9 @@ from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.folder import load_model, load_processor, save_pretrained
 from mellow_platform.training.batches import Plan, batches
 from mellow_platform.training.checkpoints import FOLDER, MARKER, STATE, CheckpointStore
-from mellow_platform.training.finetune import BETAS, build_model, load_examples, train_answers
+from mellow_platform.training.finetune import BETAS, build_model, finetune, load_examples
 from mellow_platform.training.gate import check_published
-from mellow_platform.training.loop import RESULT, learning_rate_factor, run_training, total_steps
+from mellow_platform.training.loop import RESULT, learning_rate_factor, total_steps
 from tests.conftest import write_corpus
 
 STEPS = 20
@@ -57,7 +57,7 @@ def configured(made: SimpleNamespace, name: str, **changes: Any) -> TrainConfig:
 
 
 def trained(config: TrainConfig) -> SimpleNamespace:
-    result = run_training(train_answers, config, load_examples(config))
+    result = finetune(config)
     log = CheckpointStore(storage.join(config.storage, config.run)).read_log()
     return SimpleNamespace(
         result=result, losses=np.array(log["loss"]), examples=log["examples"].to_pylist(), steps=log["step"].to_pylist()
@@ -178,7 +178,7 @@ def test_a_complete_run_is_left_as_it_is(made, whole):
 def test_a_run_does_not_go_on_under_other_values(made, whole):
     config = configured(made, "whole", seed=1)
     with pytest.raises(ValueError, match=r"was begun with other values \(seed 0 -> 1\): choose another"):
-        run_training(train_answers, config, load_examples(config))
+        finetune(config)
 
 
 def test_metrics_go_to_tensorboard(made, whole):

@@ -22,6 +22,7 @@ Size = Literal["mellow-v0", "mellow-tiny"]
 Partner = Literal["random", "same", "silence"]
 PartnerDraws = Literal["stored", "clip", "question"]
 Dtype = Literal["float32", "int8", "bfloat16"]
+Features = Literal["logmel", "encoder", "waveform"]
 # Of ReasonAQA, what a large language model wrote from captions alone; 70 % of the train split.
 SYNTHETIC_SUBTYPES = ["Clotho-MCQ", "Clotho-Detail", "AudioCaps-MCQ", "AudioCaps-Detail"]
 AFTER_THE_LAST_STEP = 10**9  # of any run: one that validates every so many steps does it at its end alone
@@ -55,16 +56,43 @@ class CorpusConfig(Section):
         return self
 
 
+class LimitsSection(Section):
+    """Clips past these are quarantined before anything of them is decoded."""
+
+    max_bytes: int = Field(256 << 20, gt=0, description="of a file")
+    max_seconds: float = Field(600.0, gt=0, description="of a recording")
+    max_samples: int = Field(1 << 26, gt=0, description="of all channels together; decoding takes 4 bytes for each")
+    max_channels: int = Field(32, ge=1, description="of a file")
+    min_rate: int = Field(1_000, gt=0, description="sampling rate in Hz")
+    max_rate: int = Field(384_000, gt=0, description="sampling rate in Hz")
+
+
 class PreprocessConfig(Section):
     """`jobs/preprocess.py`: audio and records to Parquet shards."""
 
-    corpus: Uri | None = Field(None, description="folder with train.json, val.json, test.json")
+    source: Literal["records", "webdataset", "parquet", "recordings"] = Field(
+        "records",
+        description="what `corpus` holds: ReasonAQA's train.json, val.json, test.json; tars of audio and .json; "
+        "Parquet with audio bytes; or recordings without questions",
+    )
+    corpus: Uri | None = Field(None, description="folder to read")
     labels: Uri | None = Field(
         None, description="labels.json or an AudioSet segment list (*.csv): its clips join the train split"
     )
-    audio_root: Uri | None = Field(None, description="what clips' paths are relative to; default <corpus>/audio")
-    output: Uri = Field(description="folder to write shards and manifest to")
+    audio_root: Uri | dict[str, Uri] | None = Field(
+        None,
+        description="what clips' paths are relative to: a folder, or one for each taskname "
+        "({audiocaps: ..., clothov21: ...}); default <corpus>/audio",
+    )
+    output: Uri = Field(
+        description="folder to write shards and manifest to; {hash} in it stands for that of configuration and input"
+    )
     splits: list[str] = Field(["train", "val", "test"], description="splits to read")
+    limit: int | None = Field(
+        None, ge=1, description="read only the first questions of each split (clips, where there are no questions)"
+    )
+    tasknames: list[str] | None = Field(None, description="read only questions of these (audiocaps, clothov21)")
+    subtypes: list[str] | None = Field(None, description="read only questions of these (CLE, AudioCaps-MCQ)")
     size: Size = Field("mellow-v0", description="model size")
     encoder_name: str = Field(
         "htsat",
@@ -76,7 +104,11 @@ class PreprocessConfig(Section):
         description="hub name, folder or GGUF file with the tokenizer; mellow-tiny trains its own without it",
     )
     vocab_size: int = Field(1024, ge=300, description="of the tokenizer that mellow-tiny trains")
-    features: Literal["logmel", "encoder"] = Field("logmel", description="what is stored of a clip")
+    features: Features = Field(
+        "logmel",
+        description="what is stored of a clip: its spectrogram, what the frozen encoder makes of it, or the whole "
+        "recording at the model's rate (16-bit FLAC)",
+    )
     encoder: Uri | None = Field(
         None,
         description="folder of the frozen encoder, for features: encoder; a whole Mellow gives its encoder and, "
@@ -87,7 +119,8 @@ class PreprocessConfig(Section):
         "same", description="second clip of a question about one: a random other of its split, itself, or silence"
     )
     prompt_end_marker: bool = Field(True, description="close prompts with the end token, as answers are")
-    max_seconds: float = Field(600.0, gt=0, description="longer clips are quarantined before decoding")
+    min_seconds: float = Field(0.0, ge=0, description="shorter clips are quarantined")
+    limits: LimitsSection = LimitsSection()
     max_failed_share: float = Field(0.05, ge=0, le=1, description="quarantined share of clips past which the job fails")
     clips_per_shard: int = Field(64, ge=1, description="clips in a shard")
     records_per_shard: int = Field(4096, ge=1, description="records in a shard")
@@ -100,10 +133,18 @@ class PreprocessConfig(Section):
             raise ValueError("features: encoder and `encoder`, its folder, go together")
         return self
 
+    @property
+    def shaping(self) -> dict[str, Any]:
+        """The fields that the bytes of the shards depend on."""
+        others = {"output", "max_failed_share", "encoder_workers", "gpus_per_worker"}
+        return self.model_dump(exclude=others)
+
     @model_validator(mode="after")
     def _something_to_read(self) -> "PreprocessConfig":
-        if not (self.corpus or (self.labels and self.audio_root)):
+        if self.source == "records" and not (self.corpus or (self.labels and self.audio_root)):
             raise ValueError("give `corpus`, a folder of records, or `labels` with `audio_root`")
+        if self.source != "records" and (not self.corpus or self.labels or self.audio_root):
+            raise ValueError(f"source: {self.source} reads `corpus` alone, without `labels` and `audio_root`")
         return self
 
 
@@ -219,7 +260,8 @@ class TrainConfig(RunSection):
         1, ge=1, description="neighbouring questions on the same clips, which share one encoded prefix"
     )
     augment: bool = Field(
-        False, description="SpecAugment and drop path in the frozen encoder, as published; needs features: logmel"
+        False,
+        description="SpecAugment and drop path in the frozen encoder, as published; for features: logmel or waveform",
     )
     validate_every: int = Field(0, ge=0, description="steps between validations on the val split; 0: none")
     validation_examples: int = Field(256, ge=1, description="examples of the val split in a validation")
@@ -413,6 +455,7 @@ def load(schema: type[Config], arguments: Sequence[str] | None = None) -> Config
     parser.add_argument("--config", help="YAML file with any of the fields")
     for name, field in fields.items():
         default = argparse.SUPPRESS if field.is_required() else field.get_default()
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
         parser.add_argument(
             f"--{_dashed(name)}",
             metavar="VALUE",
@@ -420,6 +463,7 @@ def load(schema: type[Config], arguments: Sequence[str] | None = None) -> Config
             if default is not argparse.SUPPRESS
             else f"{field.description} (required)",
             default=argparse.SUPPRESS,
+            **switch,
         )
     known, unknown = parser.parse_known_args(arguments)
     for flag in unknown:

@@ -11,6 +11,7 @@ import atexit
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -22,6 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from pyarrow import fs as arrow_fs
+
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}")  # names of files that are being written on a disk
 
 # botocore's own retries, with growing random pauses: about half a minute in all. They cover every request, listings
 # too, which s3fs's do not; s3fs repeats reads whose body breaks off. Refusals (403, 404) are not repeated.
@@ -77,6 +80,28 @@ def read_bytes(uri: str) -> bytes:
     return fs.cat_file(path)
 
 
+def read_range(uri: str, offset: int, size: int) -> bytes:
+    """Return `size` bytes of a file from `offset` on."""
+    fs, path = filesystem(uri)
+    return fs.cat_file(path, start=offset, end=offset + size)
+
+
+def open_read(uri: str) -> Any:
+    """Return a binary file object that reads `uri` from its beginning, in pieces."""
+    fs, path = filesystem(uri)
+    return fs.open(path, "rb")
+
+
+def size(uri: str) -> int:
+    """Return the bytes of a file.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+    """
+    fs, path = filesystem(uri)
+    return fs.info(path)["size"]
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write `data` so that `uri` holds all of it or is absent: rename on a disk, one put on an object store."""
     fs, path = filesystem(uri)
@@ -86,7 +111,10 @@ def write_bytes(uri: str, data: bytes) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    partial.write_bytes(data)
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # a name whose bytes a power cut took would pass for a whole file
     partial.replace(target)
 
 
@@ -160,6 +188,32 @@ def list_folder(uri: str) -> list[str]:
     if not fs.exists(path):
         return []
     return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+
+
+def find(uri: str) -> list[tuple[str, int]]:
+    """Return path below the folder `uri` and bytes of every file in it, sorted; hidden ones are left out.
+
+    A file in place of the folder is refused, as is its absence.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    found = fs.find(path, detail=True)
+    if not found or (len(found) == 1 and path.rstrip("/") in found):
+        raise FileNotFoundError(f"{uri}: no folder with files; check the URI and, on S3, AWS_ENDPOINT_URL and the keys")
+    below = {name[len(path.rstrip("/")) + 1 :]: entry["size"] for name, entry in found.items()}
+    return sorted((name, size) for name, size in below.items() if not any(p[:1] == "." for p in name.split("/")))
+
+
+def remove_partial(uri: str) -> None:
+    """Delete what writers that were killed left below the folder `uri`; no writer may be at work there."""
+    fs, path = filesystem(uri)
+    if "file" in fs.protocol:
+        for file in Path(path).rglob(".*"):
+            if file.is_file() and PARTIAL.fullmatch(file.name):
+                file.unlink()
 
 
 def delete_folder(uri: str) -> None:

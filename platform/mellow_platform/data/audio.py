@@ -1,21 +1,40 @@
 """Decoding of audio files (wav, flac, ogg, mp3) to one channel at the model's rate."""
 
 import io
+import struct
+from dataclasses import dataclass
 
 import numpy as np
 import soundfile
 import soxr
 
-MIN_RATE, MAX_RATE = 1_000, 384_000  # Hz; outside of it a header is damaged or forged
-MAX_CHANNELS = 32
+
+@dataclass(frozen=True)
+class Limits:
+    """What a clip may be; all of it is checked before anything is decoded.
+
+    Attributes:
+        max_bytes: of the file.
+        max_seconds: of the recording.
+        max_samples: of all channels together, which is what decoding takes memory for (4 bytes each).
+        max_channels: of the file.
+        min_rate, max_rate: in Hz; outside of it a header is damaged or forged.
+    """
+
+    max_bytes: int = 256 << 20
+    max_seconds: float = 600.0
+    max_samples: int = 1 << 26
+    max_channels: int = 32
+    min_rate: int = 1_000
+    max_rate: int = 384_000
 
 
 class AudioError(ValueError):
     """A clip that cannot be used.
 
     Attributes:
-        reason: short name to count by: `empty`, `not_audio`, `no_samples`, `not_finite`, `too_long`, `bad_header`,
-            `missing`.
+        reason: short name to count by: `missing`, `empty`, `too_large`, `not_audio` (no format that is known here),
+            `bad_header`, `too_long`, `truncated`, `no_samples`, `not_finite`.
     """
 
     def __init__(self, reason: str, message: str):
@@ -23,38 +42,93 @@ class AudioError(ValueError):
         self.reason = reason
 
 
-def decode(data: bytes, sampling_rate: int, max_seconds: float = 600.0) -> np.ndarray:
-    """Return the waveform [samples], float32, channels averaged, resampled to `sampling_rate` Hz.
+def check_size(size: int, limits: Limits) -> None:
+    """Make sure that a file of `size` bytes may be read.
 
-    Limits are checked on the header, before anything is decoded.
+    Raises:
+        AudioError: `empty` or `too_large`.
+    """
+    if size == 0:
+        raise AudioError("empty", "the file has 0 bytes")
+    if size > limits.max_bytes:
+        raise AudioError("too_large", f"the file has {size} bytes: the limit is {limits.max_bytes}")
+
+
+def decode(data: bytes, sampling_rate: int, limits: Limits | None = None) -> np.ndarray:
+    """Return the waveform [samples], float32, channels averaged, resampled to `sampling_rate` Hz.
 
     Raises:
         AudioError: the bytes are no usable audio; `reason` says why.
     """
-    if not data:
-        raise AudioError("empty", "the file has 0 bytes")
+    limits = limits or Limits()
+    check_size(len(data), limits)
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            if not (MIN_RATE <= file.samplerate <= MAX_RATE and 1 <= file.channels <= MAX_CHANNELS):
-                raise AudioError(
-                    "bad_header",
-                    f"{file.channels} channels at {file.samplerate} Hz: expected 1 to {MAX_CHANNELS} "
-                    f"at {MIN_RATE} to {MAX_RATE} Hz",
-                )
-            if file.frames > max_seconds * file.samplerate:
-                raise AudioError(
-                    "too_long", f"{file.frames / file.samplerate:.1f} s long: the limit is {max_seconds:g} s"
-                )
-            channels = file.read(dtype="float32", always_2d=True)
-            rate = file.samplerate
+        file = soundfile.SoundFile(io.BytesIO(data))
     except soundfile.LibsndfileError as error:
         raise AudioError("not_audio", f"not decodable as wav, flac, ogg or mp3: {error.error_string}") from error
+    with file:
+        _check_header(file, limits)
+        try:
+            channels = file.read(dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise AudioError("truncated", f"decoding breaks off: {error.error_string or error}") from error
+        _check_length(file, len(channels), data)
+        rate = file.samplerate
     if len(channels) == 0:
         raise AudioError("no_samples", "0 samples after decoding")
     if not np.isfinite(channels).all():
         raise AudioError("not_finite", "the samples hold NaN or infinity")
-    waveform = channels.mean(axis=1)
+    waveform = sum(channels.T) / np.float32(channels.shape[1])  # many times faster than a mean over so short an axis
     return waveform if rate == sampling_rate else soxr.resample(waveform, rate, sampling_rate)
+
+
+def _check_header(file: soundfile.SoundFile, limits: Limits) -> None:
+    if not (limits.min_rate <= file.samplerate <= limits.max_rate and 1 <= file.channels <= limits.max_channels):
+        raise AudioError(
+            "bad_header",
+            f"{file.channels} channels at {file.samplerate} Hz: expected 1 to {limits.max_channels} "
+            f"at {limits.min_rate} to {limits.max_rate} Hz",
+        )
+    if file.frames > limits.max_seconds * file.samplerate:
+        raise AudioError(
+            "too_long", f"{file.frames / file.samplerate:.1f} s long: the limit is {limits.max_seconds:g} s"
+        )
+    if file.frames * file.channels > limits.max_samples:
+        raise AudioError(
+            "too_large", f"{file.frames} frames of {file.channels} channels: the limit is {limits.max_samples} samples"
+        )
+
+
+def _check_length(file: soundfile.SoundFile, decoded: int, data: bytes) -> None:
+    """Make sure that all the audio is there that the file promises.
+
+    libsndfile shortens what it promises to what is there for WAV and Ogg, so that these are looked at here; the length
+    of an MP3 is a promise only where its encoder left one (a Xing or Info tag), and an estimate elsewhere.
+    """
+    promised = file.frames
+    if file.format in ("WAV", "WAVEX"):
+        promised = _wav_frames(data, promised)
+    elif file.format == "MP3" and not (b"Xing" in data[: 1 << 16] or b"Info" in data[: 1 << 16]):
+        promised = decoded
+    elif file.format == "OGG" and not data[data.rfind(b"OggS") + 5] & 4:
+        raise AudioError("truncated", f"the stream has no last page; {decoded} frames are left")
+    if decoded < promised:
+        raise AudioError("truncated", f"the header promises {promised} frames, and {decoded} are there")
+
+
+def _wav_frames(data: bytes, there: int) -> int:
+    """Return the frames that a WAV header promises: `there`, where it does not say (a recorder's stream)."""
+    place, frame_bytes = 12, 0
+    while place + 8 <= len(data):
+        name, size = data[place : place + 4], struct.unpack_from("<I", data, place + 4)[0]
+        if name == b"fmt ":
+            frame_bytes = struct.unpack_from("<H", data, place + 20)[0]
+        elif name == b"data":
+            whole = size not in (0, 0xFFFFFFFF) and frame_bytes
+            # A compressed WAV has blocks of several frames: whether its last is cut cannot be seen so.
+            return size // frame_bytes if whole and there * frame_bytes <= size else there
+        place += 8 + size + size % 2
+    return there
 
 
 def encode(waveform: np.ndarray, sampling_rate: int, container: str = "FLAC") -> bytes:

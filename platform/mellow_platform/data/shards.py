@@ -1,28 +1,47 @@
 """Parquet shards and their manifest: what preprocessing leaves for training and evaluation.
 
-A shard set is a folder with `clips/*.parquet` (a row a clip, with its features), `records/<split>/*.parquet`
-(a row a question, tokenised, naming its clips by content), `quarantine/*.parquet` (clips that could not be used and
-why), `processor/` (front end and tokenizer), and `manifest.json`, written last.
+A shard set is a folder with
+
+    configuration.json        what the set is made of and from, written first
+    stock/*.parquet           every clip of the corpus: where it is, and the SHA-256 of its bytes
+    clips/*.parquet           a row a distinct clip, with its features
+    records/<split>/*.parquet a row a question, tokenised, naming its clips by content
+    receipts/                 one JSON file a shard, written after it: the shard is done
+    quarantine/*.parquet      clips that could not be used, and why
+    processor/                front end and tokenizer
+    statistics.json, .png     of the corpus
+    manifest.json             written last
+
+Every shard is one file that appears whole, under a name and with bytes that are a function of configuration and input,
+so a job that was killed goes on with the shards that have no receipt, and one that is done twice overwrites itself.
+
+`ray.data.checkpoint.CheckpointConfig` of Ray 2.60 is not used for this. It leaves out the rows that were written, and
+batches the rest anew: the files' names hold a fresh uuid a run and their rows depend on where the run before was
+killed. It commits by renaming, which object storage does not have.
 """
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 
 from mellow_platform import storage
+from mellow_platform.config import Features
 from mellow_platform.data import records as record_format
 
 SCHEMA_VERSION = 2
-MANIFEST = "manifest.json"
+MANIFEST, CONFIGURATION = "manifest.json", "configuration.json"
+STOCK, CLIPS, RECORDS, RECEIPTS, QUARANTINE = "stock", "clips", "records", "receipts", "quarantine"
 
-# Shape and type of a clip's arrays stand in the manifest; a row holds their bytes (fp16, C order).
+# Shape and type of a clip's arrays stand in the manifest; a row holds their bytes (fp16, C order; a waveform is FLAC).
 CLIP_FIELDS = [
     pa.field("clip_id", pa.string(), nullable=False),  # SHA-256 of the file
-    pa.field("filepath", pa.string(), nullable=False),
+    pa.field("filepath", pa.string(), nullable=False),  # the first of them that has these bytes
     pa.field("split", pa.string(), nullable=False),
     pa.field("seconds", pa.float32(), nullable=False),  # before the length was fixed
+    pa.field("level", pa.float32(), nullable=False),  # root mean square in dB, full scale 0
 ]
 RECORD_SCHEMA = pa.schema(
     [
@@ -43,7 +62,7 @@ class Manifest:
     """What a shard set holds.
 
     Attributes:
-        features: array name to shape of one clip's arrays.
+        features: array name to shape of one clip's arrays; [-1] for a waveform, as long as its recording.
         counts: clips, quarantined clips (by reason too), records a split, records dropped with their clips.
         configuration: of the job that wrote the set.
         files: SHA-256 of every shard by its path in the set.
@@ -70,7 +89,7 @@ class Manifest:
         storage.write_json(storage.join(shards, MANIFEST), asdict(self) | {"content_hash": self.content_hash})
 
     @classmethod
-    def read_with(cls, shards: str, features: Literal["logmel", "encoder"]) -> "Manifest":
+    def read_with(cls, shards: str, features: Features) -> "Manifest":
         """Read the manifest of a set that holds `features` of its clips.
 
         Raises:
@@ -83,23 +102,6 @@ class Manifest:
                 f"run jobs/preprocess.py with --features {features} into another folder"
             )
         return manifest
-
-    @staticmethod
-    def refuse_other(shards: str, configuration: dict[str, Any]) -> None:
-        """Make sure that `shards` holds no finished set of another configuration.
-
-        Raises:
-            ValueError: it does; the message names the fields that differ.
-        """
-        if not storage.exists(storage.join(shards, MANIFEST)):
-            return
-        there = Manifest.read(shards).configuration
-        differing = [name for name, value in configuration.items() if there.get(name) != value]
-        if differing:
-            raise ValueError(
-                f"{shards} holds shards of another configuration (differing: {', '.join(differing)}): "
-                "choose another output, or delete it"
-            )
 
     @classmethod
     def read(cls, shards: str) -> "Manifest":
@@ -120,6 +122,49 @@ class Manifest:
             )
         del values["content_hash"]
         return cls(**values)
+
+
+def claim(shards: str, configuration: dict[str, Any], digest: str) -> None:
+    """Make `shards` the folder of the set that `configuration` describes, or make sure that it is.
+
+    Args:
+        digest: of everything that the set's bytes depend on.
+
+    Raises:
+        ValueError: the folder is another set's, finished or not; the message names the fields that differ.
+    """
+    uri = storage.join(shards, CONFIGURATION)
+    if not storage.exists(uri):
+        if storage.exists(storage.join(shards, MANIFEST)):
+            raise ValueError(f"{shards} holds shards of an earlier version: choose another output, or delete it")
+        storage.write_json(uri, {"digest": digest, "configuration": configuration})
+        return
+    there = storage.read_json(uri)
+    if there["digest"] == digest:
+        return
+    differing = [name for name, value in configuration.items() if there["configuration"].get(name) != value]
+    raise ValueError(
+        f"{shards} holds shards of another configuration (differing: {', '.join(differing) or 'the input itself'}): "
+        f"set output to {shards}-{digest[:8]}, or delete it"
+    )
+
+
+def receipts(shards: str, kind: str) -> dict[str, dict[str, Any]]:
+    """Return the receipts of the shards of `kind` (`clips`, `records/test`) that are done, by the shard's name."""
+    written = set(storage.list_folder(storage.join(shards, kind)))
+    names = [name.removesuffix(".json") for name in storage.list_folder(storage.join(shards, RECEIPTS, kind))]
+    names = [name for name in names if f"{name}.parquet" in written]
+    with ThreadPoolExecutor(16) as pool:
+        uris = [storage.join(shards, RECEIPTS, kind, f"{name}.json") for name in names]
+        return dict(zip(names, pool.map(storage.read_json, uris), strict=True))
+
+
+def write_shard(shards: str, kind: str, name: str, table: pa.Table, receipt: dict[str, Any]) -> dict[str, Any]:
+    """Write one shard, then its receipt, and return the latter: `receipt`, and the shard's file and SHA-256."""
+    file = f"{kind}/{name}.parquet"
+    receipt = receipt | {"file": file, "digest": storage.write_table(storage.join(shards, file), table)}
+    storage.write_json(storage.join(shards, RECEIPTS, kind, f"{name}.json"), receipt)
+    return receipt
 
 
 def clip_schema(features: dict[str, list[int]]) -> pa.Schema:

@@ -1,336 +1,263 @@
-"""Audio and records to shards on Ray Data: decode, resample, fix the length, log-mel, tokenise, and encode once.
+"""The preprocessing job: a corpus to a shard set, exactly once however often it is killed and started again.
 
-A shard is a fixed range of the sorted clips (or of the records in their order), and one row of the Ray dataset: it is
-decoded, encoded and written as a whole, so the same input gives the same files with the same bytes.
+It takes stock of the clips (`stock`), makes shards of their features (`clips`) and of the questions (`questions`), and
+describes the corpus (`statistics`). Every stage leaves out what an earlier run of the same configuration has done.
+The driver holds names, ids and questions of the whole corpus, and features of none.
 """
 
 import hashlib
+import json
+import time
 from collections import Counter
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import ray
-import torch
 
 from mellow_platform import storage
 from mellow_platform.config import PreprocessConfig
-from mellow_platform.data import records as record_format
 from mellow_platform.data import shards
-from mellow_platform.data.audio import AudioError, decode
-from mellow_platform.data.labels import ClipLabels, read_labels
-from mellow_platform.data.partners import SILENCE, draw_partner, second_clip
-from mellow_platform.data.records import Record
-from mellow_platform.model import (
-    MellowFeatureExtractor,
-    MellowProcessor,
-    encoder_config,
-    holds_model,
-    load_encoder,
-    load_encoder_config,
-)
-from mellow_platform.model.decoder import load_tokenizer
-from mellow_platform.model.encoders import AudioEncoderConfig
-from mellow_platform.model.folder import load_processor, save_pretrained
-from mellow_platform.model.tokenizer import train_tokenizer
-
-# Prompt and answer lengths in tokens, as published; a tokenizer of the corpus's own is measured on the corpus.
-PUBLISHED_LENGTHS = (129, 250)
-ENCODER_BATCH = 16
+from mellow_platform.data.partners import SILENCE
+from mellow_platform.data.sources import Address, Plan, plan_source, stocked_records
+from mellow_platform.features.clips import SILENCE_ID, feature_shapes, shard_rows, write_clip_shards
+from mellow_platform.features.progress import Progress
+from mellow_platform.features.questions import build_processor, with_clips, write_record_shards
+from mellow_platform.features.statistics import describe, draw
+from mellow_platform.features.stock import Stock, write_stock
+from mellow_platform.model import MellowFeatureExtractor, encoder_config, load_encoder_config
+from mellow_platform.model.folder import save_pretrained
 
 
 def preprocess(config: PreprocessConfig) -> shards.Manifest:
-    """Write the shard set that `config` describes and return its manifest.
+    """Write the shard set that `config` describes and return its manifest; a set that is finished is left as it is.
 
     Raises:
         ValueError: a clip stands in two splits, too many clips are unusable, or `output` holds another set.
     """
-    configuration = config.model_dump()
-    shards.Manifest.refuse_other(config.output, configuration)
-    corpus = config.corpus
-    records = (
-        {split: record_format.read_records(storage.join(corpus, f"{split}.json")) for split in config.splits}
-        if corpus
-        else {}
+    begun = time.monotonic()
+    plan = plan_source(config)
+    config = claim(config, plan)
+    if storage.exists(storage.join(config.output, shards.MANIFEST)):
+        print(f"{config.output} is finished: nothing to do", flush=True)
+        return shards.Manifest.read(config.output)
+    encoder = (
+        load_encoder_config(config.encoder)
+        if config.encoder
+        else encoder_config(config.size, encoder=config.encoder_name)
     )
-    splits = clip_splits(records, read_labels(config.labels) if config.labels else [])
-    if config.encoder:
-        encoder = load_encoder_config(config.encoder)
-    else:
-        encoder = encoder_config(config.size, encoder=config.encoder_name)
     extractor = MellowFeatureExtractor.for_encoder(encoder, config.short_clip)
-    clips = sorted(splits.items())
-    if records and config.partner == "silence":
-        clips.append((SILENCE, ""))  # of no split: nothing is asked about it
-    written, features = write_clip_shards(clips, extractor, encoder, config)
+    shapes = feature_shapes(config, extractor, encoder)
 
-    files = {name: digest for row in written for name, digest in zip(row["files"], row["digests"], strict=True)}
-    clip_ids = {
-        path: clip_id for row in written for path, clip_id in zip(row["filepaths"], row["clip_ids"], strict=True)
+    stock = write_stock(plan.units, config)
+    records = plan.records or stocked_records(stock.table, config)
+    if records and not plan.records:
+        stock = asked_about(stock, records)
+    clips = stock.distinct()
+    if records and config.partner == "silence":
+        clips.append((SILENCE_ID, Address(SILENCE, "", "")))  # of no split: nothing is asked about it
+    rows = shard_rows(clips, config.clips_per_shard)
+    receipts, rejected = clip_stage(rows, stock, config, extractor, shapes)
+
+    clip_ids = usable_clips(stock, receipts)
+    usable = {split: with_usable_clips(table, clip_ids) for split, table in records.items()}
+    asked = question_stage(records, usable, clip_ids, stock, extractor, config)
+    done = [*receipts, *(receipt for members in asked.values() for receipt in members)]
+    files = {receipt["file"]: receipt["digest"] for receipt in done} | write_quarantine(rejected, config.output)
+    counts = count(stock, receipts, rejected, clip_ids) | {
+        "records": {split: len(members) for split, members in usable.items()},
+        "records_dropped": sum(len(records[split]) - len(usable[split]) for split in records),
     }
-    recorded = {path: clip_id for path, clip_id in clip_ids.items() if path != SILENCE}
-    usable = {
-        split: [record for record in members if all(path in clip_ids for path in record.filepaths)]
-        for split, members in records.items()
-    }
-    if records:
-        processor = build_processor(config, extractor, records)
-        save_pretrained(processor, storage.join(config.output, "processor"))
-        for split, members in usable.items():
-            own = sorted({clip_id for path, clip_id in recorded.items() if splits[path] == split})
-            files |= write_record_shards(members, split, clip_ids, own, processor, config)
-    reasons = Counter(reason for row in written for reason in row["reasons"])
-    manifest = shards.Manifest(
-        features=features,
-        counts={
-            "clips": len(recorded),
-            "distinct_clips": len(set(recorded.values())),
-            "audio_seconds": round(sum(row["seconds"] for row in written), 3),
-            "quarantined": reasons.total(),
-            "quarantined_by_reason": dict(sorted(reasons.items())),
-            "records": {split: len(members) for split, members in usable.items()},
-            "records_dropped": sum(len(records[split]) - len(usable[split]) for split in records),
-        },
-        configuration=configuration,
-        files=files,
-    )
+    statistics = describe(receipts, asked, counts)
+    storage.write_json(storage.join(config.output, "statistics.json"), statistics)
+    storage.write_bytes(storage.join(config.output, "statistics.png"), draw(statistics))
+    storage.remove_partial(config.output)
+    manifest = shards.Manifest(features=shapes, counts=counts, configuration=config.model_dump(), files=files)
     manifest.write(config.output)
+    print(f"{config.output} is finished after {time.monotonic() - begun:.0f} s", flush=True)
     return manifest
 
 
-def write_clip_shards(
-    clips: list[tuple[str, str]],
-    extractor: MellowFeatureExtractor,
-    encoder: AudioEncoderConfig,
-    config: PreprocessConfig,
-) -> tuple[list[dict[str, Any]], dict[str, list[int]]]:
-    """Decode, encode and write clips, given as (path, split); return what was written and the features' shapes.
+def claim(config: PreprocessConfig, plan: Plan) -> PreprocessConfig:
+    """Take the output folder for this configuration and this input; return the configuration with its name.
 
     Raises:
-        ValueError: too many clips are unusable.
+        ValueError: the folder is another set's.
     """
-    rows = [
-        {"shard": number, "filepaths": [path for path, _ in part], "splits": [split for _, split in part]}
-        for number, part in enumerate(_ranges(clips, config.clips_per_shard))
-    ]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        decode_shard,
-        fn_kwargs={
-            "audio_root": config.audio_root or storage.join(config.corpus or "", "audio"),
-            "extractor": extractor,
-            "max_seconds": config.max_seconds,
-        },
-    )
-    features = {"log_mel": [extractor.num_frames, extractor.feature_size]}
+    depends_on: dict[str, Any] = {"fields": config.shaping, "input": plan.digest}
     if config.encoder:
-        dataset = dataset.map(
-            EncodeShard,
-            fn_constructor_args=(config.encoder,),
-            concurrency=config.encoder_workers,
-            num_gpus=config.gpus_per_worker or None,
-        )
-        features = {"frames": [encoder.num_frames, encoder.frame_size], "latent": [encoder.hidden_size]}
-    written = dataset.map(write_clip_shard, fn_kwargs={"output": config.output, "features": features}).take_all()
-    reasons = Counter(reason for row in written for reason in row["reasons"])
-    recorded = sum(path != SILENCE for path, _ in clips)
-    if reasons.total() > config.max_failed_share * recorded:
-        counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-        raise ValueError(
-            f"{reasons.total()} of {recorded} clips are unusable ({counts}): see {config.output}/quarantine, "
-            f"or raise max_failed_share (now {config.max_failed_share:g})"
-        )
-    return written, features
+        folder = storage.local_copy(config.encoder)
+        depends_on["encoder"] = {file.name: storage.sha256(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    config = config.model_copy(update={"output": config.output.replace("{hash}", digest[:12])})
+    shards.claim(config.output, config.shaping, digest)
+    return config
 
 
-def clip_splits(records: dict[str, list[Record]], labelled: list[ClipLabels]) -> dict[str, str]:
-    """Return the split of every clip: its records', or train where it only has labels.
-
-    Raises:
-        ValueError: a clip stands in two, so the test split would have been trained on.
-    """
-    splits: dict[str, str] = {}
-    for split, members in records.items():
-        for record in members:
-            for path in record.filepaths:
-                if splits.setdefault(path, split) != split:
-                    raise ValueError(f"clip {path} stands in both {splits[path]} and {split}: keep it in one")
-    for clip in labelled:
-        splits.setdefault(clip.file, "train")
-    return splits
-
-
-def build_processor(
-    config: PreprocessConfig, extractor: MellowFeatureExtractor, records: dict[str, list[Record]]
-) -> MellowProcessor:
-    """Return front end and tokenizer: the decoder's, that of the Mellow in `encoder`, or one trained on the questions.
-
-    Raises:
-        ValueError: the size has no tokenizer of its own and none is given.
-    """
-    training = records.get("train") or [record for members in records.values() for record in members]
-    lengths, model = PUBLISHED_LENGTHS, None
-    if config.decoder:
-        tokenizer = load_tokenizer(config.decoder)
-    elif config.encoder and holds_model(config.encoder):
-        model = load_processor(config.encoder)
-        tokenizer, lengths = model.tokenizer, (model.prompt_length, model.answer_length)
-    elif config.size == "mellow-tiny":
-        texts = [text for record in training for text in (record.input, record.answer)]
-        tokenizer = train_tokenizer(texts, config.vocab_size)
-    else:
-        raise ValueError(f"{config.size} has no tokenizer of its own: set `decoder` to a hub name, folder or GGUF file")
-    processor = MellowProcessor(
-        extractor,
-        tokenizer,
-        *lengths,
-        prompt_end_marker=config.prompt_end_marker,
-        partner=config.partner,
-    )
-    if config.decoder or model:
-        return processor
-    prompts, answers = {record.input for record in training}, {record.answer for record in training}
-    # Every padded position of a prompt is seen and paid for, so prompts are as long as the corpus needs.
-    processor.prompt_length = min(PUBLISHED_LENGTHS[0], max(len(processor.token_ids(text)) for text in prompts) + 4)
-    processor.answer_length = min(PUBLISHED_LENGTHS[1], max(len(processor.token_ids(text)) for text in answers) + 4)
-    return processor
-
-
-def decode_shard(
-    row: dict[str, Any], audio_root: str, extractor: MellowFeatureExtractor, max_seconds: float
-) -> dict[str, Any]:
-    """Decode the clips of a shard row; add `log_mel` [usable, frames, bands] and what is known of every clip."""
-    torch.set_num_threads(1)
-    out: dict[str, Any] = {
-        "shard": row["shard"],
-        "filepaths": [],
-        "splits": [],
-        "clip_ids": [],
-        "clip_seconds": [],
-    }
-    rejected: list[dict[str, str]] = []
-    spectrograms = []
-    for path, split in zip(row["filepaths"], row["splits"], strict=True):
-        try:
-            if path == SILENCE:
-                data, waveform = SILENCE.encode(), np.zeros(extractor.clip_samples, np.float32)
-            else:
-                data = _read_clip(storage.join(audio_root, path))
-                waveform = decode(data, extractor.sampling_rate, max_seconds)
-        except AudioError as error:
-            rejected.append({"filepath": path, "split": split, "reason": error.reason, "detail": str(error)})
-            continue
-        out["filepaths"].append(path)
-        out["splits"].append(split)
-        out["clip_ids"].append(hashlib.sha256(data).hexdigest())
-        out["clip_seconds"].append(len(waveform) / extractor.sampling_rate)
-        spectrograms.append(extractor(waveform)["input_features"][0].numpy().astype(np.float16))
-    empty = np.empty((0, extractor.num_frames, extractor.feature_size), np.float16)
-    out["log_mel"] = np.stack(spectrograms) if spectrograms else empty
-    out["rejected"] = pa.Table.from_pylist(rejected, schema=shards.QUARANTINE_SCHEMA).to_pylist()
-    return out
-
-
-def _read_clip(uri: str) -> bytes:
-    try:
-        return storage.read_bytes(uri)
-    except FileNotFoundError as error:
-        raise AudioError("missing", f"{uri} does not exist") from error
-
-
-class EncodeShard:
-    """Ray Data actor that replaces a shard row's `log_mel` by what the frozen encoder makes of it."""
-
-    def __init__(self, encoder: str):
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device == "cpu":
-            torch.set_num_threads(1)
-        self.encoder = load_encoder(encoder).eval().to(self.device)
-
-    @torch.no_grad()
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        frames, latents = [], []
-        for batch in torch.from_numpy(row.pop("log_mel")).split(ENCODER_BATCH):
-            encoded = self.encoder(batch.to(self.device).float())
-            frames.append(encoded.frames.half().cpu().numpy())
-            latents.append(encoded.latent.half().cpu().numpy())
-        config = self.encoder.config
-        row["frames"] = np.concatenate([np.empty((0, config.num_frames, config.frame_size), np.float16), *frames])
-        row["latent"] = np.concatenate([np.empty((0, config.hidden_size), np.float16), *latents])
-        return row
-
-
-def write_clip_shard(row: dict[str, Any], output: str, features: dict[str, list[int]]) -> dict[str, Any]:
-    """Write one shard of clips, and of quarantined ones where there are any; return names, hashes and counts."""
-    columns = {
-        "clip_id": row["clip_ids"],
-        "filepath": row["filepaths"],
-        "split": row["splits"],
-        "seconds": row["clip_seconds"],
-    }
-    for name in features:
-        columns[name] = [np.ascontiguousarray(array).tobytes() for array in row[name]]
-    tables = {"clips": pa.table(columns, schema=shards.clip_schema(features))}
-    rejected = list(row["rejected"])
-    if rejected:
-        tables["quarantine"] = pa.Table.from_pylist(rejected, schema=shards.QUARANTINE_SCHEMA)
-    names = {kind: f"{kind}/{row['shard']:06d}.parquet" for kind in tables}
-    return {
-        "filepaths": list(row["filepaths"]),
-        "clip_ids": list(row["clip_ids"]),
-        "seconds": float(
-            sum(seconds for path, seconds in zip(row["filepaths"], row["clip_seconds"], strict=True) if path != SILENCE)
-        ),
-        "reasons": [item["reason"] for item in rejected],
-        "files": list(names.values()),
-        "digests": [storage.write_table(storage.join(output, names[kind]), table) for kind, table in tables.items()],
-    }
-
-
-def write_record_shards(
-    records: list[Record],
-    split: str,
-    clip_ids: dict[str, str],
-    partners: list[str],
-    processor: MellowProcessor,
+def clip_stage(
+    rows: list[dict[str, Any]],
+    stock: Stock,
     config: PreprocessConfig,
-) -> dict[str, str]:
-    """Tokenise and write the records of a split on Ray Data; return file names and hashes.
+    extractor: MellowFeatureExtractor,
+    shapes: dict[str, list[int]],
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Make the shards of clips that are not done; return all receipts in order, and the clips that cannot be used.
 
-    Args:
-        clip_ids: of every clip by its path, and of silence where the partner rule asks for it.
-        partners: the split's clip ids, sorted, that a random partner is drawn from.
+    Raises:
+        ValueError: more clips than the allowed share cannot be used; raised as soon as that is sure.
     """
-    table = record_format.to_table(records)
-    table = table.append_column("clip1", pa.array([clip_ids[record.filepath1] for record in records], pa.string()))
-    second = [
-        second_clip(
-            [clip_ids[path] for path in record.filepaths],
-            config.partner,
-            silence=clip_ids.get(SILENCE, ""),
-            drawn=draw_partner(clip_ids[record.filepath1], position, partners),
-        )
-        for position, record in enumerate(records)
-    ]
-    table = table.append_column("clip2", pa.array(second, pa.string()))
-    source = ray.put(table)
-    size = config.records_per_shard
-    starts = range(0, max(len(records), 1), size)
+    clips = stock.table.select(["path", "split", "reason", "detail"]).to_pylist()
+    paths: dict[str, list[int]] = {}
+    for row, clip_id in enumerate(stock.column("clip_id")):
+        paths.setdefault(clip_id, []).append(row)
+    rejected = [_quarantined(clips[row], clips[row]) for row in paths.get("", [])]
 
-    def write(row: dict[str, Any]) -> dict[str, str]:
-        part = ray.get(source).slice(row["start"], size)
-        asked = [processor.question_ids(text)[: processor.prompt_length] for text in part["input"].to_pylist()]
-        prompts = pa.array(asked, pa.list_(pa.int32()))
-        answers = pa.array([processor.answer_ids(text) for text in part["answer"].to_pylist()], pa.list_(pa.int32()))
-        part = part.append_column("prompt_ids", prompts).append_column("answer_ids", answers)
-        name = f"records/{split}/{row['start'] // size:06d}.parquet"
-        digest = storage.write_table(storage.join(config.output, name), part.cast(shards.RECORD_SCHEMA))
-        return {"file": name, "digest": digest}
+    def add(receipt: dict[str, Any]) -> int:
+        expect(f"clips of shard {receipt['name']}", receipt["expected"], receipt["read"] + len(receipt["rejected"]))
+        for item in receipt["rejected"]:
+            rejected.extend(_quarantined(clips[row], item) for row in paths[item["clip_id"]])
+        stop_if_too_many(rejected, len(clips), config)
+        return len(receipt["rejected"])
 
-    rows = ray.data.from_items([{"start": start} for start in starts], override_num_blocks=len(starts))
-    return {row["file"]: row["digest"] for row in rows.map(write).take_all()}
+    stop_if_too_many(rejected, len(clips), config)
+    receipts = shards.receipts(config.output, shards.CLIPS)
+    done = sum(receipt["expected"] for receipt in receipts.values())
+    progress = Progress("distinct clips", sum(len(row["clip_ids"]) for row in rows), done)
+    for receipt in receipts.values():
+        progress.rejected += add(receipt)
+    remaining = [row for row in rows if row["name"] not in receipts]
+    for receipt in write_clip_shards(remaining, config, extractor, shapes):
+        receipts[receipt["name"]] = receipt
+        progress.add(receipt["expected"], add(receipt), sum(receipt["seconds"]))
+    for shard in rows:
+        expect(f"clips of shard {shard['name']}", len(shard["clip_ids"]), receipts[shard["name"]]["expected"])
+    return [receipts[shard["name"]] for shard in rows], sorted(rejected, key=lambda item: item["filepath"])
 
 
-def _ranges(items: list, size: int) -> Iterator[list]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def usable_clips(stock: Stock, receipts: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the clip id of every path whose clip is stored, and of silence where that is."""
+    present = {clip_id for receipt in receipts for clip_id in receipt["clip_ids"]}
+    named = zip(stock.column("path"), stock.column("clip_id"), strict=True)
+    silence = {SILENCE: SILENCE_ID} if SILENCE_ID in present else {}
+    return {path: clip_id for path, clip_id in named if clip_id in present} | silence
+
+
+def question_stage(
+    records: dict[str, pa.Table],
+    usable: dict[str, pa.Table],
+    clip_ids: dict[str, str],
+    stock: Stock,
+    extractor: MellowFeatureExtractor,
+    config: PreprocessConfig,
+) -> dict[str, list[dict[str, Any]]]:
+    """Make the shards of questions that are not done, and the processor; return all receipts by split."""
+    if not sum(map(len, usable.values())):
+        return {}
+    processor = build_processor(config, extractor, records)
+    save_pretrained(processor, storage.join(config.output, "processor"))
+    splits = dict(zip(stock.column("path"), stock.column("split"), strict=True))
+    asked = {}
+    for split, members in usable.items():
+        own = sorted({clip_id for path, clip_id in clip_ids.items() if splits.get(path) == split})
+        questions = with_clips(members, clip_ids, own, config)
+        asked[split] = list(write_record_shards(questions, split, processor, config))
+        expect(f"questions of {split}", len(members), sum(receipt["records"] for receipt in asked[split]))
+    return asked
+
+
+def count(
+    stock: Stock, receipts: list[dict[str, Any]], rejected: list[dict[str, str]], clip_ids: dict[str, str]
+) -> dict[str, Any]:
+    """Return the manifest's counts of clips.
+
+    Raises:
+        RuntimeError: clips that are stored and clips that are quarantined are not all there are.
+    """
+    reasons = Counter(row["reason"] for row in rejected)
+    recorded = [clip_id for path, clip_id in clip_ids.items() if path != SILENCE]
+    expect("clips", len(stock.table), len(recorded) + reasons.total())
+    seconds = {
+        clip_id: value
+        for receipt in receipts
+        for clip_id, value in zip(receipt["clip_ids"], receipt["seconds"], strict=True)
+    }
+    return {
+        "clips": len(recorded),
+        "distinct_clips": len(set(recorded)),
+        "audio_seconds": round(sum(seconds[clip_id] for clip_id in sorted(set(recorded))), 3),
+        "quarantined": reasons.total(),
+        "quarantined_by_reason": dict(sorted(reasons.items())),
+        "splits": by_split(stock, rejected),
+    }
+
+
+def _quarantined(clip: dict[str, str], because: dict[str, str]) -> dict[str, str]:
+    return {
+        "filepath": clip["path"],
+        "split": clip["split"],
+        "reason": because["reason"],
+        "detail": because["detail"],
+    }
+
+
+def stop_if_too_many(rejected: list[dict[str, str]], clips: int, config: PreprocessConfig) -> None:
+    if len(rejected) <= config.max_failed_share * clips:
+        return
+    reasons = Counter(item["reason"] for item in rejected)
+    counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+    write_quarantine(sorted(rejected, key=lambda item: item["filepath"]), config.output)
+    raise ValueError(
+        f"{len(rejected)} of {clips} clips are unusable ({counts}) so far: see {config.output}/quarantine, "
+        f"or raise max_failed_share (now {config.max_failed_share:g})"
+    )
+
+
+def expect(what: str, expected: int, found: int) -> None:
+    """Make sure that nothing was lost or done twice.
+
+    Raises:
+        RuntimeError: numbers do not add up.
+    """
+    if expected != found:
+        raise RuntimeError(f"{what}: {expected} are expected, and {found} are accounted for")
+
+
+def asked_about(stock: Stock, records: dict[str, pa.Table]) -> Stock:
+    """Return the clips that questions are asked about, of those that came with questions beside them."""
+    named = {
+        path for table in records.values() for name in ("filepath1", "filepath2") for path in table[name].to_pylist()
+    }
+    return replace(
+        stock, table=stock.table.filter(pa.array([path in named for path in stock.column("path")], pa.bool_()))
+    )
+
+
+def with_usable_clips(records: pa.Table, clip_ids: dict[str, str]) -> pa.Table:
+    """Return the questions whose clips are all there."""
+    pairs = zip(records["filepath1"].to_pylist(), records["filepath2"].to_pylist(), strict=True)
+    return records.filter(
+        pa.array([one in clip_ids and (not two or two in clip_ids) for one, two in pairs], pa.bool_())
+    )
+
+
+def write_quarantine(rejected: list[dict[str, str]], output: str) -> dict[str, str]:
+    """Write the clips that cannot be used, if there are any; return file name and hash."""
+    if not rejected:
+        return {}
+    name = f"{shards.QUARANTINE}/000000.parquet"
+    table = pa.Table.from_pylist(rejected, schema=shards.QUARANTINE_SCHEMA)
+    return {name: storage.write_table(storage.join(output, name), table)}
+
+
+def by_split(stock: Stock, rejected: list[dict[str, str]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return clips, missing ones and quarantined ones of each split and task: clips vanish from the web over time."""
+    reasons = {item["filepath"]: item["reason"] for item in rejected}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for path, split, task in zip(stock.column("path"), stock.column("split"), stock.column("taskname"), strict=True):
+        counts = found.setdefault(split, {}).setdefault(task or "clips", {"clips": 0, "missing": 0, "quarantined": 0})
+        counts["clips"] += 1
+        counts["missing"] += reasons.get(path) == "missing"
+        counts["quarantined"] += path in reasons
+    for tasks in found.values():
+        for counts in tasks.values():
+            counts["missing_share"] = round(counts["missing"] / counts["clips"], 4)
+    return {split: dict(sorted(found[split].items())) for split in sorted(found)}

@@ -1,10 +1,13 @@
 """The features of every clip of a shard set in memory, by clip content."""
 
+import io
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import soundfile
 
-from mellow_platform.data.shards import Manifest
+from mellow_platform.data.shards import CLIPS, Manifest
 
 
 @dataclass(frozen=True)
@@ -15,33 +18,41 @@ class FeatureStore:
         arrays: by name, fp16 [clips, ...] (`log_mel`, or `frames` and `latent`).
         filepaths, splits: of each row; those of the first file where several have the same content.
         rows: row of each clip id.
+        recordings: FLAC of each row in a set with `features: waveform`, whose `arrays` are empty.
     """
 
     arrays: dict[str, np.ndarray]
     filepaths: list[str]
     splits: list[str]
     rows: dict[str, int]
+    recordings: pa.ChunkedArray | None = None
 
     @classmethod
     def load(cls, shards: str) -> "FeatureStore":
-        """Read the clips of the shard set at `shards`; clips of equal content are kept once."""
+        """Read the clips of the shard set at `shards`."""
         manifest = Manifest.read(shards)
-        shapes = manifest.features
-        table = manifest.read_table(shards, "clips")
-        clip_ids = table["clip_id"].to_pylist()
-        rows: dict[str, int] = {}
-        first: list[int] = []
-        for place, clip_id in enumerate(clip_ids):
-            if clip_id not in rows:
-                rows[clip_id] = len(first)
-                first.append(place)
-        table = table.take(first)
+        table = manifest.read_table(shards, CLIPS)
+        rows = {clip_id: row for row, clip_id in enumerate(table["clip_id"].to_pylist())}
+        names = table["filepath"].to_pylist(), table["split"].to_pylist()
+        if "waveform" in manifest.features:
+            recordings = table["waveform"].cast(pa.large_binary())
+            return cls({}, *names, rows, recordings)
         arrays = {}
-        for name, shape in shapes.items():
-            arrays[name] = np.empty((len(first), *shape), np.float16)
+        for name, shape in manifest.features.items():
+            arrays[name] = np.empty((len(table), *shape), np.float16)
             for row, value in enumerate(table[name]):
                 arrays[name][row] = np.frombuffer(value.as_buffer(), np.float16).reshape(shape)
-        return cls(arrays, table["filepath"].to_pylist(), table["split"].to_pylist(), rows)
+        return cls(arrays, *names, rows)
 
     def __len__(self) -> int:
         return len(self.filepaths)
+
+    def waveform(self, row: int) -> np.ndarray:
+        """Return the whole recording of a row, float32 [samples] at the rate of the set's front end.
+
+        Raises:
+            ValueError: the set holds no waveforms.
+        """
+        if self.recordings is None:
+            raise ValueError("these shards hold no waveforms: run jobs/preprocess.py with --features waveform")
+        return soundfile.read(io.BytesIO(self.recordings[row].as_py()), dtype="float32")[0]

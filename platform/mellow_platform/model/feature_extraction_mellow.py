@@ -129,7 +129,7 @@ class MellowFeatureExtractor(SequenceFeatureExtractor):
             return_complex=True,
         )
         power = spectrum.real.square() + spectrum.imag.square()
-        mel = power.transpose(1, 2) @ torch.from_numpy(self.mel_filters)
+        mel = power.transpose(1, 2) @ torch.tensor(self.mel_filters)  # a copy: Ray hands out read-only arrays
         return 10.0 * torch.log10(torch.clamp(mel, min=1e-10))
 
     def __call__(

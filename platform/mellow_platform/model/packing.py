@@ -4,7 +4,7 @@ The decoder reads `[prefix of pair 1] ... [prefix of pair G] [question 1] ... [q
 prefix is two clips with their separators and a question is a prompt with its answer. Everything in a decoder but
 attention works on each position by itself, so positions are all that has to be told apart there; attention is computed
 in two parts, each of whose sequences are of one pair: prefixes among themselves, and questions behind their prefix.
-A mask over the whole sequence would say the same, at three times the multiplications for eight questions on a pair.
+A mask over the whole sequence would say the same, at three times the attention for eight questions on a pair.
 """
 
 from dataclasses import dataclass

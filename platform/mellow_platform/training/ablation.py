@@ -20,8 +20,8 @@ from mellow_platform.evaluation.evaluate import evaluate
 from mellow_platform.features.preprocess import preprocess
 from mellow_platform.model.folder import load_processor
 from mellow_platform.training.ablation_report import Outcome, report, write_report
-from mellow_platform.training.finetune import build_model, load_examples, train_answers
-from mellow_platform.training.loop import CHANGEABLE, run_training
+from mellow_platform.training.finetune import build_model, finetune
+from mellow_platform.training.loop import CHANGEABLE
 
 logger = logging.getLogger(__name__)
 
@@ -168,10 +168,9 @@ def run_trials(runs: list[Run], concurrent: int | None) -> dict[str, str]:
 def train_and_score(values: dict[str, str], runs: dict[str, Run]) -> None:
     """The trial of a run: the driver of its training and evaluation, on the cluster."""
     run = runs[values["run"]]
-    examples = load_examples(run.train)
     # What is wrong with a point is found here, before workers are started for it, and started again.
     build_model(run.train, load_processor(storage.join(run.train.shards, "processor")))
-    result = run_training(train_answers, run.train, examples)
+    result = finetune(run.train)
     # Of the weights that were published.
     validated = result["best"] if run.train.publish == "best" else result
     scores = {"steps": result["step"]} | {name: validated[name] for name in ("val_accuracy", "val_loss")}

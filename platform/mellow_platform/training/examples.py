@@ -62,6 +62,34 @@ class Texts:
         return padded
 
 
+@dataclass(frozen=True, eq=False)
+class Recordings:
+    """Whole recordings of clips, of which every question hears a window of its own.
+
+    Attributes:
+        store: of a set with features: waveform.
+        rows: row [clips] of each clip in it.
+        extractor: the front end, which makes `input_features` of a waveform and cuts it to its length.
+    """
+
+    store: FeatureStore
+    rows: np.ndarray
+    extractor: Any
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def log_mel(self, pairs: np.ndarray, generators: list[np.random.Generator]) -> np.ndarray:
+        """Return random windows of both clips [pairs, 2], drawn by a generator each pair: [pairs, 2, frames, bands]."""
+        windows = []
+        for pair, generator in zip(pairs, generators, strict=True):
+            for clip in pair:
+                waveform = self.store.waveform(self.rows[clip])
+                start = generator.integers(0, max(0, len(waveform) - self.extractor.clip_samples) + 1)
+                windows.append(self.extractor(waveform[start:])["input_features"][0].numpy())
+        return np.stack(windows).reshape(len(pairs), 2, *windows[0].shape)
+
+
 class RecordNames(Sequence[str]):
     """Names of records of a split, made when asked for.
 
@@ -93,6 +121,7 @@ class AnswerExamples:
         single: [questions], true where a question is about its first clip alone.
         prompts, answers: their tokens.
         features: arrays [clips, ...] of each distinct clip, by the name that the network reads them by.
+        recordings: of each distinct clip, in place of `features`.
         questions_per_pack: neighbours on the same clips, which share a prefix; 1 gives each question its own.
         prompt_length: tokens that every prompt is filled to with `pad_token`, which is seen; None fills prompts to the
             longest of a micro-batch, unseen.
@@ -111,6 +140,7 @@ class AnswerExamples:
     questions_per_pack: int = 1
     prompt_length: int | None = None
     partner_draws: PartnerDraws = "stored"
+    recordings: Recordings | None = None
 
     @classmethod
     def load(
@@ -122,8 +152,12 @@ class AnswerExamples:
         prompt_length: int | None,
         questions_per_pack: int = 1,
         partner_draws: PartnerDraws = "stored",
+        extractor: Any = None,
     ) -> "AnswerExamples":
-        """Read the examples of `split`.
+        """Read the examples of `split`; the arguments are attributes of the class.
+
+        Args:
+            extractor: of `Recordings`, for a set with features: waveform.
 
         Raises:
             ValueError: the set has no such split, a question without a token, or another rule than `partner: random`
@@ -155,6 +189,7 @@ class AnswerExamples:
             questions_per_pack=questions_per_pack,
             prompt_length=prompt_length,
             partner_draws=partner_draws,
+            recordings=None if store.recordings is None else Recordings(store, rows, extractor),
         )
 
     def subset(self, numbers: np.ndarray) -> "AnswerExamples":
@@ -169,6 +204,7 @@ class AnswerExamples:
             prompts=self.prompts.subset(numbers),
             answers=self.answers.subset(numbers),
             features={name: array[rows] for name, array in self.features.items()},
+            recordings=self.recordings and replace(self.recordings, rows=self.recordings.rows[rows]),
         )
 
     def __len__(self) -> int:
@@ -186,7 +222,7 @@ class AnswerExamples:
         same for all questions about that clip alone, which then share the pair.
         """
         pairs = self.clips[numbers]
-        count = len(next(iter(self.features.values())))
+        count = len(self.recordings or next(iter(self.features.values())))
         if self.partner_draws == "stored" or count == 1:
             return pairs
         of_clip = self.partner_draws == "clip"
@@ -242,7 +278,10 @@ class AnswerExamples:
         if self.questions_per_pack > 1:
             begins = np.append(True, (pairs[1:] != pairs[:-1]).any(axis=1))
             arrays["pair_index"] = np.cumsum(begins) - 1
-            pairs = pairs[begins]
+            pairs, numbers = pairs[begins], numbers[begins]
+        if self.recordings:
+            generators = [_generator(seed, epoch, f"window {number}") for number in numbers]
+            return arrays | {"input_features": self.recordings.log_mel(pairs, generators)}
         return arrays | {name: array[pairs] for name, array in self.features.items()}
 
 

@@ -41,13 +41,16 @@ CHANGEABLE = {
 }  # fmt: skip
 
 
-def run_training(loop: Callable[[dict[str, Any]], None], config: RunSection, examples: Examples) -> dict[str, Any]:
+def run_training(
+    loop: Callable[[dict[str, Any]], None], config: RunSection, examples: Examples, validation: Examples | None = None
+) -> dict[str, Any]:
     """Run `loop` on the workers that `config` asks for, and return what `Progress.finish` wrote.
 
     A run of the same name goes on from its latest whole checkpoint; one that is complete is left as it is.
 
     Args:
-        loop: called on every worker with `config` (a dict) and `examples` (their reference in the object store).
+        loop: called on every worker with `config` (a dict), `examples` and `validation` (references to them in the
+            object store, where every node has them once).
 
     Raises:
         ValueError: the run of this name was begun with other values.
@@ -63,7 +66,11 @@ def run_training(loop: Callable[[dict[str, Any]], None], config: RunSection, exa
     fs, path = storage.arrow_filesystem(config.storage)
     trainer = TorchTrainer(
         loop,
-        train_loop_config={"config": config.model_dump(), "examples": ray.put(examples)},
+        train_loop_config={
+            "config": config.model_dump(),
+            "examples": ray.put(examples),
+            "validation": ray.put(validation) if validation else None,
+        },
         torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(scaling.min_workers, scaling.workers) if scaling.min_workers else scaling.workers,
@@ -80,8 +87,22 @@ def run_training(loop: Callable[[dict[str, Any]], None], config: RunSection, exa
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | {"OMP_NUM_THREADS": str(scaling.threads_per_worker)}},
         ),
     )
-    trainer.fit()
+    _fit(trainer, scaling.max_failures)
     return storage.read_json(finished)
+
+
+def _fit(trainer: TorchTrainer, max_failures: int) -> None:
+    """Run a trainer to its end. Ray restarts its workers; its controller, which does so, is restarted here."""
+    failures = 0
+    while True:
+        try:
+            trainer.fit()
+            return
+        except ray.exceptions.ActorDiedError as error:
+            failures += 1
+            if 0 <= max_failures < failures:
+                raise
+            logger.warning("the controller of the run is lost, and is started again: %s", error)
 
 
 def is_complete(result: dict[str, Any], config: RunSection, total: int) -> bool:

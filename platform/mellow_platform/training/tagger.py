@@ -23,7 +23,7 @@ from mellow_platform.model.encoders import encoder_parts
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.training.batches import batches
 from mellow_platform.training.checkpoints import Tensors
-from mellow_platform.training.loop import Progress, learning_rate_factor, plan_of, worker_threads
+from mellow_platform.training.loop import Progress, learning_rate_factor, plan_of, run_training, worker_threads
 
 
 class TaggedClips:
@@ -71,6 +71,15 @@ class TaggedClips:
     def collate(self, seed: int, epoch: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """Return spectrograms and tags of the numbered clips; neither depends on the epoch."""
         return {"input_features": self.spectrograms[numbers].astype(np.float32), "targets": self.targets[numbers]}
+
+
+def pretrain(config: EncoderConfig) -> dict[str, Any]:
+    """Run the training that `config` describes to its end, and return its result.
+
+    Raises:
+        ValueError: shards and labels do not go together, or the run of this name was begun with other values.
+    """
+    return run_training(train_tagger, config, TaggedClips.load(config))
 
 
 def build_encoder(config: EncoderConfig, names: list[str]) -> Any:

@@ -1,0 +1,53 @@
+"""Progress as lines of a job's log: how far, how fast, how long still."""
+
+import time
+from dataclasses import dataclass, field
+
+PAUSE = 10.0  # seconds between two lines
+
+
+@dataclass
+class Progress:
+    """Counts what is done of `total` and prints a line now and then, and at the end.
+
+    Attributes:
+        what: name of the stage and of what it counts.
+        total: of these.
+        done: so many are, those of an earlier run too.
+    """
+
+    what: str
+    total: int
+    done: int = 0
+    rejected: int = 0
+    audio_seconds: float = 0.0
+    start: float = field(default_factory=time.monotonic)
+    new: int = 0
+    printed: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.done:
+            print(f"{self.what}: {self.done} of {self.total} are done already", flush=True)
+
+    def add(self, count: int, rejected: int = 0, audio_seconds: float = 0.0) -> None:
+        self.done += count
+        self.new += count
+        self.rejected += rejected
+        self.audio_seconds += audio_seconds
+        if self.done >= self.total or time.monotonic() - max(self.start, self.printed) > PAUSE:
+            self.printed = time.monotonic()
+            print(self.line(), flush=True)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def line(self) -> str:
+        left = self.seconds / max(self.new, 1) * (self.total - self.done)
+        parts = [f"{self.what}: {self.done} of {self.total} ({100 * self.done / max(self.total, 1):.0f} %)"]
+        if self.rejected:
+            parts.append(f"{self.rejected} quarantined")
+        if self.audio_seconds:
+            parts.append(f"{self.audio_seconds / self.seconds:.0f} audio-seconds a second")
+        parts.append(f"{left:.0f} s left" if self.done < self.total else f"{self.seconds:.0f} s")
+        return ", ".join(parts)

@@ -1,0 +1,154 @@
+"""Kill a preprocessing job at seeded random moments, and compare what it leaves with an undisturbed run.
+
+python tests/chaos/kill_preprocess.py --kills 10 --seed 0      # about ten minutes on two cores
+
+A corpus in object storage whose server fails one request in twenty; a cluster of two nodes; one job, of which a
+worker, a node, or the driver is killed in turn. The job is submitted again when its driver was killed, and only then.
+What counts is what is committed: `lost` are files of the undisturbed run that are missing, `repeated` clips that stand
+twice and files that the undisturbed run has not, and `different` files whose bytes differ. `redone` are shards that
+were written more than once: at most those in hand at a kill, one for each logical CPU of the cluster.
+
+The last line is JSON; the exit code is 1 if anything was lost, repeated or different, or too much redone.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from mellow_platform import storage
+from mellow_platform.config import PreprocessConfig
+from mellow_platform.data.shards import Manifest
+from mellow_platform.features.preprocess import preprocess
+from mellow_platform.features.progress import Progress
+from tests.chaos.cluster import DRIVER, NODE, WORKER, ChaosCluster
+from tests.conftest import write_corpus
+from tests.object_storage import ObjectStore, object_store
+
+CPUS = {"head": 1, "node": 1}  # logical ones, and so many shards in hand
+CLIPS_A_SHARD = 4
+TIME_LIMIT = 1200.0  # seconds
+
+
+def run(folder: Path, kills: int, seed: int, clips: int) -> dict[str, Any]:
+    """Run the experiment in `folder` with so many clips a corpus; print a table, and return what is to be reported."""
+    rng = random.Random(seed)
+    order = [(WORKER, NODE, DRIVER)[number % 3] for number in range(kills)]
+    rng.shuffle(order)
+    with object_store(folder / "s3") as store:
+        corpus = storage.join(store.uri, "corpus")
+        write_corpus(corpus, {"train": clips, "val": 4, "test": 8})
+        storage.write_bytes(storage.join(corpus, "audio/train/000001.flac"), b"not a sound")
+        storage.write_bytes(
+            storage.join(corpus, "audio/train/000003.flac"),
+            storage.read_bytes(storage.join(corpus, "audio/train/000002.flac")),
+        )
+        undisturbed = storage.join(store.uri, "undisturbed")
+        config = PreprocessConfig(
+            corpus=corpus, output=undisturbed, size="mellow-tiny", clips_per_shard=CLIPS_A_SHARD, records_per_shard=64
+        )
+        seconds = _undisturbed(config)
+    with object_store(folder / "s3", failures=0.05, seed=seed) as store:
+        disturbed = config.model_copy(update={"output": storage.join(store.uri, "disturbed")})
+        events = _disturb(disturbed, store, order, rng, folder, seconds)
+        written = Counter(store.written(f"{disturbed.output}/clips/") + store.written(f"{disturbed.output}/records/"))
+        failed = store.failed, store.requests
+    with object_store(folder / "s3") as store:
+        found = compare(undisturbed, disturbed.output)
+    print(f"{'kill':>4}  {'after':>7}  {'shards':>6}  what")
+    for number, event in enumerate(events, 1):
+        print(f"{number:4d}  {event['after']:6.1f}s  {event['shards']:6d}  {event['what']}")
+    print(f"{failed[0]} of {failed[1]} requests failed; {len(written)} shards were written")
+    redone = sum(count - 1 for count in written.values())
+    bound = len(events) * sum(CPUS.values())
+    return {"kills": len(events)} | found | {"redone": redone, "redone_at_most": bound, "shards": len(written)}
+
+
+def _undisturbed(config: PreprocessConfig) -> float:
+    """Run the job in this process's own cluster; return its seconds."""
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=256 << 20, logging_level="error")
+    try:
+        progress = Progress("undisturbed", 1)
+        preprocess(config)
+        return progress.seconds
+    finally:
+        ray.shutdown()
+
+
+def _disturb(
+    config: PreprocessConfig, store: ObjectStore, order: list[str], rng: random.Random, folder: Path, seconds: float
+) -> list[dict[str, Any]]:
+    """Run the job on a cluster to its end; kill at random moments that follow on another's progress.
+
+    A moment is a random number of shards, so that kills are spread over the job however fast the machine is, and a
+    random while of up to two seconds after these are written.
+    """
+    settings = folder / "preprocess.yaml"
+    settings.write_text(json.dumps(config.model_dump(exclude_none=True)))
+    command = ["jobs/preprocess.py", "--config", str(settings)]
+    log = folder / "job.log"
+    files = Manifest.read(config.output.replace("/disturbed", "/undisturbed")).files
+    total = sum(name.startswith(("clips/", "records/")) for name in files)
+    moments = sorted(rng.uniform(0.0, 0.85) * total for _ in order)
+    events: list[dict[str, Any]] = []
+    begun = time.monotonic()
+    with ChaosCluster(store.env, nodes=1, cpus=CPUS["node"], head_cpus=CPUS["head"]) as cluster:
+        driver = cluster.run_driver(command, log)
+        while time.monotonic() - begun < TIME_LIMIT + seconds:
+            if driver.poll() == 0:
+                return events
+            if driver.poll() is not None:
+                raise RuntimeError(f"the job failed with status {driver.returncode}:\n{log.read_text()[-4000:]}")
+            done = len(set(store.written(f"{config.output}/clips/") + store.written(f"{config.output}/records/")))
+            if len(events) < len(order) and done >= moments[len(events)]:
+                time.sleep(rng.uniform(0.0, 2.0))
+                what = cluster.kill(order[len(events)], rng, driver)
+                if what:
+                    events.append({"after": time.monotonic() - begun, "shards": done, "what": what})
+                if driver.poll() is not None and driver.returncode != 0:
+                    driver = cluster.run_driver(command, log)
+            time.sleep(0.2)
+    raise TimeoutError(f"the job did not end:\n{log.read_text()[-4000:]}")
+
+
+def compare(undisturbed: str, disturbed: str) -> dict[str, int]:
+    """Return how many files of one set are lost or different in the other, and how many rows stand twice there."""
+    expected, found = Manifest.read(undisturbed), Manifest.read(disturbed)
+    there = {name for name, _ in storage.find(disturbed)}
+    others = ("stock/", "processor/", "statistics.")
+    names = set(expected.files) | {name for name, _ in storage.find(undisturbed) if name.startswith(others)}
+    lost = names - there
+    different = {
+        name
+        for name in names - lost
+        if storage.read_bytes(f"{undisturbed}/{name}") != storage.read_bytes(f"{disturbed}/{name}")
+    }
+    extra = {name for name in there if name.startswith(("clips/", "records/", "stock/"))} - names
+    clip_ids = found.read_table(disturbed, "clips", ["clip_id"])["clip_id"].to_pylist()
+    repeated = len(clip_ids) - len(set(clip_ids)) + len(extra)
+    different |= {"manifest.json"} if expected.content_hash != found.content_hash else set()
+    return {"lost": len(lost), "repeated": repeated, "different": len(different)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clips", type=int, default=400, help="of the train split")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(Path(folder), arguments.kills, arguments.seed, arguments.clips)
+    print(json.dumps(result))
+    wrong = result["lost"] or result["repeated"] or result["different"] or result["redone"] > result["redone_at_most"]
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
