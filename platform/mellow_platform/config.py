@@ -8,6 +8,7 @@ import argparse
 import difflib
 import hashlib
 import itertools
+import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -379,7 +380,7 @@ class AblationConfig(Section):
         values = {"size": config.size, "features": "encoder", "encoder": config.encoder or config.init_from}
         values |= {"decoder": config.decoder} if config.decoder else {}
         made = _checked(PreprocessConfig, (self.preprocess or {}) | values | {"output": self.output})
-        digest = hashlib.sha256(made.model_dump_json(exclude={"output"}).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(made.shaping, sort_keys=True).encode()).hexdigest()
         return made.model_copy(update={"output": storage.join(self.output, "shards", digest[:12])})
 
     def evaluate_config(self, config: TrainConfig, output: str) -> EvaluateConfig | None:
