@@ -19,7 +19,7 @@ from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.configuration_mellow import tiny_decoder_config
 from mellow_platform.model.folder import load_processor, save_pretrained
 from mellow_platform.training.ablation import run_ablation, runs_of
-from mellow_platform.training.ablation_report import point_labels
+from mellow_platform.training.ablation_report import Outcome, markdown, picture, point_labels, report
 from mellow_platform.training.finetune import build_model, load_examples
 from mellow_platform.training.loop import RESULT
 from tests.conftest import write_corpus
@@ -203,6 +203,28 @@ def test_one_axis_at_a_time_is_changed_from_the_first_values(grid):
 
 
 SHARDS = {"preprocess": None, "evaluate": None, "train": {"shards": "/s", "encoder": "/e", "size": "mellow-tiny"}}
+
+
+@pytest.mark.parametrize(("metric", "best"), [("val_accuracy", "projection mlp"), ("val_loss", "projection mellow")])
+def test_points_stand_best_first_and_a_failed_run_leaves_the_others_of_its_point(metric, best):
+    config = AblationConfig(output="/o", grid={"projection": ["linear", "mellow", "mlp"]}, metric=metric, **SHARDS)
+    scores = [(0.2, 3.0), (0.3, 1.0), (0.5, 2.0)]
+    outcomes = [
+        Outcome(point, seed, f"{point}-{seed}", {"val_accuracy": accuracy + 0.1 * seed, "val_loss": loss}, None)
+        for point, (accuracy, loss) in enumerate(scores)
+        for seed in range(3)
+    ]
+    outcomes[-1] = Outcome(2, 2, "2-2", {}, "RuntimeError: step 7: the loss is nan")
+    result = report(config, outcomes)
+    assert result["points"][0]["label"] == best
+    assert result["points"][-1]["label"] == "projection linear"
+    mlp = next(point for point in result["points"] if point["label"] == "projection mlp")
+    assert mlp["mean"]["val_accuracy"] == pytest.approx(0.55)
+    assert mlp["std"]["val_accuracy"] == pytest.approx(0.1 / 2**0.5)
+    table = markdown(result)
+    assert "| mlp | 2 of 3 | 0.550 ± 0.071 | 2.000 ± 0.000 |" in table
+    assert "- `2-2`: RuntimeError: step 7: the loss is nan" in table
+    assert picture(result).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

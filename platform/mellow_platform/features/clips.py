@@ -80,7 +80,8 @@ def write_clip_shards(
         dataset = dataset.map(
             EncodeShard,
             fn_constructor_args=(config.encoder,),
-            compute=ray.data.ActorPoolStrategy(size=config.encoder_workers),
+            # Of a fixed number Ray starts all, and where they take every CPU decoding waits for them, and they for it.
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.encoder_workers),
             num_gpus=config.gpus_per_worker or None,
         )
     # Behind an encoder, writing waits for no CPU: a shard is committed as soon as it is encoded, however much there is
