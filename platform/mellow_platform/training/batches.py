@@ -125,7 +125,10 @@ def batches(plan: Plan, source: ray.ObjectRef, rank: int, first: int, last: int)
             step, turn = divmod(row["id"], plan.turns)
             return _collated(plan, ray.get(source), start + step, turn, rank)
 
-        return ray.data.range(count, override_num_blocks=-(-count // TASK)).map(make).materialize()
+        rows = [{"id": number} for number in range(count)]
+        # The workers may hold every CPU there is; what makes their batches must not wait for one.
+        dataset = ray.data.from_items(rows, override_num_blocks=-(-count // TASK))
+        return dataset.map(make, num_cpus=0).materialize()
 
     starts = range(first, last, steps)
     with ThreadPoolExecutor(1) as ahead:
