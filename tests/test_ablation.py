@@ -12,28 +12,22 @@ import torch
 import transformers
 
 from mellow_platform import storage
-from mellow_platform.config import AblationConfig, PreprocessConfig, TrainConfig
+from mellow_platform.config import AblationConfig, TrainConfig
 from mellow_platform.data.shards import read_records
-from mellow_platform.features.preprocess import preprocess
-from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.configuration_mellow import tiny_decoder_config
-from mellow_platform.model.folder import load_processor, save_pretrained
+from mellow_platform.model.folder import load_processor
 from mellow_platform.training.ablation import run_ablation, runs_of
 from mellow_platform.training.ablation_report import Outcome, markdown, picture, point_labels, report
 from mellow_platform.training.finetune import build_model, load_examples
 from mellow_platform.training.loop import RESULT
-from tests.conftest import write_corpus
+from tests.conftest import write_features
 
 
 @pytest.fixture(scope="module")
 def made(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A corpus of a few scenes, an encoder, a decoder with the corpus's tokenizer, and the shards of all three."""
     root = tmp_path_factory.mktemp("ablation")
-    write_corpus(str(root / "corpus"), {"train": 6, "val": 2, "test": 1})
-    torch.manual_seed(0)
-    save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")).eval(), str(root / "encoder"))
-    data = {"corpus": str(root / "corpus"), "size": "mellow-tiny", "encoder": str(root / "encoder")}
-    preprocess(PreprocessConfig(**data, output=str(root / "features"), features="encoder"))
+    write_features(root)
     tokenizer = load_processor(str(root / "features/processor")).tokenizer
     decoder = transformers.LlamaForCausalLM(tiny_decoder_config(len(tokenizer)))
     decoder.save_pretrained(root / "decoder")

@@ -17,14 +17,13 @@ from mellow_platform import storage
 from mellow_platform.config import PreprocessConfig, TrainConfig
 from mellow_platform.features.preprocess import preprocess
 from mellow_platform.features.store import FeatureStore
-from mellow_platform.model import HTSATEncoder, encoder_config
-from mellow_platform.model.folder import load_model, load_processor, save_pretrained
+from mellow_platform.model.folder import load_model, load_processor
 from mellow_platform.training.batches import Plan, batches
 from mellow_platform.training.checkpoints import FOLDER, MARKER, STATE, CheckpointStore
 from mellow_platform.training.finetune import BETAS, build_model, finetune, load_examples
 from mellow_platform.training.gate import check_published
 from mellow_platform.training.loop import RESULT, learning_rate_factor, total_steps
-from tests.conftest import write_corpus
+from tests.conftest import write_features
 
 STEPS = 20
 
@@ -33,11 +32,7 @@ STEPS = 20
 def made(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Feature shards of a few scenes, and how they are trained on."""
     root = tmp_path_factory.mktemp("training")
-    write_corpus(str(root / "corpus"), {"train": 6, "val": 2, "test": 1})
-    torch.manual_seed(0)
-    save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")).eval(), str(root / "encoder"))
-    common = {"corpus": str(root / "corpus"), "size": "mellow-tiny", "encoder": str(root / "encoder")}
-    preprocess(PreprocessConfig(**common, output=str(root / "features"), features="encoder"))
+    write_features(root)
     return SimpleNamespace(root=root)
 
 

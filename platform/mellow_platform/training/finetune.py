@@ -25,7 +25,8 @@ from mellow_platform.training.engine_state import EngineState, weights_of
 from mellow_platform.training.examples import AnswerExamples
 from mellow_platform.training.flops import ModelFlops, measured_peak
 from mellow_platform.training.gate import Question, check_published, greedy_answers
-from mellow_platform.training.loop import Progress, learning_rate_factor, plan_of, run_training, worker_threads
+from mellow_platform.training.loop import learning_rate_factor, plan_of, run_training, worker_threads
+from mellow_platform.training.progress import Progress
 
 BETAS = (0.9, 0.98)
 GATE_QUESTIONS = 8

@@ -23,7 +23,8 @@ from mellow_platform.model.encoders import encoder_parts
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.training.batches import batches
 from mellow_platform.training.checkpoints import Tensors
-from mellow_platform.training.loop import Progress, learning_rate_factor, plan_of, run_training, worker_threads
+from mellow_platform.training.loop import learning_rate_factor, plan_of, run_training, worker_threads
+from mellow_platform.training.progress import Progress
 
 
 class TaggedClips:
