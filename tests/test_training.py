@@ -23,7 +23,7 @@ from mellow_platform.training.checkpoints import FOLDER, MARKER, STATE, Checkpoi
 from mellow_platform.training.finetune import BETAS, build_model, finetune, load_examples
 from mellow_platform.training.gate import check_published
 from mellow_platform.training.loop import RESULT, learning_rate_factor, total_steps
-from tests.conftest import write_features
+from tests.conftest import write_corpus, write_features
 
 STEPS = 20
 
