@@ -114,11 +114,11 @@ class Run:
         self.folder = storage.join(uri, name, "run")
         self.output = storage.join(uri, name, "model")
         self.file = folder / f"{name}.log"
-        batch = 16
+        batch = 64  # steps of a fifth of a second: kills and notices take seconds to arrive
         self.command = [
             "jobs/train.py", "--shards", f"{uri}/features", "--encoder", f"{uri}/encoder", "--size", "mellow-tiny",
             "--storage", storage.join(uri, name), "--run", "run", "--output", self.output,
-            "--batch", str(batch), "--micro-batch", "8", "--epochs", str(steps / -(-examples // batch)),
+            "--batch", str(batch), "--micro-batch", "16", "--epochs", str(steps / -(-examples // batch)),
             "--checkpoint-every", str(checkpoint_every), "--scaling.max-failures", "-1",
         ]  # fmt: skip
         self.driver: subprocess.Popen | None = None
