@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from mellow_platform.config import CorpusConfig, EncoderConfig, PreprocessConfig, Section, TrainConfig, load
+from mellow_platform.config import (
+    AblationConfig,
+    CorpusConfig,
+    EncoderConfig,
+    PreprocessConfig,
+    Section,
+    TrainConfig,
+    load,
+)
 from tests.conftest import REPOSITORY
 
 REQUIRED = ["--shards", "/s", "--output", "/o", "--storage", "/st", "--run", "r", "--encoder", "/e"]
@@ -102,3 +110,20 @@ def test_every_recipe_is_a_valid_configuration_whose_workers_share_its_batch(rec
 
 def test_the_recipes_are_those_that_are_documented():
     assert [path.stem for path in RECIPES] == ["8-gpus", "encoder-cached", "finetune", "lora", "published", "tiny"]
+
+
+@pytest.mark.parametrize(("file", "points"), [("ablation", 10), ("ablation-tiny", 4)])
+def test_every_grid_of_an_ablation_is_valid(file: str, points: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPOSITORY)
+    config = load(AblationConfig, ["--config", f"jobs/configs/{file}.yaml", "--output", "/o"])
+    assert len(config.points()) == points
+
+
+def test_an_unknown_key_of_a_grid_is_refused_with_the_nearest_name(tmp_path: Path, capsys: pytest.CaptureFixture):
+    file = tmp_path / "ablation.yaml"
+    file.write_text("output: /o\ntrain: {shards: /s, encoder: /e}\ngrid: {projektion: [mlp]}\n")
+    with pytest.raises(SystemExit):
+        load(AblationConfig, ["--config", str(file)])
+    assert (
+        "projektion is not a field of jobs/train.py that a grid can have; did you mean proj" in capsys.readouterr().err
+    )

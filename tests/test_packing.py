@@ -332,7 +332,7 @@ def test_a_million_questions_are_ordered_in_flat_arrays():
     texts = Texts(np.zeros(count, np.int32), np.arange(count + 1))
     examples = AnswerExamples(
         name="million",
-        ids=RecordNames("train", count),
+        ids=RecordNames("train", np.arange(count)),
         clips=np.stack([first, (first + 1) % clips], axis=1),
         single=generator.random(count) < 0.7,
         prompts=texts,

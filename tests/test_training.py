@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mellow_platform import storage
 from mellow_platform.config import PreprocessConfig, TrainConfig
 from mellow_platform.features.preprocess import preprocess
+from mellow_platform.features.store import FeatureStore
 from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.folder import load_model, load_processor, save_pretrained
 from mellow_platform.training.batches import Plan, batches
@@ -221,6 +222,27 @@ def test_a_model_is_published_only_as_it_was_trained(made, whole, tmp_path):
         model.frame_embedding.weight[0, 0] += 1e-3
     with pytest.raises(RuntimeError, match=r"is not published: frame_embedding\.weight differs from what was trained"):
         check_published(str(tmp_path / "model"), model, [], [], like=model.frame_embedding.weight)
+
+
+def test_a_model_is_trained_further_on_shards_made_with_its_own_encoder_and_tokenizer(made, whole, tmp_path):
+    model, own = str(made.root / "whole/model"), str(tmp_path / "features")
+    values = {"corpus": str(made.root / "corpus"), "features": "encoder", "encoder": model}
+    preprocess(PreprocessConfig(**values, output=own))
+    before, after = (FeatureStore.load(uri) for uri in (str(made.root / "features"), own))
+    assert all(np.array_equal(before.arrays[name], after.arrays[name]) for name in before.arrays)
+    config = configured(made, "further", shards=own, init_from=model, encoder=None)
+    processor = load_processor(storage.join(own, "processor"))
+    weights, published = build_model(config, processor).state_dict(), load_model(model)[0].state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in published.items())
+
+    write_corpus(str(tmp_path / "other"), {"train": 2, "val": 1, "test": 1})
+    values |= {"corpus": str(tmp_path / "other"), "encoder": str(made.root / "encoder"), "size": "mellow-tiny"}
+    preprocess(PreprocessConfig(**values, output=str(tmp_path / "wrong")))
+    processor = load_processor(str(tmp_path / "wrong/processor"))
+    with pytest.raises(
+        ValueError, match=r"was written with another tokenizer than that of .*/whole/model: run jobs/pre"
+    ):
+        build_model(config, processor)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(made):

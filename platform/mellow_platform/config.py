@@ -6,6 +6,9 @@ Each job takes `--config FILE` and a flag for every field (`--learning-rate 3e-4
 
 import argparse
 import difflib
+import hashlib
+import itertools
+import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,12 +24,18 @@ Partner = Literal["random", "same", "silence"]
 PartnerDraws = Literal["stored", "clip", "question"]
 Dtype = Literal["float32", "int8", "bfloat16"]
 Features = Literal["logmel", "encoder", "waveform"]
+# Of ReasonAQA, what a large language model wrote from captions alone; 70 % of the train split.
+SYNTHETIC_SUBTYPES = ["Clotho-MCQ", "Clotho-Detail", "AudioCaps-MCQ", "AudioCaps-Detail"]
+AFTER_THE_LAST_STEP = 10**9  # of any run: one that validates every so many steps does it at its end alone
 
 
 class Section(BaseModel):
     """Base of every configuration: no unknown keys, values checked."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+Config = TypeVar("Config", bound=Section)
 
 
 class CorpusConfig(Section):
@@ -101,7 +110,11 @@ class PreprocessConfig(Section):
         description="what is stored of a clip: its spectrogram, what the frozen encoder makes of it, or the whole "
         "recording at the model's rate (16-bit FLAC)",
     )
-    encoder: Uri | None = Field(None, description="folder of the frozen encoder, for features: encoder")
+    encoder: Uri | None = Field(
+        None,
+        description="folder of the frozen encoder, for features: encoder; a whole Mellow gives its encoder and, "
+        "where there is no `decoder`, its tokenizer",
+    )
     short_clip: Literal["pad", "repeat"] = Field("pad", description="what fills a clip shorter than 10 s")
     partner: Partner = Field(
         "same", description="second clip of a question about one: a random other of its split, itself, or silence"
@@ -215,11 +228,22 @@ class TrainConfig(RunSection):
 
     encoder: Uri | None = Field(None, description="folder of the frozen encoder that made the shards")
     decoder: str | None = Field(None, description="hub name, folder or GGUF file with the decoder's weights")
+    pretrained: bool = Field(True, description="take the decoder's weights; false: only its shape, with fresh weights")
     init_from: Uri | None = Field(
         None, description="folder of a Mellow model to go on from, in place of encoder and decoder"
     )
     projection: str = Field("mellow", description="mellow (as published), linear, mlp or transformer")
     lora: LoRASection = LoRASection()
+    synthetic_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of synthetic questions among those trained on, of which as many are taken as it allows; "
+        "default: all there are",
+    )
+    synthetic_subtypes: list[str] = Field(
+        SYNTHETIC_SUBTYPES, description="questions that count as synthetic; default: what ReasonAQA had a model write"
+    )
     zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed ZeRO stage")
     activation_checkpointing: bool = Field(
         False, description="compute the decoder's activations again in the backward pass, to save memory"
@@ -250,6 +274,14 @@ class TrainConfig(RunSection):
     def _one_place_to_begin(self) -> "TrainConfig":
         if bool(self.encoder) == bool(self.init_from):
             raise ValueError("give `encoder`, or `init_from`, a model that brings its own")
+        return self
+
+    @model_validator(mode="after")
+    def _fresh_weights_need_a_shape(self) -> "TrainConfig":
+        if not self.pretrained and not self.decoder:
+            raise ValueError(
+                "pretrained: false goes with `decoder`, whose shape it takes: without one it is fresh anyway"
+            )
         return self
 
     @model_validator(mode="after")
@@ -287,6 +319,109 @@ class EvaluateConfig(Section):
     )
 
 
+class AblationConfig(Section):
+    """`jobs/ablate.py`: train and score every point of a grid with several seeds, and write one table."""
+
+    output: Uri = Field(description="folder for shards, runs, models, scores, and the table with its picture")
+    base: str | None = Field(
+        None, description="YAML file of jobs/train.py that every point begins with, relative to the working directory"
+    )
+    train: dict[str, Any] = Field(
+        {}, description="fields of jobs/train.py that all points have, in place of the base's"
+    )
+    preprocess: dict[str, Any] | None = Field(
+        None,
+        description="fields of jobs/preprocess.py (corpus, audio_root) to write shards with, once for each pair of "
+        "encoder and decoder; without them all points read `shards` of `train`",
+    )
+    evaluate: dict[str, Any] | None = Field(
+        None,
+        description="fields of jobs/evaluate.py ({split: test}) to score every model with; default: validation only",
+    )
+    grid: dict[str, list[Any]] = Field(
+        description="values of each axis, which is a field of jobs/train.py: {projection: [mellow, mlp]}"
+    )
+    combinations: Literal["all", "one_at_a_time"] = Field(
+        "all", description="every combination of values; or the first of all axes, and that with one of them changed"
+    )
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="every point is trained with each")
+    metric: Literal["val_accuracy", "val_loss", "accuracy"] = Field(
+        "val_accuracy", description="score that the points are sorted by; accuracy is that of `evaluate`"
+    )
+    concurrent: int | None = Field(
+        None, ge=1, description="runs at the same time; default: as many as the cluster has room for at the start"
+    )
+
+    def points(self) -> list[dict[str, Any]]:
+        """Return the value of every axis at each point."""
+        if self.combinations == "all":
+            return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        reference = {axis: values[0] for axis, values in self.grid.items()}
+        changed = [reference | {axis: value} for axis, values in self.grid.items() for value in values[1:]]
+        return [reference, *changed]
+
+    def train_config(self, point: dict[str, Any], seed: int) -> TrainConfig:
+        """Return the configuration of a point's run, whose name and output are still to be given.
+
+        Raises:
+            ValueError: the base cannot be read, or the fields do not fit; the message names them.
+        """
+        values = _yaml_fields(self.base) if self.base else {}
+        values |= self.train | point | {"seed": seed, "storage": storage.join(self.output, "runs")}
+        values |= {"run": "unnamed", "output": self.output, "shards": values.get("shards", self.output)}
+        # Without validations on the way there is one at the end.
+        values["validate_every"] = values.get("validate_every") or AFTER_THE_LAST_STEP
+        config = _checked(TrainConfig, values)
+        shards = self.preprocess_config(config).output if self.preprocess is not None else config.shards
+        return config.model_copy(update={"shards": shards})
+
+    def preprocess_config(self, config: TrainConfig) -> PreprocessConfig:
+        """Return how the shards for a run's encoder and decoder are made, and where."""
+        values = {"size": config.size, "features": "encoder", "encoder": config.encoder or config.init_from}
+        values |= {"decoder": config.decoder} if config.decoder else {}
+        made = _checked(PreprocessConfig, (self.preprocess or {}) | values | {"output": self.output})
+        digest = hashlib.sha256(json.dumps(made.shaping, sort_keys=True).encode()).hexdigest()
+        return made.model_copy(update={"output": storage.join(self.output, "shards", digest[:12])})
+
+    def evaluate_config(self, config: TrainConfig, output: str) -> EvaluateConfig | None:
+        """Return how the model of a run is scored besides its validation."""
+        if self.evaluate is None:
+            return None
+        values = {"conditions": ["audio"]} | self.evaluate
+        return _checked(EvaluateConfig, values | {"model": config.output, "shards": config.shards, "output": output})
+
+    @model_validator(mode="after")
+    def _axes_and_fields_are_for_the_user(self) -> "AblationConfig":
+        own = {"run", "output", "storage", "seed", "dry_run"}
+        valid = [name for name in TrainConfig.model_fields if name not in own]
+        for name in (*self.grid, *self.train):
+            if name not in valid:
+                raise ValueError(f"{name} is not a field of jobs/train.py that a grid can have{_nearest(name, valid)}")
+        for axis, values in self.grid.items():
+            if not values:
+                raise ValueError(f"grid.{axis} has no values: list some, or leave the axis out")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_come_from_one_place(self) -> "AblationConfig":
+        if (self.preprocess is None) == ("shards" not in self.train):
+            raise ValueError("give `preprocess`, the fields to write shards with, or `shards` in `train`, and not both")
+        if self.preprocess is None and any(len(self.grid.get(axis, [])) > 1 for axis in ("encoder", "init_from")):
+            raise ValueError("each encoder reads shards of its own: give `preprocess` in place of `shards` in `train`")
+        return self
+
+    @model_validator(mode="after")
+    def _every_point_is_valid(self) -> "AblationConfig":
+        if self.metric == "accuracy" and self.evaluate is None:
+            raise ValueError("metric: accuracy is that of `evaluate`: give it, or take val_accuracy")
+        for point in self.points():
+            try:
+                self.evaluate_config(self.train_config(point, self.seeds[0]), self.output)
+            except ValueError as error:
+                raise ValueError(f"point {point}: {error}") from error
+        return self
+
+
 class DeployConfig(Section):
     """`jobs/deploy.py`: put a model behind the HTTP endpoint."""
 
@@ -306,9 +441,6 @@ class DemoConfig(Section):
     cpus: int = Field(4, ge=4, description="logical CPUs of the cluster, more than a small machine has cores")
     port: int = Field(8000, ge=1, le=65535, description="of the HTTP endpoint")
     dashboard_port: int = Field(8265, ge=1, le=65535, description="of Ray's dashboard")
-
-
-Config = TypeVar("Config", bound=Section)
 
 
 def load(schema: type[Config], arguments: Sequence[str] | None = None) -> Config:
@@ -342,7 +474,10 @@ def load(schema: type[Config], arguments: Sequence[str] | None = None) -> Config
         parser.error(f"{flag!r} does not belong to any option")
     values: dict[str, Any] = {}
     if known.config:
-        values = _read_yaml(known.config, parser)
+        try:
+            values = _yaml_fields(known.config)
+        except ValueError as error:
+            parser.error(f"--config {error}")
     for name, text in vars(known).items():
         if name != "config":
             target = values
@@ -351,9 +486,21 @@ def load(schema: type[Config], arguments: Sequence[str] | None = None) -> Config
                 target = target.setdefault(section, {})
             target[leaf] = _scalar(text)
     try:
+        return _checked(schema, values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _checked(schema: type[Config], values: dict[str, Any]) -> Config:
+    """Return the configuration with these values.
+
+    Raises:
+        ValueError: they do not fit; the message is that of `load`.
+    """
+    try:
         return schema(**values)
     except ValidationError as error:
-        parser.error("; ".join(_explain(item, fields) for item in error.errors()))
+        raise ValueError("; ".join(_explain(item, _flags(schema)) for item in error.errors())) from error
 
 
 def _flags(schema: type[Section], prefix: str = "") -> dict[str, Any]:
@@ -385,13 +532,18 @@ def _explain(error: Any, fields: dict[str, Any]) -> str:
     return f"{name or 'configuration'}: {error['msg']}" + (f" (given {error['input']!r})" if name else "")
 
 
-def _read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+def _yaml_fields(path: str) -> dict[str, Any]:
+    """Return the fields in a YAML file.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+    """
     try:
         values = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError) as error:
-        parser.error(f"--config {path}: {error}")
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(values or {}, dict):
-        parser.error(f"--config {path}: expected `field: value` lines, found {type(values).__name__}")
+        raise ValueError(f"{path}: expected `field: value` lines, found {type(values).__name__}")
     return values or {}
 
 

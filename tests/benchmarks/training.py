@@ -89,7 +89,7 @@ def make_examples(prompt_length: int | None) -> AnswerExamples:
     frames = generator.random((2 * PAIRS, 32, 527), np.float32).astype(np.float16)
     return AnswerExamples(
         name=f"benchmark-{prompt_length}",
-        ids=RecordNames("train", count),
+        ids=RecordNames("train", np.arange(count)),
         clips=np.arange(2 * PAIRS).reshape(PAIRS, 2).repeat(QUESTIONS_PER_PACK, axis=0),
         single=np.zeros(count, bool),
         prompts=texts(generator.integers(*PROMPTS, count)),

@@ -96,7 +96,7 @@ def _disturb(
     log = folder / "job.log"
     files = Manifest.read(config.output.replace("/disturbed", "/undisturbed")).files
     total = sum(name.startswith(("clips/", "records/")) for name in files)
-    moments = sorted(rng.uniform(0.0, 0.95) * total for _ in order)
+    moments = sorted(rng.uniform(0.0, 0.85) * total for _ in order)
     events: list[dict[str, Any]] = []
     begun = time.monotonic()
     with ChaosCluster(store.env, nodes=1, cpus=CPUS["node"], head_cpus=CPUS["head"]) as cluster:

@@ -174,7 +174,7 @@ class Disturbance:
 
     def __init__(self, run: Run, rng: random.Random, kills: int):
         self.run, self.rng = run, rng
-        kinds = [DRIVER, NODE, WORKER, NOTICE]
+        kinds = [DRIVER, NOTICE, WORKER, NODE]
         self.kinds = [kinds[number % len(kinds)] for number in range(kills)]
         rng.shuffle(self.kinds)
         # Two steps that are drawn close together kill a run that is still starting again.

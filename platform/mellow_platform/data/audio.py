@@ -78,7 +78,7 @@ def decode(data: bytes, sampling_rate: int, limits: Limits | None = None) -> np.
         raise AudioError("no_samples", "0 samples after decoding")
     if not np.isfinite(channels).all():
         raise AudioError("not_finite", "the samples hold NaN or infinity")
-    waveform = channels[:, 0] if channels.shape[1] == 1 else channels.mean(axis=1)
+    waveform = sum(channels.T) / np.float32(channels.shape[1])  # many times faster than a mean over so short an axis
     return waveform if rate == sampling_rate else soxr.resample(waveform, rate, sampling_rate)
 
 

@@ -146,6 +146,8 @@ def _plan_records(config: PreprocessConfig) -> Plan:
     for labelled in read_labels(config.labels)[: config.limit] if config.labels else ():
         uri = storage.join(audio_root(config, ""), labelled.file)
         clips.setdefault(labelled.file, Address(labelled.file, "train", uri))
+    if not clips:
+        raise ValueError(f"{config.corpus or config.labels}: no question or clip is left to read; see the filters")
     return Plan(_units([clips[path] for path in sorted(clips)]), records)
 
 

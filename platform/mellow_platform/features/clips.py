@@ -26,6 +26,9 @@ from mellow_platform.model.encoders import AudioEncoderConfig
 
 ENCODER_BATCH = 16
 SILENCE_ID = hashlib.sha256(SILENCE.encode()).hexdigest()
+# What a lost worker or node had in hand is done again, however often; an error of our own ends the job at once. Actors
+# are restarted by Ray Data anyway; that they lack this keeps decoding out of the processes that hold a GPU.
+RETRIED = {"max_retries": -1}
 QUIETEST = -120.0  # dB that digital silence counts as
 
 Shapes = dict[str, list[int]]
@@ -58,10 +61,7 @@ def shard_rows(clips: list[tuple[str, Address]], clips_per_shard: int) -> list[d
 def write_clip_shards(
     rows: list[dict[str, Any]], config: PreprocessConfig, extractor: MellowFeatureExtractor, shapes: Shapes
 ) -> Iterator[dict[str, Any]]:
-    """Make the shards that `rows` describe on Ray Data, and yield their receipts as they are done.
-
-    Work that a lost worker or node had in hand is done again by Ray.
-    """
+    """Make the shards that `rows` describe on Ray Data, and yield their receipts as they are done."""
     if not rows:
         return
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -74,15 +74,19 @@ def write_clip_shards(
             "min_seconds": config.min_seconds,
             "whole": config.features == "waveform",
         },
+        **RETRIED,
     )
     if config.encoder:
         dataset = dataset.map(
             EncodeShard,
             fn_constructor_args=(config.encoder,),
-            concurrency=config.encoder_workers,
+            compute=ray.data.ActorPoolStrategy(size=config.encoder_workers),
             num_gpus=config.gpus_per_worker or None,
         )
-    written = dataset.map(write_clip_shard, fn_kwargs={"output": config.output, "shapes": shapes})
+    # Behind an encoder, writing waits for no CPU: a shard is committed as soon as it is encoded, however much there is
+    # left to decode. Otherwise it is part of the decoding task.
+    writing = RETRIED | ({"num_cpus": 0} if config.encoder else {})
+    written = dataset.map(write_clip_shard, fn_kwargs={"output": config.output, "shapes": shapes}, **writing)
     for row in written.iter_rows():
         yield json.loads(row["receipt"])
 
@@ -115,7 +119,7 @@ def decode_shard(
         except AudioError as error:
             rejected.append({"clip_id": clip_id, "reason": error.reason, "detail": str(error)})
             continue
-        power = float(np.mean(np.square(waveform, dtype=np.float64)))
+        power = float(np.dot(waveform, waveform)) / len(waveform)
         out["clip_ids"].append(clip_id)
         out["filepaths"].append(address.path)
         out["splits"].append(address.split)
@@ -162,7 +166,7 @@ class EncodeShard:
     @torch.no_grad()
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         frames, latents = [], []
-        for batch in torch.from_numpy(row.pop("log_mel")).split(ENCODER_BATCH):
+        for batch in torch.tensor(row.pop("log_mel")).split(ENCODER_BATCH):
             encoded = self.encoder(batch.to(self.device).float())
             frames.append(encoded.frames.half().cpu().numpy())
             latents.append(encoded.latent.half().cpu().numpy())

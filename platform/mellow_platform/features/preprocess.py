@@ -50,60 +50,29 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
 
     stock = write_stock(plan.units, config)
     records = plan.records or stocked_records(stock.table, config)
-    stock = asked_about(stock, records) if plan.units[0].uri and records else stock
+    if records and not plan.records:
+        stock = asked_about(stock, records)
     clips = stock.distinct()
     if records and config.partner == "silence":
         clips.append((SILENCE_ID, Address(SILENCE, "", "")))  # of no split: nothing is asked about it
     rows = shard_rows(clips, config.clips_per_shard)
     receipts, rejected = clip_stage(rows, stock, config, extractor, shapes)
 
-    present = {clip_id for receipt in receipts for clip_id in receipt["clip_ids"]}
-    clip_ids = {
-        path: clip_id
-        for path, clip_id in zip(stock.column("path"), stock.column("clip_id"), strict=True)
-        if clip_id in present
-    }
-    splits = dict(zip(stock.column("path"), stock.column("split"), strict=True))
-    if SILENCE_ID in present:
-        clip_ids[SILENCE] = SILENCE_ID
+    clip_ids = usable_clips(stock, receipts)
     usable = {split: with_usable_clips(table, clip_ids) for split, table in records.items()}
-    files = {receipt["file"]: receipt["digest"] for receipt in receipts}
-    asked: dict[str, list[dict[str, Any]]] = {}
-    if sum(map(len, usable.values())):
-        processor = build_processor(config, extractor, records)
-        save_pretrained(processor, storage.join(config.output, "processor"))
-        for split, members in usable.items():
-            own = sorted({clip_id for path, clip_id in clip_ids.items() if splits.get(path) == split})
-            asked[split] = list(
-                write_record_shards(with_clips(members, clip_ids, own, config), split, processor, config)
-            )
-            files |= {receipt["file"]: receipt["digest"] for receipt in asked[split]}
-            expect(f"records of {split}", len(members), sum(receipt["records"] for receipt in asked[split]))
-    files |= write_quarantine(rejected, config.output)
-    seconds = {
-        clip_id: value
-        for receipt in receipts
-        for clip_id, value in zip(receipt["clip_ids"], receipt["seconds"], strict=True)
-    }
-    reasons = Counter(row["reason"] for row in rejected)
-    recorded = [clip_id for path, clip_id in clip_ids.items() if path != SILENCE]
-    expect("clips", len(stock.table), len(recorded) + reasons.total())
-    counts = {
-        "clips": len(recorded),
-        "distinct_clips": len(set(recorded)),
-        "audio_seconds": round(sum(seconds[clip_id] for clip_id in set(recorded)), 3),
-        "quarantined": reasons.total(),
-        "quarantined_by_reason": dict(sorted(reasons.items())),
-        "splits": by_split(stock, rejected),
+    asked = question_stage(records, usable, clip_ids, stock, extractor, config)
+    done = [*receipts, *(receipt for members in asked.values() for receipt in members)]
+    files = {receipt["file"]: receipt["digest"] for receipt in done} | write_quarantine(rejected, config.output)
+    counts = count(stock, receipts, rejected, clip_ids) | {
         "records": {split: len(members) for split, members in usable.items()},
         "records_dropped": sum(len(records[split]) - len(usable[split]) for split in records),
     }
     statistics = describe(receipts, asked, counts)
     storage.write_json(storage.join(config.output, "statistics.json"), statistics)
     storage.write_bytes(storage.join(config.output, "statistics.png"), draw(statistics))
+    storage.remove_partial(config.output)
     manifest = shards.Manifest(features=shapes, counts=counts, configuration=config.model_dump(), files=files)
     manifest.write(config.output)
-    storage.remove_partial(config.output)
     print(f"{config.output} is finished after {time.monotonic() - begun:.0f} s", flush=True)
     return manifest
 
@@ -162,6 +131,63 @@ def clip_stage(
     for shard in rows:
         expect(f"clips of shard {shard['name']}", len(shard["clip_ids"]), receipts[shard["name"]]["expected"])
     return [receipts[shard["name"]] for shard in rows], sorted(rejected, key=lambda item: item["filepath"])
+
+
+def usable_clips(stock: Stock, receipts: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the clip id of every path whose clip is stored, and of silence where that is."""
+    present = {clip_id for receipt in receipts for clip_id in receipt["clip_ids"]}
+    named = zip(stock.column("path"), stock.column("clip_id"), strict=True)
+    silence = {SILENCE: SILENCE_ID} if SILENCE_ID in present else {}
+    return {path: clip_id for path, clip_id in named if clip_id in present} | silence
+
+
+def question_stage(
+    records: dict[str, pa.Table],
+    usable: dict[str, pa.Table],
+    clip_ids: dict[str, str],
+    stock: Stock,
+    extractor: MellowFeatureExtractor,
+    config: PreprocessConfig,
+) -> dict[str, list[dict[str, Any]]]:
+    """Make the shards of questions that are not done, and the processor; return all receipts by split."""
+    if not sum(map(len, usable.values())):
+        return {}
+    processor = build_processor(config, extractor, records)
+    save_pretrained(processor, storage.join(config.output, "processor"))
+    splits = dict(zip(stock.column("path"), stock.column("split"), strict=True))
+    asked = {}
+    for split, members in usable.items():
+        own = sorted({clip_id for path, clip_id in clip_ids.items() if splits.get(path) == split})
+        questions = with_clips(members, clip_ids, own, config)
+        asked[split] = list(write_record_shards(questions, split, processor, config))
+        expect(f"questions of {split}", len(members), sum(receipt["records"] for receipt in asked[split]))
+    return asked
+
+
+def count(
+    stock: Stock, receipts: list[dict[str, Any]], rejected: list[dict[str, str]], clip_ids: dict[str, str]
+) -> dict[str, Any]:
+    """Return the manifest's counts of clips.
+
+    Raises:
+        RuntimeError: clips that are stored and clips that are quarantined are not all there are.
+    """
+    reasons = Counter(row["reason"] for row in rejected)
+    recorded = [clip_id for path, clip_id in clip_ids.items() if path != SILENCE]
+    expect("clips", len(stock.table), len(recorded) + reasons.total())
+    seconds = {
+        clip_id: value
+        for receipt in receipts
+        for clip_id, value in zip(receipt["clip_ids"], receipt["seconds"], strict=True)
+    }
+    return {
+        "clips": len(recorded),
+        "distinct_clips": len(set(recorded)),
+        "audio_seconds": round(sum(seconds[clip_id] for clip_id in sorted(set(recorded))), 3),
+        "quarantined": reasons.total(),
+        "quarantined_by_reason": dict(sorted(reasons.items())),
+        "splits": by_split(stock, rejected),
+    }
 
 
 def _quarantined(clip: dict[str, str], because: dict[str, str]) -> dict[str, str]:

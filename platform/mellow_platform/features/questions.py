@@ -10,8 +10,9 @@ import ray
 from mellow_platform.config import PreprocessConfig
 from mellow_platform.data import shards
 from mellow_platform.data.partners import SILENCE, draw_partner, second_clip
-from mellow_platform.model import MellowFeatureExtractor, MellowProcessor
+from mellow_platform.model import MellowFeatureExtractor, MellowProcessor, holds_model
 from mellow_platform.model.decoder import load_tokenizer
+from mellow_platform.model.folder import load_processor
 from mellow_platform.model.tokenizer import train_tokenizer
 
 # Prompt and answer lengths in tokens, as published; a tokenizer of the corpus's own is measured on the corpus.
@@ -21,15 +22,19 @@ PUBLISHED_LENGTHS = (129, 250)
 def build_processor(
     config: PreprocessConfig, extractor: MellowFeatureExtractor, records: dict[str, pa.Table]
 ) -> MellowProcessor:
-    """Return front end and tokenizer: the decoder's, or one trained on the train split's text.
+    """Return front end and tokenizer: the decoder's, that of the Mellow in `encoder`, or one trained on the questions.
 
     Raises:
         ValueError: the size has no tokenizer of its own and none is given.
     """
     training = records["train"] if len(records.get("train", ())) else pa.concat_tables(records.values())
     prompts, answers = training["input"].to_pylist(), training["answer"].to_pylist()
+    lengths, model = PUBLISHED_LENGTHS, None
     if config.decoder:
         tokenizer = load_tokenizer(config.decoder)
+    elif config.encoder and holds_model(config.encoder):
+        model = load_processor(config.encoder)
+        tokenizer, lengths = model.tokenizer, (model.prompt_length, model.answer_length)
     elif config.size == "mellow-tiny":
         texts = [text for pair in zip(prompts, answers, strict=True) for text in pair]
         tokenizer = train_tokenizer(texts, config.vocab_size)
@@ -38,11 +43,11 @@ def build_processor(
     processor = MellowProcessor(
         extractor,
         tokenizer,
-        *PUBLISHED_LENGTHS,
+        *lengths,
         prompt_end_marker=config.prompt_end_marker,
         partner=config.partner,
     )
-    if config.decoder:
+    if config.decoder or model:
         return processor
     # Every padded position of a prompt is seen and paid for, so prompts are as long as the corpus needs.
     processor.prompt_length = min(PUBLISHED_LENGTHS[0], max(len(processor.token_ids(text)) for text in prompts) + 4)

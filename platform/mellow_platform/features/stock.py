@@ -5,7 +5,8 @@ a set, whatever their names; a clip that stands in two splits under two names is
 missing, empty and oversized files are known before the first clip is decoded.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -50,19 +51,20 @@ def write_stock(units: list[Unit], config: PreprocessConfig) -> Stock:
     open_units = [unit for unit in units if f"{unit.number:06d}.parquet" not in done]
     progress = Progress("stock, in units", len(units), len(units) - len(open_units))
     if open_units:
-        rows = [{"unit": [unit]} for unit in open_units]
+        rows = [{"unit": json.dumps(asdict(unit))} for unit in open_units]
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         dataset.context.enable_progress_bars = False
         limits = Limits(**config.limits.model_dump())
 
         def write(row: dict[str, Any]) -> dict[str, int]:
             """Write the stock of one unit, whole or not at all: the file is its own receipt."""
-            (unit,) = row["unit"]
+            values = json.loads(row["unit"])
+            unit = Unit(**values | {"clips": tuple(Address(**clip) for clip in values["clips"])})
             table = take_stock(unit, limits)
             storage.write_table(storage.join(folder, f"{unit.number:06d}.parquet"), table)
             return {"rejected": sum(map(bool, table["reason"].to_pylist()))}
 
-        for counts in dataset.map(write).iter_rows():
+        for counts in dataset.map(write, max_retries=-1).iter_rows():
             progress.add(1, counts["rejected"])
     names = [f"{unit.number:06d}.parquet" for unit in units]
     table = storage.read_tables([storage.join(folder, name) for name in names])

@@ -3,7 +3,16 @@
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoProcessor
 
 from .configuration_mellow import MellowConfig, encoder_config
-from .encoders import ENCODERS, AudioEncoderOutput, HTSATConfig, HTSATEncoder, load_encoder, load_encoder_config
+from .encoders import (
+    ENCODERS,
+    MELLOW,
+    AudioEncoderOutput,
+    HTSATConfig,
+    HTSATEncoder,
+    holds_model,
+    load_encoder,
+    load_encoder_config,
+)
 from .feature_extraction_mellow import MellowFeatureExtractor
 from .modeling_mellow import MellowForConditionalGeneration
 from .processing_mellow import MellowProcessor, pad_labels
@@ -12,7 +21,7 @@ from .projections import PROJECTIONS
 for _config, _encoder in ENCODERS.values():
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _encoder)
-AutoConfig.register("mellow", MellowConfig)
+AutoConfig.register(MELLOW, MellowConfig)
 AutoModel.register(MellowConfig, MellowForConditionalGeneration)
 AutoFeatureExtractor.register(MellowConfig, MellowFeatureExtractor)
 AutoProcessor.register(MellowConfig, MellowProcessor)
@@ -28,6 +37,7 @@ __all__ = [
     "MellowForConditionalGeneration",
     "MellowProcessor",
     "encoder_config",
+    "holds_model",
     "load_encoder",
     "load_encoder_config",
     "pad_labels",

@@ -2,7 +2,15 @@
 
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from mellow_platform import storage
 
@@ -27,11 +35,23 @@ def load_decoder(decoder: str) -> PreTrainedModel:
     """Return the causal language model `decoder` in float32, with Mellow's end and padding tokens."""
     name, options = _source(decoder)
     model = AutoModelForCausalLM.from_pretrained(name, dtype="float32", **options)
-    tokenizer = load_tokenizer(decoder)
     for config in (model.config, model.generation_config):
-        config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
+        _set_tokens(config, decoder)
     return model
+
+
+def load_decoder_config(decoder: str) -> PreTrainedConfig:
+    """Return the configuration alone of what `load_decoder` loads."""
+    name, options = _source(decoder)
+    config = AutoConfig.from_pretrained(name, **options)
+    _set_tokens(config, decoder)
+    return config
+
+
+def _set_tokens(config: PreTrainedConfig | GenerationConfig, decoder: str) -> None:
+    tokenizer = load_tokenizer(decoder)
+    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
 
 
 def load_tokenizer(decoder: str) -> PreTrainedTokenizerBase:

@@ -6,7 +6,7 @@ arrays, which every task reads in place from Ray's object store.
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,13 @@ class Texts:
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    def subset(self, numbers: np.ndarray) -> "Texts":
+        """Return the numbered texts alone, in this order."""
+        lengths = self.lengths[numbers]
+        offsets = np.append(0, np.cumsum(lengths))
+        places = np.arange(offsets[-1]) + np.repeat(self.offsets[numbers] - offsets[:-1], lengths)
+        return Texts(self.tokens[places], offsets)
 
     def padded(self, numbers: np.ndarray, fill: int, length: int | None = None) -> np.ndarray:
         """Return texts as int64 [texts, length], filled up with `fill`; by default to the longest of them."""
@@ -84,16 +91,23 @@ class Recordings:
 
 
 class RecordNames(Sequence[str]):
-    """Names of a split's records by number, made when asked for."""
+    """Names of records of a split, made when asked for.
 
-    def __init__(self, split: str, count: int):
-        self.split, self.total = split, count
+    Args:
+        places: of the records in the split [records].
+    """
+
+    def __init__(self, split: str, places: np.ndarray):
+        self.split, self.places = split, places
 
     def __len__(self) -> int:
-        return self.total
+        return len(self.places)
 
     def __getitem__(self, number: Any) -> Any:  # a number of any integer type; nobody slices names
-        return f"{self.split}/{int(number):07d}"
+        return f"{self.split}/{int(self.places[number]):07d}"
+
+    def subset(self, numbers: np.ndarray) -> "RecordNames":
+        return RecordNames(self.split, self.places[numbers])
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +130,7 @@ class AnswerExamples:
     """
 
     name: str
-    ids: Sequence[str]
+    ids: RecordNames
     clips: np.ndarray
     single: np.ndarray
     prompts: Texts
@@ -164,7 +178,7 @@ class AnswerExamples:
             raise ValueError(f"{shards}: {len(empty)} questions of {split} have no token, the first is {empty[0]}")
         return cls(
             name=uuid.uuid4().hex,
-            ids=RecordNames(split, len(records)),
+            ids=RecordNames(split, np.arange(len(records))),
             clips=clips.reshape(-1, 2),
             single=pc.equal(records["filepath2"], "").to_numpy(),
             prompts=prompts,
@@ -176,6 +190,21 @@ class AnswerExamples:
             prompt_length=prompt_length,
             partner_draws=partner_draws,
             recordings=None if store.recordings is None else Recordings(store, rows, extractor),
+        )
+
+    def subset(self, numbers: np.ndarray) -> "AnswerExamples":
+        """Return the numbered examples alone, in this order; of the clips, those that they are about."""
+        rows, clips = np.unique(self.clips[numbers], return_inverse=True)
+        return replace(
+            self,
+            name=uuid.uuid4().hex,
+            ids=self.ids.subset(numbers),
+            clips=clips.reshape(-1, 2),
+            single=self.single[numbers],
+            prompts=self.prompts.subset(numbers),
+            answers=self.answers.subset(numbers),
+            features={name: array[rows] for name, array in self.features.items()},
+            recordings=self.recordings and replace(self.recordings, rows=self.recordings.rows[rows]),
         )
 
     def __len__(self) -> int:

@@ -17,7 +17,7 @@ from mellow_platform import storage
 from mellow_platform.config import TrainConfig
 from mellow_platform.data.shards import Manifest
 from mellow_platform.model import MellowConfig, MellowForConditionalGeneration, MellowProcessor, load_encoder
-from mellow_platform.model.decoder import load_decoder
+from mellow_platform.model.decoder import load_decoder, load_decoder_config, load_tokenizer
 from mellow_platform.model.folder import load_processor, save_model
 from mellow_platform.training.batches import MicroBatch, Plan, batches
 from mellow_platform.training.checkpoints import Tensors
@@ -46,8 +46,10 @@ def build_model(config: TrainConfig, processor: MellowProcessor) -> MellowForCon
     """Return the model to train: that of `init_from`, or the named size around a trained encoder (and decoder).
 
     Raises:
-        ValueError: `init_from` has another projection or adapters of its own, or the encoder is not that of the shards.
+        ValueError: `init_from` has another projection or adapters of its own, or the encoder or the tokenizer is not
+            that of the shards.
     """
+    check_tokenizer(config, processor)
     torch.manual_seed(config.seed)
     model = _model_of_folder(config) if config.init_from else _model_of_parts(config, processor)
     lora = config.lora.peft_fields()
@@ -73,13 +75,14 @@ def _model_of_folder(config: TrainConfig) -> MellowForConditionalGeneration:
 def _model_of_parts(config: TrainConfig, processor: MellowProcessor) -> MellowForConditionalGeneration:
     assert config.encoder  # the configuration has one of the two
     encoder = load_encoder(config.encoder)
-    decoder = load_decoder(config.decoder) if config.decoder else None
+    decoder = load_decoder(config.decoder) if config.decoder and config.pretrained else None
+    shape = load_decoder_config(config.decoder) if config.decoder else None
     settings = MellowConfig.from_size(
         config.size,
         projection=config.projection,
         vocab_size=len(processor.tokenizer),
         audio_config=encoder.config,
-        text_config=decoder.config if decoder else None,
+        text_config=shape,
     )
     model = MellowForConditionalGeneration(settings)
     model.audio_encoder.load_state_dict(encoder.state_dict())
@@ -105,11 +108,32 @@ def check_encoder(config: TrainConfig, model: MellowConfig, processor: MellowPro
         )
 
 
+def check_tokenizer(config: TrainConfig, processor: MellowProcessor) -> None:
+    """Make sure that the shards' token ids are those of the decoder that is trained.
+
+    Raises:
+        ValueError: it has another vocabulary.
+    """
+    if config.init_from:
+        own, name = load_processor(config.init_from).tokenizer, config.init_from
+    elif config.decoder:
+        own, name = load_tokenizer(config.decoder), config.decoder
+    else:
+        return  # fresh, with as many tokens as the shards' tokenizer
+    if own.get_vocab() != processor.tokenizer.get_vocab():
+        raise ValueError(
+            f"{config.shards} was written with another tokenizer than that of {name}: run jobs/preprocess.py with "
+            + ("--encoder" if config.init_from else "--decoder")
+            + f" {name} into another folder"
+        )
+
+
 def load_examples(config: TrainConfig, split: str = "train") -> AnswerExamples:
     """Read the examples of a split, and how `config` wants them put together.
 
     Raises:
-        ValueError: the shard set holds other features than the run needs.
+        ValueError: the shard set holds other features than the run needs, or not the questions for its share of
+            synthetic ones.
     """
     if config.augment and (features := Manifest.read(config.shards).configuration["features"]) == "encoder":
         raise ValueError(
@@ -117,7 +141,7 @@ def load_examples(config: TrainConfig, split: str = "train") -> AnswerExamples:
             "give shards with features: logmel or waveform, or unset augment"
         )
     processor = load_processor(storage.join(config.shards, "processor"))
-    return AnswerExamples.load(
+    examples = AnswerExamples.load(
         config.shards,
         split,
         pad_token=processor.tokenizer.pad_token_id,
@@ -126,6 +150,36 @@ def load_examples(config: TrainConfig, split: str = "train") -> AnswerExamples:
         partner_draws=config.partner_draws,
         extractor=processor.feature_extractor,
     )
+    if split != "train" or config.synthetic_share is None:
+        return examples
+    return examples.subset(with_synthetic_share(config, config.synthetic_share))
+
+
+def with_synthetic_share(config: TrainConfig, share: float) -> np.ndarray:
+    """Return the numbers of training questions of which `share` is synthetic, as many as there are for it.
+
+    All of one kind are kept, and of the other a part that the run's seed draws.
+
+    Raises:
+        ValueError: there are none of a kind that is needed.
+    """
+    subtypes = (
+        Manifest.read(config.shards).read_table(config.shards, "records/train", ["subtype"])["subtype"].to_pylist()
+    )
+    names = {name.removesuffix(".json") for name in config.synthetic_subtypes}
+    is_synthetic = np.array([subtype.removesuffix(".json") in names for subtype in subtypes])
+    kinds = [(np.flatnonzero(is_synthetic), share), (np.flatnonzero(~is_synthetic), 1 - share)]
+    if any(part and not len(numbers) for numbers, part in kinds):
+        there = ", ".join(sorted(set(subtypes)))
+        raise ValueError(
+            f"synthetic_share {share:g} cannot be reached: {is_synthetic.sum()} of the {len(subtypes)} training "
+            f"questions in {config.shards} are of {', '.join(sorted(names))} (it has {there}): "
+            "set synthetic_subtypes, or leave synthetic_share out"
+        )
+    total = min(len(numbers) / part for numbers, part in kinds if part)
+    generator = np.random.default_rng([config.seed, *b"synthetic"])
+    kept = [generator.permutation(numbers)[: round(total * part)] for numbers, part in kinds]
+    return np.sort(np.concatenate(kept))
 
 
 def deepspeed_config(config: TrainConfig, plan: Plan) -> dict[str, Any]:

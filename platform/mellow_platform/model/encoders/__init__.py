@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 from mellow_platform import storage
 
@@ -11,6 +11,7 @@ from .contract import AudioEncoder, AudioEncoderConfig, AudioEncoderOutput, Fron
 from .htsat import HTSATConfig, HTSATEncoder
 from .whisper import WhisperAudioConfig, WhisperAudioEncoder
 
+MELLOW = "mellow"  # the whole model's `model_type`
 # Name to configuration and network; the configuration's `model_type` is `mellow_<name>`.
 ENCODERS: dict[str, tuple[Any, Any]] = {
     "htsat": (HTSATConfig, HTSATEncoder),
@@ -32,6 +33,7 @@ __all__ = [
     "WhisperAudioEncoder",
     "build_encoder",
     "encoder_parts",
+    "holds_model",
     "load_encoder",
     "load_encoder_config",
 ]
@@ -55,26 +57,40 @@ def build_encoder(config: AudioEncoderConfig) -> Any:
 
 
 def load_encoder(uri: str) -> Any:
-    """Return the encoder in the folder `uri` in float32, whichever it is; a whole Whisper's folder gives its encoder.
+    """Return the encoder in the folder `uri` in float32, whichever it is; a Mellow and a whole Whisper give theirs.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: it holds something else.
     """
-    folder, (_, network) = _folder_parts(uri)
+    folder, config = _folder(uri)
+    if config.model_type == MELLOW:
+        return AutoModel.from_pretrained(folder, dtype="float32").audio_encoder
+    _, network = _parts_in(uri, config)
     return network.from_pretrained(folder, dtype="float32")
 
 
 def load_encoder_config(uri: str) -> AudioEncoderConfig:
     """Return the configuration alone of what `load_encoder` loads."""
-    folder, (config, _) = _folder_parts(uri)
-    return config.from_pretrained(folder)
+    folder, config = _folder(uri)
+    if config.model_type == MELLOW:
+        return config.audio_config
+    kind, _ = _parts_in(uri, config)
+    return kind.from_pretrained(folder)
 
 
-def _folder_parts(uri: str) -> tuple[str, tuple[Any, Any]]:
+def holds_model(uri: str) -> bool:
+    """Whether the folder `uri` holds a whole Mellow, not an encoder alone."""
+    return _folder(uri)[1].model_type == MELLOW
+
+
+def _folder(uri: str) -> tuple[str, Any]:
     folder = str(storage.local_copy(uri))
-    model_type = AutoConfig.from_pretrained(folder).model_type
-    name = model_type.removeprefix("mellow_")
+    return folder, AutoConfig.from_pretrained(folder)
+
+
+def _parts_in(uri: str, config: Any) -> tuple[Any, Any]:
+    name = config.model_type.removeprefix("mellow_")
     if name not in ENCODERS:
-        raise ValueError(f"{uri} holds a {model_type}, not an audio encoder ({', '.join(ENCODERS)})")
-    return folder, ENCODERS[name]
+        raise ValueError(f"{uri} holds a {config.model_type}, not an audio encoder ({', '.join(ENCODERS)}) or a Mellow")
+    return ENCODERS[name]

@@ -1,0 +1,225 @@
+"""Ablations: every point of a grid trained with several seeds as trials of Ray Tune, scored, and put into one table.
+
+A run is named by its values, and what it came to is written down when it is scored. An ablation that is submitted
+again trains what is missing alone: runs that failed, and points that were added.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import tune
+
+from mellow_platform import storage
+from mellow_platform.config import AblationConfig, EvaluateConfig, PreprocessConfig, TrainConfig
+from mellow_platform.evaluation.evaluate import evaluate
+from mellow_platform.features.preprocess import preprocess
+from mellow_platform.model.folder import load_processor
+from mellow_platform.training.ablation_report import Outcome, report, write_report
+from mellow_platform.training.finetune import build_model, finetune
+from mellow_platform.training.loop import CHANGEABLE
+
+logger = logging.getLogger(__name__)
+
+# A trial waits for the workers of its run. It asks for no CPU, which would be one less for them.
+TRIAL = tune.PlacementGroupFactory([{"memory": 1}])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One point with one seed.
+
+    Attributes:
+        point: its number.
+        preprocess: how its shards are made; None where they are there.
+        folder: of the ablation.
+    """
+
+    point: int
+    train: TrainConfig
+    preprocess: PreprocessConfig | None
+    evaluate: EvaluateConfig | None
+    folder: str
+
+    @property
+    def name(self) -> str:
+        return self.train.run
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the scores depend on."""
+        return {"train": self.train.model_dump(), "evaluate": self.evaluate and self.evaluate.model_dump()}
+
+    def read_scores(self) -> dict[str, Any] | None:
+        """Return the scores that were written down; None where there are none, or of other values."""
+        if not storage.exists(self._uri):
+            return None
+        written = storage.read_json(self._uri)
+        return written.pop("scores") if written == self.identity | {"scores": written["scores"]} else None
+
+    def write_scores(self, scores: dict[str, Any]) -> None:
+        storage.write_json(self._uri, self.identity | {"scores": scores})
+
+    @property
+    def _uri(self) -> str:
+        return storage.join(self.folder, "scores", f"{self.name}.json")
+
+
+def run_ablation(config: AblationConfig) -> dict[str, Any]:
+    """Train and score what is not scored yet, write `table.md`, `.csv`, `.json` and `.png`, and return the report.
+
+    A run that fails does not end the others: its reason stands in the report.
+    """
+    runs = runs_of(config)
+    remaining = [run for run in runs if run.read_scores() is None]
+    logger.warning("%d of %d runs are scored already", len(runs) - len(remaining), len(runs))
+    failures = make_shards(remaining)
+    failures |= run_trials([run for run in remaining if run.name not in failures], config.concurrent)
+    outcomes = []
+    for run in runs:
+        scores = run.read_scores()
+        failed = None if scores else failures.get(run.name, "it was not finished")
+        outcomes.append(Outcome(run.point, run.train.seed, run.name, scores or {}, failed))
+    result = report(config, outcomes)
+    write_report(config.output, result)
+    return result
+
+
+def runs_of(config: AblationConfig) -> list[Run]:
+    """Return the runs of an ablation, seeds of a point one behind the other."""
+    runs = []
+    for number, point in enumerate(config.points()):
+        for seed in config.seeds:
+            train = config.train_config(point, seed)
+            name = run_name(train, point)
+            train = train.model_copy(update={"run": name, "output": storage.join(config.output, "models", name)})
+            made = config.preprocess_config(train) if config.preprocess is not None else None
+            scored = config.evaluate_config(train, storage.join(config.output, "evaluation", name))
+            runs.append(Run(number, train, made, scored, config.output))
+    return runs
+
+
+def run_name(config: TrainConfig, point: dict[str, Any]) -> str:
+    """Return a name that says what a run is, and changes with its values alone, not with the rest of the grid."""
+    values = {name: value for name, value in config.model_dump().items() if name not in CHANGEABLE | {"run", "seed"}}
+    # What a run may change when it goes on makes two points where it is an axis.
+    values |= {axis: value for axis, value in point.items() if axis in CHANGEABLE}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    parts = [_last(config.encoder or config.init_from or ""), config.projection]
+    parts += [_last(config.decoder)] if config.decoder else []
+    parts += [] if config.pretrained else ["fresh"]
+    parts += [f"lora{config.lora.rank}"] if config.lora.rank else []
+    parts += [] if config.synthetic_share is None else [f"synthetic{config.synthetic_share:g}"]
+    return re.sub(r"[^\w.]+", "-", f"{'-'.join(parts)}-{digest[:8]}-seed{config.seed}")
+
+
+def _last(uri: str) -> str:
+    return uri.rstrip("/").rsplit("/", 1)[-1]
+
+
+def make_shards(runs: list[Run]) -> dict[str, str]:
+    """Write the shards that the runs read, each set once; return the reason by name of the runs that have none."""
+    failures: dict[str, str] = {}
+    reasons: dict[str, str | None] = {}
+    for run in runs:
+        if run.preprocess is None:
+            continue
+        shards = run.preprocess.output
+        if shards not in reasons:
+            try:
+                preprocess(run.preprocess)
+                reasons[shards] = None
+            except Exception as error:  # of any kind: the other points do not depend on it
+                logger.exception("shards for %s could not be written", run.name)
+                reasons[shards] = reason(error)
+        if found := reasons[shards]:
+            failures[run.name] = found
+    return failures
+
+
+def run_trials(runs: list[Run], concurrent: int | None) -> dict[str, str]:
+    """Train and score runs as trials of Ray Tune; return the reason by name of those that failed."""
+    if not runs:
+        return {}
+    if not ray.is_initialized():
+        ray.init()
+    fs, path = storage.arrow_filesystem(runs[0].folder)
+    trial = tune.with_parameters(train_and_score, runs={run.name: run for run in runs})
+    tuner = tune.Tuner(
+        tune.with_resources(trial, TRIAL),
+        param_space={"run": tune.grid_search([run.name for run in runs])},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=concurrent or min(room(run.train) for run in runs),
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=path, storage_filesystem=fs, verbose=0, callbacks=[Announcer(len(runs))]
+        ),
+    )
+    results = list(tuner.fit())
+    return {result.config["run"]: reason(result.error) for result in results if result.error and result.config}
+
+
+def train_and_score(values: dict[str, str], runs: dict[str, Run]) -> None:
+    """The trial of a run: the driver of its training and evaluation, on the cluster."""
+    run = runs[values["run"]]
+    # What is wrong with a point is found here, before workers are started for it, and started again.
+    build_model(run.train, load_processor(storage.join(run.train.shards, "processor")))
+    result = finetune(run.train)
+    # Of the weights that were published.
+    validated = result["best"] if run.train.publish == "best" else result
+    scores = {"steps": result["step"]} | {name: validated[name] for name in ("val_accuracy", "val_loss")}
+    if run.evaluate:
+        condition = run.evaluate.conditions[0]
+        answered = evaluate(run.evaluate)
+        scores["accuracy"] = answered["overall"][condition]
+        scores |= {family: values[condition] for family, values in answered["families"].items()}
+    run.write_scores(scores)
+    tune.report(scores)
+
+
+def room(config: TrainConfig) -> int:
+    """Return how many such runs the cluster has room for at a time: for workers, and a CPU each to make batches."""
+    scaling = config.scaling
+    needs = {
+        "CPU": scaling.workers * scaling.cpus_per_worker + 1,
+        "GPU": scaling.workers * scaling.gpus_per_worker,
+    }
+    there = ray.cluster_resources()
+    return max(1, min(int(there.get(name, 0) // need) for name, need in needs.items() if need))
+
+
+def reason(error: BaseException) -> str:
+    """Return what lies at the bottom of an error, in a line."""
+    while True:
+        workers = getattr(error, "worker_failures", {})
+        below = next(iter(workers.values()), None) or getattr(error, "cause", None) or error.__cause__
+        if not isinstance(below, BaseException):
+            return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        error = below
+
+
+def _trial_name(trial: Any) -> str:
+    return trial.config["run"]
+
+
+class Announcer(tune.Callback):
+    """Says in the job's log which run is done."""
+
+    def __init__(self, total: int):
+        self.total, self.done = total, 0
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._say(trial, "scored")
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._say(trial, "failed")
+
+    def _say(self, trial: Any, what: str) -> None:
+        self.done += 1
+        print(f"run {self.done} of {self.total}: {_trial_name(trial)} {what}", flush=True)

@@ -1,0 +1,163 @@
+"""Audio-seconds a second of preprocessing on Ray Data, against a plain loop with the same kernels.
+
+python tests/benchmarks/preprocess.py            # about five minutes on two cores; --quick in two
+
+Files are made in the run: WAV, FLAC, Ogg and MP3, at 32, 44.1 and 48 kHz, mono and stereo, 4 to 12 seconds. The loop is
+one process with one thread that decodes, resamples to 32 kHz and makes the log-mel spectrogram of one file after the
+other, and keeps nothing; the job does the same with the same functions, and writes its shards. So the number of cores
+bounds the ratio, and what is reached of it is what Ray and writing leave. Workers are started, and files read once,
+before anything is measured; loop and job take turns, and each figure is the median of its turns.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import ray
+import torch
+
+from mellow_platform import storage
+from mellow_platform.config import PreprocessConfig
+from mellow_platform.data.audio import decode, encode
+from mellow_platform.data.sources import plan_source
+from mellow_platform.features.clips import EncodeShard, feature_shapes, shard_rows, write_clip_shards
+from mellow_platform.features.stock import write_stock
+from mellow_platform.model import HTSATEncoder, MellowFeatureExtractor, encoder_config
+from mellow_platform.model.folder import save_pretrained
+
+CONTAINERS = ("WAV", "FLAC", "OGG", "MP3")
+RATES = (32_000, 44_100, 48_000)  # Hz
+TURNS = 3
+CLIPS_A_SHARD = 16
+
+
+def write_files(folder: Path, clips: int) -> float:
+    """Write files of noise with tones; return their seconds in all."""
+    total = 0.0
+    for number in range(clips):
+        rng = np.random.default_rng(number)
+        rate, seconds, channels = RATES[number % 3], float(rng.uniform(4, 12)), 1 + number // 2 % 2
+        times = np.arange(round(seconds * rate)) / rate
+        samples = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 4000) * times)[:, None]
+        samples = samples + rng.normal(0.0, 0.05, (len(times), channels))
+        container = CONTAINERS[number % 4]
+        name = f"{number:05d}.{container.lower()}"
+        storage.write_bytes(str(folder / name), encode(samples.astype(np.float32), rate, container))
+        total += seconds
+    return total
+
+
+def loop(files: list[Path], extractor: MellowFeatureExtractor) -> float:
+    """Return the seconds that one thread takes for all files."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    for file in files:
+        extractor(decode(file.read_bytes(), extractor.sampling_rate))["input_features"][0].numpy().astype(np.float16)
+    return time.perf_counter() - start
+
+
+class Job:
+    """The clip stage of the job on a folder of recordings."""
+
+    def __init__(self, folder: Path, workers: int):
+        self.folder, self.workers, self.turn = folder, workers, 0
+        self.config = self.settings(folder / "out" / f"stock-{workers}")
+        plan = plan_source(self.config)
+        start = time.perf_counter()
+        self.clips = write_stock(plan.units, self.config).distinct()
+        self.stock_seconds = time.perf_counter() - start
+
+    def settings(self, output: Path, **fields) -> PreprocessConfig:
+        return PreprocessConfig(source="recordings", corpus=str(self.folder / "audio"), output=str(output), **fields)
+
+    def run(self, extractor: MellowFeatureExtractor, clips: int | None = None, **fields) -> float:
+        """Return the seconds in which the shards of the first `clips` are written."""
+        self.turn += 1
+        config = self.settings(self.folder / "out" / f"{self.workers}-{self.turn}", **fields)
+        shapes = feature_shapes(config, extractor, encoder_config("mellow-v0"))
+        rows = shard_rows(self.clips[:clips], CLIPS_A_SHARD)
+        start = time.perf_counter()
+        receipts = list(write_clip_shards(rows, config, extractor, shapes))
+        seconds = time.perf_counter() - start
+        assert sum(receipt["read"] for receipt in receipts) == len(self.clips[:clips])
+        return seconds
+
+
+def encoder_alone(folder: str, extractor: MellowFeatureExtractor) -> float:
+    """Return the clips a second of the published encoder in one thread, on stored log-mel spectrograms."""
+    actor = EncodeShard(folder)
+    log_mel = np.full((16, extractor.num_frames, extractor.feature_size), -30.0, np.float16)
+    actor({"log_mel": log_mel.copy()})
+    start = time.perf_counter()
+    actor({"log_mel": log_mel.copy()})
+    return 16 / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer files")
+    parser.add_argument("--workers", type=int, nargs="+", default=None, help="logical CPUs; default 1, 2, .. cores")
+    arguments = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    counts = arguments.workers or sorted({1, *(2**n for n in range(1, 8) if 2**n <= cores), cores})
+    clips = 384 if arguments.quick else 1024
+    extractor = MellowFeatureExtractor.from_size("mellow-v0")
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
+        audio_seconds = write_files(folder / "audio", clips)
+        files = sorted((folder / "audio").iterdir())
+        save_pretrained(HTSATEncoder(encoder_config("mellow-v0")), str(folder / "encoder"))
+        loop(files[:32], extractor)
+        rates: dict[str, list[float]] = {}
+        ratios: dict[int, list[float]] = {}
+        stock = 0.0
+        for workers in counts:
+            ray.init("local", num_cpus=workers, include_dashboard=False, logging_level="error", log_to_driver=False)
+            job = Job(folder, workers)
+            job.run(extractor, CLIPS_A_SHARD * workers)
+            for _ in range(TURNS):
+                alone, on_ray = loop(files, extractor), job.run(extractor)
+                rates.setdefault("loop", []).append(audio_seconds / alone)
+                rates.setdefault(f"{workers}", []).append(audio_seconds / on_ray)
+                ratios.setdefault(workers, []).append(alone / on_ray)
+            stock = audio_seconds / job.stock_seconds
+            if workers == counts[-1]:
+                few = CLIPS_A_SHARD * 2 * workers
+                encoding = {"features": "encoder", "encoder": str(folder / "encoder"), "encoder_workers": 1}
+                encoded = few / job.run(extractor, few, **encoding)
+            ray.shutdown()
+        alone_encoded = encoder_alone(str(folder / "encoder"), extractor)
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    print(f"{clips} files, {audio_seconds:.0f} s of audio, {cores} cores")
+    print(f"{'':24}{'audio-s/s':>10}{'to loop':>9}{'bound':>7}{'of bound':>10}")
+    print(f"{'plain loop, 1 thread':24}{median['loop']:10.0f}{1.0:9.2f}")
+    speedups = {workers: statistics.median(values) for workers, values in ratios.items()}
+    for workers, ratio in speedups.items():
+        name, bound = f"Ray Data, {workers} workers", min(workers, cores)
+        print(f"{name:24}{median[str(workers)]:10.0f}{ratio:9.2f}{bound:7d}{ratio / bound:10.0%}")
+    print(f"taking stock (with the start of workers): {stock:.0f} audio-s/s")
+    print(f"encoder stage, published HTSAT: {alone_encoded:.1f} clips/s in one thread, {encoded:.1f} in the whole job")
+    best = speedups[counts[-1]]
+    result = {
+        "speedup_vs_loop": round(best, 3),
+        "workers": counts[-1],
+        "cores": cores,
+        "share_of_bound": round(best / min(counts[-1], cores), 3),
+        "audio_seconds_per_second": round(median[str(counts[-1])], 1),
+        "loop_audio_seconds_per_second": round(median["loop"], 1),
+        "by_workers": {str(workers): round(ratio, 3) for workers, ratio in speedups.items()},
+        "encoder_clips_per_second": round(alone_encoded, 2),
+        "encoder_job_clips_per_second": round(encoded, 2),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Ablations: their points, the data and weights that these are about, and a grid from end to end."""
+
+import csv
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from mellow_platform import storage
+from mellow_platform.config import AblationConfig, PreprocessConfig, TrainConfig
+from mellow_platform.data.shards import read_records
+from mellow_platform.features.preprocess import preprocess
+from mellow_platform.model import HTSATEncoder, encoder_config
+from mellow_platform.model.configuration_mellow import tiny_decoder_config
+from mellow_platform.model.folder import load_processor, save_pretrained
+from mellow_platform.training.ablation import run_ablation, runs_of
+from mellow_platform.training.ablation_report import point_labels
+from mellow_platform.training.finetune import build_model, load_examples
+from mellow_platform.training.loop import RESULT
+from tests.conftest import write_corpus
+
+
+@pytest.fixture(scope="module")
+def made(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A corpus of a few scenes, an encoder, a decoder with the corpus's tokenizer, and the shards of all three."""
+    root = tmp_path_factory.mktemp("ablation")
+    write_corpus(str(root / "corpus"), {"train": 6, "val": 2, "test": 1})
+    torch.manual_seed(0)
+    save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")).eval(), str(root / "encoder"))
+    data = {"corpus": str(root / "corpus"), "size": "mellow-tiny", "encoder": str(root / "encoder")}
+    preprocess(PreprocessConfig(**data, output=str(root / "features"), features="encoder"))
+    tokenizer = load_processor(str(root / "features/processor")).tokenizer
+    decoder = transformers.LlamaForCausalLM(tiny_decoder_config(len(tokenizer)))
+    decoder.save_pretrained(root / "decoder")
+    tokenizer.save_pretrained(root / "decoder")
+    return SimpleNamespace(root=root, decoder=decoder)
+
+
+def configured(made: SimpleNamespace, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "shards": str(made.root / "features"), "encoder": str(made.root / "encoder"), "size": "mellow-tiny",
+        "storage": str(made.root / "runs"), "output": str(made.root / "model"), "run": "run",
+    }  # fmt: skip
+    return TrainConfig(**values | changes)
+
+
+SYNTHETIC = ["Scenes-Detail", "Scenes-Heard-MCQ.json"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_a_share_of_synthetic_questions_keeps_as_many_as_it_can(made, share):
+    every = load_examples(configured(made))
+    subtypes = np.array(read_records(str(made.root / "features"), "train")["subtype"].to_pylist())
+    counts = Counter(subtype in ("Scenes-Detail", "Scenes-Heard-MCQ") for subtype in subtypes)
+    chosen = load_examples(configured(made, synthetic_share=share, synthetic_subtypes=SYNTHETIC))
+    places = np.array([int(name.removeprefix("train/")) for name in chosen.ids])
+    synthetic = sum(subtype in ("Scenes-Detail", "Scenes-Heard-MCQ") for subtype in subtypes[places])
+    assert len(set(places)) == len(chosen)
+    assert abs(synthetic - share * len(chosen)) <= 0.5
+    assert synthetic == counts[True] or len(chosen) - synthetic == counts[False]
+    # What is left of the questions is what it was.
+    numbers = np.arange(len(chosen))
+    for name, array in every.collate(0, 0, places).items():
+        assert np.array_equal(array, chosen.collate(0, 0, numbers)[name]), name
+
+
+def test_the_seed_draws_the_synthetic_questions_and_validation_keeps_all(made):
+    def names(**changes: Any) -> list[str]:
+        return list(load_examples(configured(made, synthetic_share=0.2, synthetic_subtypes=SYNTHETIC, **changes)).ids)
+
+    assert names() == names()
+    assert names() != names(seed=1)
+    config = configured(made, synthetic_share=0.2, synthetic_subtypes=SYNTHETIC)
+    assert len(load_examples(config, "val")) == len(read_records(config.shards, "val"))
+
+
+def test_a_share_that_cannot_be_reached_is_refused_with_what_there_is(made):
+    with pytest.raises(
+        ValueError, match=r"synthetic_share 0\.3 cannot be reached: 0 of .* Scenes-Detail, .*: set synth"
+    ):
+        load_examples(configured(made, synthetic_share=0.3))
+
+
+def test_a_decoder_that_is_not_pretrained_has_the_shape_and_fresh_weights(made):
+    processor = load_processor(str(made.root / "features/processor"))
+    loaded, fresh, other = (
+        build_model(configured(made, decoder=str(made.root / "decoder"), **changes), processor).language_model
+        for changes in ({}, {"pretrained": False}, {"pretrained": False, "seed": 1})
+    )
+    assert loaded.config.to_dict() == fresh.config.to_dict()
+    weights = made.decoder.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
+    name = "model.layers.0.mlp.up_proj.weight"
+    first, second = fresh.state_dict()[name], other.state_dict()[name]
+    assert not torch.equal(first, weights[name])
+    assert not torch.equal(first, second)
+
+
+def test_a_decoder_with_another_tokenizer_than_the_shards_is_refused(made, tmp_path):
+    made.decoder.save_pretrained(tmp_path)
+    tokenizer = load_processor(str(made.root / "features/processor")).tokenizer
+    tokenizer.add_tokens(["mellow"])
+    tokenizer.save_pretrained(tmp_path)
+    processor = load_processor(str(made.root / "features/processor"))
+    with pytest.raises(
+        ValueError, match=r"was written with another tokenizer than that of .*: run jobs/preprocess.py wit"
+    ):
+        build_model(configured(made, decoder=str(tmp_path)), processor)
+
+
+def test_fresh_weights_without_a_shape_are_refused(made):
+    with pytest.raises(ValueError, match="pretrained: false goes with `decoder`"):
+        configured(made, pretrained=False)
+
+
+@pytest.fixture(scope="module")
+def grid(made: SimpleNamespace) -> AblationConfig:
+    """Two points with two seeds each; the encoder of one is not there."""
+    return AblationConfig(
+        output=str(made.root / "ablation"),
+        train={
+            "size": "mellow-tiny", "batch": 16, "micro_batch": 8, "epochs": 0.5, "validation_examples": 8,
+            "scaling": {"workers": 1},
+        },
+        preprocess={"corpus": str(made.root / "corpus")},
+        evaluate={"split": "val", "workers": 1, "max_new_tokens": 4, "limit": 4},
+        grid={"encoder": [str(made.root / "encoder"), str(made.root / "no-encoder")], "lora": [{"rank": 4}]},
+        seeds=[0, 1],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result(grid: AblationConfig) -> dict[str, Any]:
+    return run_ablation(grid)
+
+
+def test_a_grid_is_trained_scored_and_tabulated_and_a_failed_point_keeps_its_reason(grid, result):
+    good, failed = result["points"]
+    stored = [storage.read_json(storage.join(grid.output, "runs", run["run"], RESULT)) for run in good["runs"]]
+    assert [run["seed"] for run in good["runs"]] == [0, 1]
+    for name in ("val_loss", "val_accuracy"):
+        values = [run[name] for run in stored]
+        assert good["mean"][name] == pytest.approx(np.mean(values))
+        assert good["std"][name] == pytest.approx(np.std(values, ddof=1))
+    assert good["std"]["val_loss"] > 0
+    assert {"accuracy", "steps"} <= good["mean"].keys()
+    assert not failed["runs"]
+    assert [item["seed"] for item in failed["failed"]] == [0, 1]
+    assert all("no-encoder: no such file or folder" in item["reason"] for item in failed["failed"])
+
+    loss = f"{good['mean']['val_loss']:.3f} ± {good['std']['val_loss']:.3f}"
+    table = Path(grid.output, "table.md").read_text()
+    assert f"| encoder | rank 4 | 2 of 2 | {good['mean']['val_accuracy']:.3f} ±" in table
+    assert loss in table
+    assert "| no-encoder | rank 4 | 0 of 2 | failed |" in table
+    rows = list(csv.DictReader(Path(grid.output, "table.csv").read_text().splitlines()))
+    assert float(rows[0]["val_loss_mean"]) == good["mean"]["val_loss"]
+    assert Path(grid.output, "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_ablation_that_is_submitted_again_trains_what_is_missing_alone(grid, result, made):
+    files = {path: path.stat().st_mtime_ns for path in Path(grid.output, "runs").rglob("*")}
+    assert files
+    # A value that is added is another point and leaves the others theirs.
+    more = grid.model_copy(update={"grid": grid.grid | {"lora": [{"rank": 4}, {"rank": 4, "target_modules": ["no"]}]}})
+    good, *failed = run_ablation(more)["points"]
+    assert good["runs"] == result["points"][0]["runs"]
+    assert all("Target modules {'no'} not found" in item["reason"] for item in failed[0]["failed"])
+    assert files == {path: path.stat().st_mtime_ns for path in Path(grid.output, "runs").rglob("*")}
+
+
+def names(config: AblationConfig) -> list[str]:
+    return [run.name for run in runs_of(config)]
+
+
+def test_a_run_is_named_by_its_values_and_not_by_the_grid(grid):
+    def changed(**changes: Any) -> list[str]:
+        return names(AblationConfig(**grid.model_dump() | changes))
+
+    first = names(grid)
+    assert first[0].startswith("encoder-mellow-lora4-")
+    assert len(set(first)) == 4
+    assert changed(seeds=[0, 1, 2])[:2] == first[:2]
+    assert changed(grid=grid.grid | {"projection": ["mellow", "mlp"]})[:2] == first[:2]
+    assert changed(train=grid.train | {"learning_rate": 0.1})[0] != first[0]
+    # More epochs go on with a run, but where they are an axis they make another.
+    assert changed(train=grid.train | {"epochs": 9.0}) == first
+    assert len(set(changed(grid=grid.grid | {"epochs": [1.0, 2.0]}))) == 8
+
+
+def test_one_axis_at_a_time_is_changed_from_the_first_values(grid):
+    axes = {"projection": ["mellow", "mlp", "linear"], "lora": [{"rank": 0}, {"rank": 8}]}
+    config = AblationConfig(**grid.model_dump() | {"grid": axes, "combinations": "one_at_a_time"} | SHARDS)
+    assert point_labels(config) == ["reference", "projection mlp", "projection linear", "lora rank 8"]
+    config = AblationConfig(**grid.model_dump() | {"grid": axes} | SHARDS)
+    assert len(config.points()) == 6
+    assert point_labels(config)[-1] == "projection linear, lora rank 8"
+
+
+SHARDS = {"preprocess": None, "evaluate": None, "train": {"shards": "/s", "encoder": "/e", "size": "mellow-tiny"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": {"projektion": ["mlp"]}}, "projektion is not a field of jobs/train.py .*; did you mean projection?"),
+        ({"grid": {"seed": [0, 1]}}, "seed is not a field of jobs/train.py that a grid can have"),
+        ({"grid": {"projection": []}}, "grid.projection has no values"),
+        ({"grid": {"lora": [{"rnk": 4}]}}, "point {'lora': {'rnk': 4}}: lora.rnk is not a .*; did you mean lora.rank?"),
+        ({"grid": {"pretrained": [True, False]}}, "point {'pretrained': False}: .* goes with `decoder`"),
+        ({"grid": {"encoder": ["/a", "/b"]}}, "each encoder reads shards of its own: give `preprocess`"),
+        ({"train": {"encoder": "/e"}}, "give `preprocess`, the fields to write shards with, or `shards` in `train`"),
+        ({"preprocess": {"korpus": "/c"}, "train": {"encoder": "/e"}}, "korpus is not a .*; did you mean corpus?"),
+        ({"base": "absent.yaml"}, "absent.yaml"),
+        ({"metric": "accuracy"}, "metric: accuracy is that of `evaluate`"),
+    ],
+)  # fmt: skip
+def test_a_grid_that_cannot_be_trained_is_refused_before_anything_is(changes, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        AblationConfig(**{"output": "/o", "grid": {"projection": ["mlp"]}} | SHARDS | changes)

@@ -1,0 +1,12 @@
+"""The short form of tests/chaos/kill_preprocess.py: a worker, a node and the driver are killed, and nothing is lost."""
+
+from pathlib import Path
+
+from tests.chaos.kill_preprocess import run
+
+
+def test_a_job_whose_worker_node_and_driver_are_killed_leaves_what_an_undisturbed_one_does(tmp_path: Path):
+    result = run(tmp_path, kills=3, seed=0, clips=60)
+    assert result["kills"] == 3
+    assert (result["lost"], result["repeated"], result["different"]) == (0, 0, 0)
+    assert result["redone"] <= result["redone_at_most"]

@@ -1,0 +1,13 @@
+"""The short form of tests/chaos/kill_training.py: a driver, a worker and a node are killed, and nothing is lost."""
+
+from pathlib import Path
+
+from tests.chaos.kill_training import kill_training
+
+
+def test_a_run_whose_driver_worker_and_node_are_killed_commits_what_an_undisturbed_one_does(tmp_path: Path):
+    result = kill_training(tmp_path, kills=3, seed=0, steps=90, checkpoint_every=15)
+    assert (result["lost"], result["repeated"], result["different"]) == (0, 0, 0)
+    assert result["notices"] == result["notices_saved"] == 1
+    assert 0 < result["redone"] <= 3 * 15
+    assert result["same_weights"]
