@@ -42,7 +42,7 @@ from mellow_platform.model.encoders import (
     WhisperAudioConfig,
     build_encoder,
 )
-from mellow_platform.model.folder import load_model, load_processor, save_pretrained
+from mellow_platform.model.folder import load_model, load_processor, save_model, save_pretrained
 from mellow_platform.model.tokenizer import train_tokenizer
 from mellow_platform.training.checkpoints import CheckpointStore
 from mellow_platform.training.finetune import build_model, finetune
@@ -413,7 +413,7 @@ def test_a_model_with_adapters_is_gone_on_from_and_a_plain_one_gets_them(path: S
     assert model.config.lora == settings.lora.peft_fields()
     trained = {name.split(".")[0] for name, value in model.named_parameters() if value.requires_grad}
     assert trained == {"frame_embedding", "projection", "language_model"}
-    save_pretrained(model.merge_lora(), path.run("merged"))
+    save_model(model.merge_lora(), processor, path.run("merged"))
     plain = build_model(settings.model_copy(update={"init_from": path.run("merged")}), processor)
     assert plain.config.lora == settings.lora.peft_fields()
     with pytest.raises(ValueError, match="has the projection mlp, not linear"):
