@@ -178,7 +178,8 @@ class Disturbance:
         self.kinds = [kinds[number % len(kinds)] for number in range(kills)]
         rng.shuffle(self.kinds)
         # Two steps that are drawn close together kill a run that is still starting again.
-        self.steps = sorted(rng.randrange(run.steps * 9 // 10) for _ in range(kills))
+        # None is drawn so late that the run is complete before a notice, which takes seconds, has arrived.
+        self.steps = sorted(rng.randrange(run.steps * 3 // 4) for _ in range(kills))
         self.lost = self.notices = self.saved = 0
 
     def go_through(self) -> None:
@@ -220,7 +221,8 @@ class Disturbance:
         """Whether a checkpoint appears soon at a step that none is due at."""
         until = time.monotonic() + NOTICE_SECONDS
         while time.monotonic() < until:
-            if self.run.committed() % self.run.checkpoint_every:
+            committed = self.run.committed()
+            if committed % self.run.checkpoint_every and committed < self.run.steps:
                 return True
             time.sleep(0.2)
         return False

@@ -16,6 +16,8 @@ import torch
 Arrays = dict[str, np.ndarray]
 
 WINDOW, TASK = 64, 16  # micro-batches made ahead, and of them in one Ray task
+# Such tasks at a time for a training worker: the first of each starts a process, which loads torch for seconds.
+TASKS = 2
 
 
 class Examples(Protocol):
@@ -128,7 +130,7 @@ def batches(plan: Plan, source: ray.ObjectRef, rank: int, first: int, last: int)
         rows = [{"id": number} for number in range(count)]
         # The workers may hold every CPU there is; what makes their batches must not wait for one.
         dataset = ray.data.from_items(rows, override_num_blocks=-(-count // TASK))
-        return dataset.map(make, num_cpus=0).materialize()
+        return dataset.map(make, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=TASKS)).materialize()
 
     starts = range(first, last, steps)
     with ThreadPoolExecutor(1) as ahead:

@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import numpy as np
 import ray
 import ray.train
@@ -21,7 +20,6 @@ from mellow_platform.model.decoder import load_decoder, load_decoder_config, loa
 from mellow_platform.model.folder import load_processor, save_model
 from mellow_platform.training.batches import MicroBatch, Plan, batches
 from mellow_platform.training.checkpoints import Tensors
-from mellow_platform.training.engine_state import EngineState, weights_of
 from mellow_platform.training.examples import AnswerExamples
 from mellow_platform.training.flops import ModelFlops, measured_peak
 from mellow_platform.training.gate import Question, check_published, greedy_answers
@@ -212,6 +210,11 @@ class Finetuning:
         Args:
             tensors: of the checkpoint to go on from, when there is one.
         """
+        # Loading DeepSpeed takes seconds, which a driver and a dry run do not wait for.
+        import deepspeed
+
+        from mellow_platform.training.engine_state import EngineState, weights_of
+
         self.config, self.plan = config, plan
         self.flops = ModelFlops.of(model)  # before ZeRO cuts the weights up
         if config.activation_checkpointing:
