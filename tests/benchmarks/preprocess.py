@@ -1,6 +1,6 @@
 """Audio-seconds a second of preprocessing on Ray Data, against a plain loop with the same kernels.
 
-python tests/benchmarks/preprocess.py            # about five minutes on two cores; --quick in two
+python tests/benchmarks/preprocess.py            # about eight minutes on two cores; --quick in three
 
 Files are made in the run: WAV, FLAC, Ogg and MP3, at 32, 44.1 and 48 kHz, mono and stereo, 4 to 12 seconds. The loop is
 one process with one thread that decodes, resamples to 32 kHz and makes the log-mel spectrogram of one file after the
@@ -10,11 +10,14 @@ before anything is measured; loop and job take turns, and each figure is the med
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,23 +38,27 @@ from mellow_platform.model.folder import save_pretrained
 CONTAINERS = ("WAV", "FLAC", "OGG", "MP3")
 RATES = (32_000, 44_100, 48_000)  # Hz
 TURNS = 3
-CLIPS_A_SHARD = 16
+CLIPS_A_SHARD = 128  # as in jobs/configs/mellow-v0/preprocess.yaml
+CLIPS_ENCODED = 16  # of a shard for the encoder, which takes a fifth of a second a clip
 
 
 def write_files(folder: Path, clips: int) -> float:
     """Write files of noise with tones; return their seconds in all."""
-    total = 0.0
-    for number in range(clips):
-        rng = np.random.default_rng(number)
-        rate, seconds, channels = RATES[number % 3], float(rng.uniform(4, 12)), 1 + number // 2 % 2
-        times = np.arange(round(seconds * rate)) / rate
-        samples = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 4000) * times)[:, None]
-        samples = samples + rng.normal(0.0, 0.05, (len(times), channels))
-        container = CONTAINERS[number % 4]
-        name = f"{number:05d}.{container.lower()}"
-        storage.write_bytes(str(folder / name), encode(samples.astype(np.float32), rate, container))
-        total += seconds
-    return total
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        return sum(pool.map(write_file, itertools.repeat(folder), range(clips), chunksize=16))
+
+
+def write_file(folder: Path, number: int) -> float:
+    """Write one of the files; return its seconds."""
+    rng = np.random.default_rng(number)
+    rate, seconds, channels = RATES[number % 3], float(rng.uniform(4, 12)), 1 + number // 2 % 2
+    times = np.arange(round(seconds * rate)) / rate
+    samples = 0.3 * np.sin(2 * np.pi * rng.uniform(100, 4000) * times)[:, None]
+    samples = samples + rng.normal(0.0, 0.05, (len(times), channels))
+    container = CONTAINERS[number % 4]
+    name = f"{number:05d}.{container.lower()}"
+    storage.write_bytes(str(folder / name), encode(samples.astype(np.float32), rate, container))
+    return seconds
 
 
 def loop(files: list[Path], extractor: MellowFeatureExtractor) -> float:
@@ -77,12 +84,14 @@ class Job:
     def settings(self, output: Path, **fields) -> PreprocessConfig:
         return PreprocessConfig(source="recordings", corpus=str(self.folder / "audio"), output=str(output), **fields)
 
-    def run(self, extractor: MellowFeatureExtractor, clips: int | None = None, **fields) -> float:
+    def run(
+        self, extractor: MellowFeatureExtractor, clips: int | None = None, clips_a_shard: int = CLIPS_A_SHARD, **fields
+    ) -> float:
         """Return the seconds in which the shards of the first `clips` are written."""
         self.turn += 1
         config = self.settings(self.folder / "out" / f"{self.workers}-{self.turn}", **fields)
         shapes = feature_shapes(config, extractor, encoder_config("mellow-v0"))
-        rows = shard_rows(self.clips[:clips], CLIPS_A_SHARD)
+        rows = shard_rows(self.clips[:clips], clips_a_shard)
         start = time.perf_counter()
         receipts = list(write_clip_shards(rows, config, extractor, shapes))
         seconds = time.perf_counter() - start
@@ -107,7 +116,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     counts = arguments.workers or sorted({1, *(2**n for n in range(1, 8) if 2**n <= cores), cores})
-    clips = 384 if arguments.quick else 1024
+    clips = 512 if arguments.quick else 2048
     extractor = MellowFeatureExtractor.from_size("mellow-v0")
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
@@ -121,7 +130,7 @@ def main() -> None:
         for workers in counts:
             ray.init("local", num_cpus=workers, include_dashboard=False, logging_level="error", log_to_driver=False)
             job = Job(folder, workers)
-            job.run(extractor, CLIPS_A_SHARD * workers)
+            job.run(extractor, CLIPS_ENCODED * workers, CLIPS_ENCODED)
             for _ in range(TURNS):
                 alone, on_ray = loop(files, extractor), job.run(extractor)
                 rates.setdefault("loop", []).append(audio_seconds / alone)
@@ -129,9 +138,9 @@ def main() -> None:
                 ratios.setdefault(workers, []).append(alone / on_ray)
             stock = audio_seconds / job.stock_seconds
             if workers == counts[-1]:
-                few = CLIPS_A_SHARD * 2 * workers
+                few = CLIPS_ENCODED * 2 * workers
                 encoding = {"features": "encoder", "encoder": str(folder / "encoder"), "encoder_workers": 1}
-                encoded = few / job.run(extractor, few, **encoding)
+                encoded = few / job.run(extractor, few, CLIPS_ENCODED, **encoding)
             ray.shutdown()
         alone_encoded = encoder_alone(str(folder / "encoder"), extractor)
     median = {name: statistics.median(values) for name, values in rates.items()}
