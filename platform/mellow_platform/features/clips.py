@@ -107,7 +107,8 @@ def decode_shard(
     rate = extractor.sampling_rate
     out: dict[str, Any] = {"name": row["name"], "expected": len(row["clip_ids"])}
     out |= {"clip_ids": [], "filepaths": [], "splits": [], "seconds": [], "levels": []}
-    arrays: list[Any] = []
+    flacs: list[bytes] = []
+    log_mel = np.empty((0 if whole else len(row["clip_ids"]), extractor.num_frames, extractor.feature_size), np.float16)
     rejected = []
     addresses = [Address(**values) for values in json.loads(row["addresses"])]
     ids = dict(zip((address.path for address in addresses), row["clip_ids"], strict=True))
@@ -121,22 +122,17 @@ def decode_shard(
             rejected.append({"clip_id": clip_id, "reason": error.reason, "detail": str(error)})
             continue
         power = float(np.dot(waveform, waveform)) / len(waveform)
+        if whole:
+            flacs.append(encode(np.clip(waveform, -1.0, 1.0), rate))
+        else:
+            log_mel[len(out["clip_ids"])] = extractor(waveform)["input_features"][0].numpy()
         out["clip_ids"].append(clip_id)
         out["filepaths"].append(address.path)
         out["splits"].append(address.split)
         out["seconds"].append(len(waveform) / rate)
         out["levels"].append(max(QUIETEST, 10 * float(np.log10(power + 1e-30))))
-        if whole:
-            arrays.append(encode(np.clip(waveform, -1.0, 1.0), rate))
-        else:
-            arrays.append(extractor(waveform)["input_features"][0].numpy().astype(np.float16))
     out["rejected"] = json.dumps(rejected)
-    if whole:
-        out["waveform"] = arrays
-    else:
-        empty = np.empty((0, extractor.num_frames, extractor.feature_size), np.float16)
-        out["log_mel"] = np.stack(arrays) if arrays else empty
-    return out
+    return out | ({"waveform": flacs} if whole else {"log_mel": log_mel[: len(out["clip_ids"])]})
 
 
 def _decoded(
