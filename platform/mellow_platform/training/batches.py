@@ -129,8 +129,9 @@ def batches(plan: Plan, source: ray.ObjectRef, rank: int, first: int, last: int)
 
         rows = [{"id": number} for number in range(count)]
         # The workers may hold every CPU there is; what makes their batches must not wait for one.
-        dataset = ray.data.from_items(rows, override_num_blocks=-(-count // TASK))
-        return dataset.map(make, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=TASKS)).materialize()
+        tasks = -(-count // TASK)
+        pool = ray.data.TaskPoolStrategy(size=min(TASKS, tasks))
+        return ray.data.from_items(rows, override_num_blocks=tasks).map(make, num_cpus=0, compute=pool).materialize()
 
     starts = range(first, last, steps)
     with ThreadPoolExecutor(1) as ahead:
