@@ -3,9 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from s3fs import S3FileSystem
 
 from mellow_platform import storage
 from mellow_platform.config import EncoderConfig, EvaluateConfig, PreprocessConfig, TrainConfig
@@ -71,6 +74,16 @@ def test_the_whole_path_runs_in_object_storage(cluster_on_s3: str):
 def test_a_missing_folder_is_named(bucket: str):
     with pytest.raises(FileNotFoundError, match=r"s3://bucket/nothing: no such file or folder; check the URI"):
         storage.local_copy("s3://bucket/nothing")
+
+
+def test_a_file_that_another_process_wrote_after_a_listing_is_read(bucket: str):
+    folder = storage.join(bucket, "listed")
+    storage.write_bytes(storage.join(folder, "first"), b"1")
+    assert storage.list_folder(folder) == ["first"]
+    another = S3FileSystem(skip_instance_cache=True)
+    pq.write_table(pa.table({"step": [1]}), f"{bucket.removeprefix('s3://')}/listed/second", filesystem=another)
+    assert storage.read_tables([storage.join(folder, "second")]).to_pydict() == {"step": [1]}
+    assert storage.size(storage.join(folder, "second")) > 0
 
 
 def test_writes_are_read_back_and_reads_are_not_stale(bucket: str):

@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,13 @@ from pyarrow import fs as arrow_fs
 
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}")  # names of files that are being written on a disk
 
-# botocore's own retries, with growing random pauses: about half a minute in all. They cover every request, listings
-# too, which s3fs's do not; s3fs repeats reads whose body breaks off. Refusals (403, 404) are not repeated.
-S3_OPTIONS = {"config_kwargs": {"retries": {"mode": "standard", "max_attempts": 8}}}
+S3_OPTIONS = {
+    # botocore's own retries, with growing random pauses: about half a minute in all. They cover every request, listings
+    # too, which s3fs's do not; s3fs repeats reads whose body breaks off. Refusals (403, 404) are not repeated.
+    "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 8}},
+    # A listing that is kept does not show what other processes write.
+    "use_listings_cache": False,
+}
 
 
 def absolute(uri: str) -> str:
@@ -71,7 +76,6 @@ def arrow_filesystem(uri: str) -> tuple[arrow_fs.FileSystem, str]:
 
 def exists(uri: str) -> bool:
     fs, path = filesystem(uri)
-    fs.invalidate_cache()
     return fs.exists(path)
 
 
@@ -140,11 +144,13 @@ def write_table(uri: str, table: pa.Table) -> str:
 
 def read_tables(uris: list[str], columns: list[str] | None = None) -> pa.Table:
     """Read Parquet files of one schema as one table, in the order given."""
-    tables = []
-    for uri in uris:
+
+    def read(uri: str) -> pa.Table:
         fs, path = arrow_filesystem(uri)
-        tables.append(pq.read_table(path, filesystem=fs, columns=columns))
-    return pa.concat_tables(tables)
+        return pq.read_table(path, filesystem=fs, columns=columns)
+
+    with ThreadPoolExecutor(16) as pool:
+        return pa.concat_tables(pool.map(read, uris))
 
 
 def upload(folder: str | Path, uri: str) -> None:
@@ -162,7 +168,6 @@ def local_copy(uri: str) -> Path:
         FileNotFoundError: nothing is there.
     """
     fs, path = filesystem(uri)
-    fs.invalidate_cache()
     if not fs.exists(path):
         raise FileNotFoundError(
             f"{uri}: no such file or folder; check the URI and, on S3, AWS_ENDPOINT_URL and the keys"
@@ -184,7 +189,6 @@ def local_copy(uri: str) -> Path:
 def list_folder(uri: str) -> list[str]:
     """Return the names of what is in the folder `uri`, sorted; nothing where there is no such folder."""
     fs, path = filesystem(uri)
-    fs.invalidate_cache()
     if not fs.exists(path):
         return []
     return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
@@ -199,7 +203,6 @@ def find(uri: str) -> list[tuple[str, int]]:
         FileNotFoundError: there is no such folder.
     """
     fs, path = filesystem(uri)
-    fs.invalidate_cache()
     found = fs.find(path, detail=True)
     if not found or (len(found) == 1 and path.rstrip("/") in found):
         raise FileNotFoundError(f"{uri}: no folder with files; check the URI and, on S3, AWS_ENDPOINT_URL and the keys")
@@ -219,7 +222,6 @@ def remove_partial(uri: str) -> None:
 def delete_folder(uri: str) -> None:
     """Delete the folder `uri` and all that is in it; it need not be there."""
     fs, path = filesystem(uri)
-    fs.invalidate_cache()
     if fs.exists(path):
         fs.rm(path, recursive=True)
 

@@ -34,6 +34,7 @@ from tests.object_storage import ObjectStore, object_store
 
 CPUS = {"head": 1, "node": 1}  # logical ones, and so many shards in hand
 CLIPS_A_SHARD = 4
+SHARDS = ("stock/", "clips/", "records/")
 TIME_LIMIT = 1200.0  # seconds
 
 
@@ -58,7 +59,7 @@ def run(folder: Path, kills: int, seed: int, clips: int) -> dict[str, Any]:
     with object_store(folder / "s3", failures=0.05, seed=seed) as store:
         disturbed = config.model_copy(update={"output": storage.join(store.uri, "disturbed")})
         events = _disturb(disturbed, store, order, rng, folder, seconds)
-        written = Counter(store.written(f"{disturbed.output}/clips/") + store.written(f"{disturbed.output}/records/"))
+        written = Counter(_written(store, disturbed.output))
         failed = store.failed, store.requests
     with object_store(folder / "s3") as store:
         found = compare(undisturbed, disturbed.output)
@@ -94,8 +95,8 @@ def _disturb(
     settings.write_text(json.dumps(config.model_dump(exclude_none=True)))
     command = ["jobs/preprocess.py", "--config", str(settings)]
     log = folder / "job.log"
-    files = Manifest.read(config.output.replace("/disturbed", "/undisturbed")).files
-    total = sum(name.startswith(("clips/", "records/")) for name in files)
+    files = [name for name, _ in storage.find(config.output.replace("/disturbed", "/undisturbed"))]
+    total = sum(name.startswith(SHARDS) for name in files)
     moments = sorted(rng.uniform(0.0, 0.85) * total for _ in order)
     events: list[dict[str, Any]] = []
     begun = time.monotonic()
@@ -106,7 +107,7 @@ def _disturb(
                 return events
             if driver.poll() is not None:
                 raise RuntimeError(f"the job failed with status {driver.returncode}:\n{log.read_text()[-4000:]}")
-            done = len(set(store.written(f"{config.output}/clips/") + store.written(f"{config.output}/records/")))
+            done = len(set(_written(store, config.output)))
             if len(events) < len(order) and done >= moments[len(events)]:
                 time.sleep(rng.uniform(0.0, 2.0))
                 what = cluster.kill(order[len(events)], rng, driver)
@@ -116,6 +117,11 @@ def _disturb(
                     driver = cluster.run_driver(command, log)
             time.sleep(0.2)
     raise TimeoutError(f"the job did not end:\n{log.read_text()[-4000:]}")
+
+
+def _written(store: ObjectStore, output: str) -> list[str]:
+    """Return the shards of the set `output` that were written, one for each time."""
+    return [uri for folder in SHARDS for uri in store.written(f"{output}/{folder}")]
 
 
 def compare(undisturbed: str, disturbed: str) -> dict[str, int]:
@@ -130,7 +136,7 @@ def compare(undisturbed: str, disturbed: str) -> dict[str, int]:
         for name in names - lost
         if storage.read_bytes(f"{undisturbed}/{name}") != storage.read_bytes(f"{disturbed}/{name}")
     }
-    extra = {name for name in there if name.startswith(("clips/", "records/", "stock/"))} - names
+    extra = {name for name in there if name.startswith(SHARDS)} - names
     clip_ids = found.read_table(disturbed, "clips", ["clip_id"])["clip_id"].to_pylist()
     repeated = len(clip_ids) - len(set(clip_ids)) + len(extra)
     different |= {"manifest.json"} if expected.content_hash != found.content_hash else set()
