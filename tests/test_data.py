@@ -50,6 +50,11 @@ def _cut(container: str) -> bytes:
     return data[: len(data) * 7 // 10]
 
 
+def _cut_at_its_last_page() -> bytes:
+    data = encode(np.zeros(60_000, np.float32), RATE, "OGG")
+    return data[: data.rfind(b"OggS") + len(b"OggS")]
+
+
 def _float_wav(samples: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, RATE, format="WAV", subtype="FLOAT")
@@ -68,6 +73,7 @@ def _float_wav(samples: np.ndarray) -> bytes:
         (encode(np.zeros((100, 3)), RATE, "WAV"), "bad_header"),
         (encode(np.zeros((40_000, 2)), RATE, "WAV"), "too_large"),
         (bytes(1_000_001), "too_large"),
+        (_cut_at_its_last_page(), "truncated"),
         *((_cut(container), "truncated") for container in ("WAV", "FLAC", "OGG", "MP3")),
     ],
 )

@@ -164,7 +164,7 @@ def test_every_reason_is_counted_and_missing_clips_are_reported_by_split_and_tas
     }  # fmt: skip
     assert manifest.counts["records"] == {"train": 2, "val": 1, "test": 0}
     assert manifest.counts["records_dropped"] == 8
-    with pytest.raises(ValueError, match=r"clips are unusable \(empty 1, missing 1\) so far: .*raise max_failed_share"):
+    with pytest.raises(ValueError, match=r"clips are unusable \(empty 1, missing 1\) so far, see .*raise max_failed"):
         preprocess(config(tmp_path / "corpus", tmp_path / "strict", max_failed_share=0.1, **fields))
     assert not (tmp_path / "strict/clips").exists()  # it stopped before the first clip was decoded
 
@@ -284,6 +284,62 @@ def test_parquet_rows_give_clips_and_their_questions(cluster: None, tmp_path):
         np.testing.assert_array_equal(store.arrays["log_mel"][row], plain.arrays["log_mel"][plain.rows[clip_id]])
 
 
+def test_rows_that_repeat_a_clip_keep_all_their_questions(cluster: None, tmp_path):
+    def rows(*numbers: int) -> pa.Table:
+        return pa.Table.from_pylist(
+            [
+                {
+                    "audio": {"bytes": sound(number % 3), "path": f"{number % 3}.flac"},
+                    "input": f"{number}?",
+                    "answer": "a",
+                }
+                for number in numbers
+            ]
+        )
+
+    (tmp_path / "corpus").mkdir()
+    pq.write_table(rows(0, 1, 2, 3), tmp_path / "corpus/train-0.parquet")
+    pq.write_table(rows(4, 5, 6), tmp_path / "corpus/train-1.parquet")
+    manifest = preprocess(config(tmp_path / "corpus", tmp_path / "set", source="parquet"))
+    assert manifest.counts["clips"] == manifest.counts["distinct_clips"] == 3
+    assert manifest.counts["records_dropped"] == 0
+    asked = read_shard_records(str(tmp_path / "set"), "train").to_pylist()
+    assert sorted((row["input"], row["filepath1"]) for row in asked) == [(f"{n}?", f"{n % 3}.flac") for n in range(7)]
+    pq.write_table(rows(2), tmp_path / "corpus/test-0.parquet")
+    with pytest.raises(ValueError, match=r"clip 2.flac stands in both test and train: keep it in one"):
+        preprocess(config(tmp_path / "corpus", tmp_path / "two", source="parquet"))
+
+
+def test_files_of_one_name_in_the_folders_of_two_splits_hold_clips_of_their_own(cluster: None, tmp_path):
+    asked = {"input": "what?", "answer": "noise"}
+    for number, split in enumerate(("train", "valid")):
+        table = pa.Table.from_pylist([asked | {"audio": sound(number)}])
+        (tmp_path / "parquet" / split).mkdir(parents=True)
+        pq.write_table(table, tmp_path / "parquet" / split / "0.parquet")
+        pair = json.dumps(asked | {"filepath2": "b.flac"}).encode()
+        members = {"a.flac": sound(2 * number), "a.json": pair, "b.flac": sound(2 * number + 1)}
+        write_tar(tmp_path / "tars" / split / "0.tar", members)
+    for source, name in (("parquet", "{}/0.parquet/0"), ("webdataset", "{}/0.tar/a.flac")):
+        folder = tmp_path / ("tars" if source == "webdataset" else "parquet")
+        preprocess(config(folder, tmp_path / source, source=source))
+        for split, stored in (("train", "train"), ("valid", "val")):
+            (row,) = read_shard_records(str(tmp_path / source), stored).to_pylist()
+            assert row["filepath1"] == name.format(split)
+            assert row["filepath2"] in ("", f"{split}/0.tar/b.flac")
+
+
+def test_a_limit_holds_for_each_split_where_there_are_no_questions(cluster: None, tmp_path):
+    for split, clips in (("train", 4), ("test", 3)):
+        write_tar(
+            tmp_path / "corpus" / f"{split}.tar", {f"{split}{n}.flac": sound(10 * clips + n) for n in range(clips)}
+        )
+    manifest = preprocess(config(tmp_path / "corpus", tmp_path / "set", source="webdataset", limit=2))
+    assert manifest.counts["clips"] == 4
+    assert {split: tasks["clips"]["clips"] for split, tasks in manifest.counts["splits"].items()} == {
+        "train": 2, "test": 2,
+    }  # fmt: skip
+
+
 def _as_recordings(folder: Path, clips: int) -> Path:
     for number in range(clips):
         storage.write_bytes(str(folder / "recordings" / f"{number}.flac"), sound(number))
@@ -302,7 +358,19 @@ def test_stock_is_taken_without_reading_what_is_too_large(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "split"),
-    [("train/0.tar", "train"), ("a/valid-0.parquet", "val"), ("x_test.tar", "test"), ("contest.tar", "train")],
+    [
+        ("train/0.tar", "train"),
+        ("a/valid-0.parquet", "val"),
+        ("x_test.tar", "test"),
+        ("contest.tar", "train"),
+        ("Test-0.tar", "test"),
+        ("testimony.tar", "train"),
+        ("valley-0.parquet", "train"),
+        ("dev2.tar", "val"),
+        ("clotho_development-0.tar", "train"),
+        ("clotho_evaluation.tar", "test"),
+        ("validation-00000.parquet", "val"),
+    ],
 )
 def test_a_shards_name_says_its_split(name: str, split: str):
     assert split_of(name) == split
@@ -310,7 +378,7 @@ def test_a_shards_name_says_its_split(name: str, split: str):
 
 def test_statistics_describe_the_corpus(cluster: None, tmp_path):
     write_corpus(str(tmp_path / "corpus"), {"train": 6, "val": 1, "test": 1})
-    manifest = preprocess(config(tmp_path / "corpus", tmp_path / "set"))
+    manifest = preprocess(config(tmp_path / "corpus", tmp_path / "set", partner="silence"))  # which is no clip of it
     statistics = storage.read_json(str(tmp_path / "set/statistics.json"))
     assert statistics["clips"] == 8
     assert sum(statistics["seconds"]["histogram"]["counts"]) == 8

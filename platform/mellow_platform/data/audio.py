@@ -110,10 +110,16 @@ def _check_length(file: soundfile.SoundFile, decoded: int, data: bytes) -> None:
         promised = _wav_frames(data, promised)
     elif file.format == "MP3" and not (b"Xing" in data[: 1 << 16] or b"Info" in data[: 1 << 16]):
         promised = decoded
-    elif file.format == "OGG" and not data[data.rfind(b"OggS") + 5] & 4:
+    elif file.format == "OGG" and not _ends_ogg(data):
         raise AudioError("truncated", f"the stream has no last page; {decoded} frames are left")
     if decoded < promised:
         raise AudioError("truncated", f"the header promises {promised} frames, and {decoded} are there")
+
+
+def _ends_ogg(data: bytes) -> bool:
+    """Whether the last page of an Ogg file says that its stream ends there."""
+    place = data.rfind(b"OggS") + 5
+    return place < len(data) and bool(data[place] & 4)
 
 
 def _wav_frames(data: bytes, there: int) -> int:

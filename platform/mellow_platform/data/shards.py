@@ -31,7 +31,7 @@ from mellow_platform import storage
 from mellow_platform.config import Features
 from mellow_platform.data import records as record_format
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST, CONFIGURATION = "manifest.json", "configuration.json"
 STOCK, CLIPS, RECORDS, RECEIPTS, QUARANTINE = "stock", "clips", "records", "receipts", "quarantine"
 
@@ -66,12 +66,14 @@ class Manifest:
         counts: clips, quarantined clips (by reason too), records a split, records dropped with their clips.
         configuration: of the job that wrote the set.
         files: SHA-256 of every shard by its path in the set.
+        encoder: of the weights (`encoder_digest`) that made features: encoder; empty with other features.
     """
 
     features: dict[str, list[int]]
     counts: dict[str, Any]
     configuration: dict[str, Any]
     files: dict[str, str] = field(default_factory=dict)
+    encoder: str = ""
     schema_version: int = SCHEMA_VERSION
 
     @property

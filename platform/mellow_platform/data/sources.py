@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +29,7 @@ from mellow_platform.data.labels import read_labels
 from mellow_platform.data.records import FIELDS, SPLITS
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".oga", ".opus")
-CLIPS_A_UNIT = 512
+CLIPS_A_UNIT = 128
 READERS = 8  # threads that wait for storage, and so many files that are held ahead
 
 # What taking stock says of a clip: where it is, what it is (SHA-256 of its bytes), or why it cannot be used.
@@ -66,6 +65,7 @@ class Unit:
 
     number: int
     clips: tuple[Address, ...] = ()
+    name: str = ""  # of the file, relative to the corpus
     uri: str = ""
     size: int = 0
     split: str = ""
@@ -112,18 +112,27 @@ def plan_source(config: PreprocessConfig) -> Plan:
     for name, size in files:
         split = split_of(name)
         if split in config.splits:
-            units.append(Unit(len(units), uri=storage.join(config.corpus, name), size=size, split=split))
+            units.append(Unit(len(units), (), name, storage.join(config.corpus, name), size, split))
     if not units:
         raise ValueError(f"{config.corpus}: none of its {len(files)} files is of {', '.join(config.splits)}")
     return Plan(units, {})
 
 
+# Words that name a split; Clotho's development split is the one to train on, its evaluation split the test.
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training", "development"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+
+
 def split_of(name: str) -> str:
-    """Return the split that a shard's path names (`train/0.tar`, `valid-0.parquet`); train where it names none."""
-    found = re.search(r"(?:^|[/_.-])(train|test|valid|val|dev|eval)", name)
-    return {"test": "test", "eval": "test", "valid": "val", "val": "val", "dev": "val"}.get(
-        found[1] if found else "", "train"
-    )
+    """Return the split that the first such word of a shard's path names (`train/0.tar`, `Valid-0.parquet`), or train.
+
+    A word goes from one sign or digit to the next.
+    """
+    words = re.findall(r"[a-z]+", name.lower())
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")
 
 
 def _plan_records(config: PreprocessConfig) -> Plan:
@@ -184,7 +193,7 @@ def _units(clips: list[Address]) -> list[Unit]:
 
 def take_stock(unit: Unit, limits: Limits) -> pa.Table:
     """Read every clip of a unit once, and return what and where they are (`STOCK_SCHEMA`), in the unit's order."""
-    if unit.uri.endswith(".tar"):
+    if unit.uri.lower().endswith(".tar"):
         found = _tar_clips(unit, limits)
     elif unit.uri:
         found = _parquet_clips(unit)
@@ -262,9 +271,9 @@ def _tar_clips(unit: Unit, limits: Limits) -> Found:
     """Yield the audio members of a tar, each with the questions in the `.json` members of its key.
 
     A member's key is its name up to the first dot of its last part, as WebDataset has it; a clip's path is
-    `<tar>/<member>`. The `.json` holds the fields of one record, or a list of such.
+    `<tar>/<member>`, the tar's relative to the corpus. The `.json` holds the fields of one record, or a list of such.
     """
-    tar = PurePosixPath(unit.uri).name
+    tar = unit.name
     # Of the key at hand, whose members are neighbours.
     current = ""
     clips: list[tuple[Address, bytes | AudioError]] = []
@@ -314,10 +323,10 @@ def _questions(value: Any, where: str) -> list[dict[str, str]]:
 
 
 def _located(entry: dict[str, Any], path: str, tar: str = "") -> dict[str, str]:
-    """Return a record's fields with its clips by their paths in the corpus."""
+    """Return a record's fields with its clips by their paths in the corpus; a second one may be named as in its tar."""
     values = {name: str(entry.get(name) or "") for name in FIELDS} | {"filepath1": path}
     second = values["filepath2"]
-    if second and tar and not re.match(r"[^/]+\.tar/", second):
+    if second and tar and ".tar/" not in second.lower():
         values["filepath2"] = f"{tar}/{second}"
     return values
 
@@ -354,14 +363,13 @@ def _parquet_clips(unit: Unit) -> Found:
     A clip's path is its column `path` or `filepath1`, the path beside the bytes, or `<file>/<row>`.
     """
     rows = _ParquetRows(unit.uri)
-    name = PurePosixPath(unit.uri).name
     columns = [name for name in ("path", *FIELDS) if name in rows.file.schema_arrow.names]
     number = 0
     for batch in rows.file.iter_batches(batch_size=32, columns=[rows.column, *columns]):
         for cells in batch.to_pylist():
             audio = cells.pop(rows.column)
             inside = audio.get("path") if isinstance(audio, dict) else None
-            path = cells.get("path") or cells.get("filepath1") or inside or f"{name}/{number}"
+            path = cells.get("path") or cells.get("filepath1") or inside or f"{unit.name}/{number}"
             clip = Address(path, unit.split, unit.uri, cells.get("taskname") or "", row=number)
             yield clip, audio_bytes(audio), [_located(cells, path)] if {"input", "answer"} <= cells.keys() else []
             number += 1

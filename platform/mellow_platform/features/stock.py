@@ -74,18 +74,30 @@ def write_stock(units: list[Unit], config: PreprocessConfig) -> Stock:
 
 
 def _without_repeats(table: pa.Table) -> pa.Table:
-    """Return the sorted stock with each path once: rows of a Parquet file may repeat a clip for each question."""
-    kept: list[int] = []
-    known = ""
-    clip_ids, uris = table["clip_id"].to_pylist(), table["uri"].to_pylist()
-    for row, path in enumerate(table["path"].to_pylist()):
-        if row and path == known:
-            if clip_ids[row] != clip_ids[kept[-1]]:
-                raise ValueError(f"{path} names different clips in {uris[kept[-1]]} and {uris[row]}")
+    """Return the sorted stock with each path once: rows of a Parquet file may repeat a clip for each question.
+
+    What is kept is the first row, with the questions of all.
+
+    Raises:
+        ValueError: a path stands for different clips, or in two splits.
+    """
+    rows: list[dict[str, Any]] = []
+    for row in table.to_pylist():
+        if not rows or row["path"] != rows[-1]["path"]:
+            rows.append(row)
             continue
-        kept.append(row)
-        known = path
-    return table if len(kept) == len(table) else table.take(kept)
+        first = rows[-1]
+        if row["clip_id"] != first["clip_id"]:
+            raise ValueError(
+                f"{row['path']} names different clips in {first['uri']} and {row['uri']}: give each a path of its own"
+            )
+        if row["split"] != first["split"]:
+            raise ValueError(f"clip {row['path']} stands in both {first['split']} and {row['split']}: keep it in one")
+        first.setdefault("repeats", []).append(row["records"])
+    for row in rows:
+        if repeats := row.pop("repeats", None):
+            row["records"] = json.dumps([record for text in (row["records"], *repeats) for record in json.loads(text)])
+    return pa.Table.from_pylist(rows, schema=table.schema)
 
 
 def _refuse_clips_in_two_splits(stock: Stock) -> None:
