@@ -24,7 +24,13 @@ from mellow_platform.features.progress import Progress
 from mellow_platform.features.questions import build_processor, with_clips, write_record_shards
 from mellow_platform.features.statistics import describe, draw
 from mellow_platform.features.stock import Stock, write_stock
-from mellow_platform.model import MellowFeatureExtractor, encoder_config, load_encoder_config
+from mellow_platform.model import (
+    MellowFeatureExtractor,
+    encoder_config,
+    encoder_digest,
+    load_encoder,
+    load_encoder_config,
+)
 from mellow_platform.model.folder import save_pretrained
 
 
@@ -36,7 +42,8 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
     """
     begun = time.monotonic()
     plan = plan_source(config)
-    config = claim(config, plan)
+    weights = encoder_digest(load_encoder(config.encoder)) if config.encoder else ""
+    config = claim(config, plan, weights)
     if storage.exists(storage.join(config.output, shards.MANIFEST)):
         print(f"{config.output} is finished: nothing to do", flush=True)
         return shards.Manifest.read(config.output)
@@ -52,6 +59,8 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
     records = plan.records or stocked_records(stock.table, config)
     if records and not plan.records:
         stock = asked_about(stock, records)
+    if not records:
+        stock = limited(stock, config.limit)
     clips = stock.distinct()
     if records and config.partner == "silence":
         clips.append((SILENCE_ID, Address(SILENCE, "", "")))  # of no split: nothing is asked about it
@@ -71,22 +80,22 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
     storage.write_json(storage.join(config.output, "statistics.json"), statistics)
     storage.write_bytes(storage.join(config.output, "statistics.png"), draw(statistics))
     storage.remove_partial(config.output)
-    manifest = shards.Manifest(features=shapes, counts=counts, configuration=config.model_dump(), files=files)
+    manifest = shards.Manifest(shapes, counts, config.model_dump(), files, weights)
     manifest.write(config.output)
     print(f"{config.output} is finished after {time.monotonic() - begun:.0f} s", flush=True)
     return manifest
 
 
-def claim(config: PreprocessConfig, plan: Plan) -> PreprocessConfig:
+def claim(config: PreprocessConfig, plan: Plan, weights: str) -> PreprocessConfig:
     """Take the output folder for this configuration and this input; return the configuration with its name.
+
+    Args:
+        weights: `encoder_digest` of the encoder, where there is one.
 
     Raises:
         ValueError: the folder is another set's.
     """
-    depends_on: dict[str, Any] = {"fields": config.shaping, "input": plan.digest}
-    if config.encoder:
-        folder = storage.local_copy(config.encoder)
-        depends_on["encoder"] = {file.name: storage.sha256(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    depends_on = {"fields": config.shaping, "input": plan.digest, "encoder": weights}
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     config = config.model_copy(update={"output": config.output.replace("{hash}", digest[:12])})
     shards.claim(config.output, config.shaping, digest)
@@ -206,8 +215,8 @@ def stop_if_too_many(rejected: list[dict[str, str]], clips: int, config: Preproc
     counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
     write_quarantine(sorted(rejected, key=lambda item: item["filepath"]), config.output)
     raise ValueError(
-        f"{len(rejected)} of {clips} clips are unusable ({counts}) so far: see {config.output}/quarantine, "
-        f"or raise max_failed_share (now {config.max_failed_share:g})"
+        f"{len(rejected)} of {clips} clips are unusable ({counts}) so far, see {config.output}/quarantine: "
+        f"mend them and delete {config.output}, or raise max_failed_share (now {config.max_failed_share:g})"
     )
 
 
@@ -229,6 +238,18 @@ def asked_about(stock: Stock, records: dict[str, pa.Table]) -> Stock:
     return replace(
         stock, table=stock.table.filter(pa.array([path in named for path in stock.column("path")], pa.bool_()))
     )
+
+
+def limited(stock: Stock, limit: int | None) -> Stock:
+    """Return the first `limit` clips of each split, of clips that no questions are asked about."""
+    if limit is None:
+        return stock
+    seen: Counter[str] = Counter()
+    kept = []
+    for split in stock.column("split"):
+        seen[split] += 1
+        kept.append(seen[split] <= limit)
+    return replace(stock, table=stock.table.filter(pa.array(kept, pa.bool_())))
 
 
 def with_usable_clips(records: pa.Table, clip_ids: dict[str, str]) -> pa.Table:

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mellow_platform.features.clips import SILENCE_ID
+
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 BINS = 40
 COLORS = {"train": "#2a6f97", "val": "#f4a259", "test": "#bc4b51"}
@@ -21,8 +23,13 @@ def describe(
     clips: Sequence[dict[str, Any]], records: dict[str, list[dict[str, Any]]], counts: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the statistics of a shard set from its shards' receipts, of clips and, by split, of questions."""
-    seconds = np.array([value for receipt in clips for value in receipt["seconds"]])
-    levels = np.array([value for receipt in clips for value in receipt["levels"]])
+    heard = [
+        (length, level)
+        for receipt in clips
+        for clip_id, length, level in zip(receipt["clip_ids"], receipt["seconds"], receipt["levels"], strict=True)
+        if clip_id != SILENCE_ID  # a partner, and no clip of the corpus
+    ]
+    seconds, levels = np.array(heard).reshape(-1, 2).T
     by_family = {split: _sum(receipts, "families") for split, receipts in records.items()}
     families = sorted(set().union(*by_family.values()) if by_family else ())
     return {

@@ -1,7 +1,9 @@
 """Audio encoders by name. One more is a class with its configuration (see `contract`) and a line in `ENCODERS`."""
 
+import hashlib
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModel
 
 from mellow_platform import storage
@@ -32,6 +34,7 @@ __all__ = [
     "WhisperAudioConfig",
     "WhisperAudioEncoder",
     "build_encoder",
+    "encoder_digest",
     "encoder_parts",
     "holds_model",
     "load_encoder",
@@ -77,6 +80,15 @@ def load_encoder_config(uri: str) -> AudioEncoderConfig:
         return config.audio_config
     kind, _ = _parts_in(uri, config)
     return kind.from_pretrained(folder)
+
+
+def encoder_digest(encoder: torch.nn.Module) -> str:
+    """Return the SHA-256 of an encoder's weights and statistics, by name: of equal ones it is equal."""
+    digest = hashlib.sha256()
+    for name, value in sorted(encoder.state_dict().items()):
+        if value.is_floating_point():  # a count of batches changes nothing that is computed
+            digest.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def holds_model(uri: str) -> bool:
