@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +16,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mellow_platform import storage
 from mellow_platform.config import PreprocessConfig, TrainConfig
+from mellow_platform.data.shards import Manifest
 from mellow_platform.features.preprocess import preprocess
 from mellow_platform.features.store import FeatureStore
-from mellow_platform.model.folder import load_model, load_processor
+from mellow_platform.model import HTSATEncoder, encoder_config
+from mellow_platform.model.folder import load_model, load_processor, save_pretrained
 from mellow_platform.training.batches import Plan, batches
 from mellow_platform.training.checkpoints import FOLDER, MARKER, STATE, CheckpointStore
-from mellow_platform.training.finetune import BETAS, build_model, finetune, load_examples
+from mellow_platform.training.finetune import BETAS, build_model, finetune, load_examples, train_answers
 from mellow_platform.training.gate import check_published
-from mellow_platform.training.loop import RESULT, learning_rate_factor, total_steps
+from mellow_platform.training.loop import MOST_RESIZED, RESULT, begin, learning_rate_factor, run_training, total_steps
 from tests.conftest import write_corpus, write_features
 
 STEPS = 20
@@ -52,7 +55,10 @@ def configured(made: SimpleNamespace, name: str, **changes: Any) -> TrainConfig:
 
 
 def trained(config: TrainConfig) -> SimpleNamespace:
-    result = finetune(config)
+    return outcome(config, finetune(config))
+
+
+def outcome(config: TrainConfig, result: dict[str, Any]) -> SimpleNamespace:
     log = CheckpointStore(storage.join(config.storage, config.run)).read_log()
     return SimpleNamespace(
         result=result, losses=np.array(log["loss"]), examples=log["examples"].to_pylist(), steps=log["step"].to_pylist()
@@ -116,11 +122,31 @@ def test_zero_stage_2_on_two_workers_gives_the_losses_of_plain_pytorch(plain, wh
 
 
 @pytest.mark.parametrize(
-    ("stage", "workers"),
-    [(2, 4), (3, 1)]
-    + [pytest.param(s, w, marks=pytest.mark.slow) for s in range(4) for w in (1, 4) if (s, w) not in ((2, 4), (3, 1))],
+    "changes",
+    [
+        {"zero_stage": 2, "offload": "optimizer"},
+        {"zero_stage": 3, "offload": "parameters"},
+        {"zero_stage": 0, "activation_checkpointing": True},
+    ],
 )
-def test_a_checkpoint_of_two_workers_goes_on_with_one_or_four(made, whole, stage, workers):
+def test_offloading_and_activation_checkpointing_change_no_loss_and_go_on(made, whole, changes):
+    name = "-".join(map(str, changes.values()))
+    cut_back(made, "whole", name, step=10)
+    run = trained(configured(made, name, **changes))
+    assert run.result["resumed_from"] == 10
+    np.testing.assert_allclose(run.losses, whole.losses, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "workers"),
+    [
+        pytest.param(stage, workers, marks=() if (stage, workers) in ((2, 4), (3, 1)) else pytest.mark.slow)
+        for stage in range(4)
+        for workers in range(1, MOST_RESIZED + 1)
+        if workers != 2
+    ],
+)
+def test_a_checkpoint_of_two_workers_goes_on_with_another_number(made, whole, stage, workers):
     name = f"moved-{stage}-{workers}"
     cut_back(made, "whole", name, step=5)
     config = configured(made, name, zero_stage=stage, scaling={"workers": workers})
@@ -128,6 +154,55 @@ def test_a_checkpoint_of_two_workers_goes_on_with_one_or_four(made, whole, stage
     assert run.result["resumed_from"] == 5
     assert run.examples == whole.examples
     np.testing.assert_allclose(run.losses, whole.losses, atol=1e-4)
+
+
+def test_resizes_past_those_that_are_tested_are_refused(made, whole):
+    cut_back(made, "whole", "refused", step=5)
+    with pytest.raises(
+        ValueError, match=r"stands at step 5 with 2 workers; going on with 9 is not tested, but up to 8"
+    ):
+        trained(configured(made, "refused", scaling={"workers": 9}))
+    with pytest.raises(ValueError, match=r"goes on with 2 to 16 workers is tested with 8 at most: leave min_workers"):
+        trained(configured(made, "elastic-16", scaling={"workers": 16, "min_workers": 2}))
+
+
+def test_a_run_begins_with_as_many_workers_as_there_is_room_for_from_the_fewest_on(made, plain):
+    # Of 8 logical CPUs.
+    scaling = {"workers": 2, "min_workers": 1, "cpus_per_worker": 5}
+    config = configured(made, "elastic", scaling=scaling)
+    run = trained(config)
+    np.testing.assert_allclose(run.losses, plain, atol=1e-4)
+    store = CheckpointStore(storage.join(config.storage, config.run))
+    assert {store.progress_of(saved)["workers"] for saved in store.saved()} == {1}
+
+
+def failing_store(failing: set[int], part: str) -> Callable[[dict[str, Any]], None]:
+    """Return the training loop with a store that fails to write `part` of its checkpoints number `failing`."""
+
+    def loop(values: dict[str, Any]) -> None:
+        write, calls = getattr(CheckpointStore, part), itertools.count(1)
+
+        def attempt(*args: Any) -> Any:
+            if next(calls) in failing:
+                raise OSError("the store is away")
+            return write(*args)
+
+        setattr(CheckpointStore, part, attempt)
+        train_answers(values)
+
+    return loop
+
+
+@pytest.mark.parametrize("part", ["write_log", "write"])
+def test_checkpoints_that_cannot_be_written_lose_no_step_of_the_log(made, whole, part):
+    config = configured(made, f"failing-{part}", zero_stage=2)
+    result = run_training(failing_store({1, 3}, part), config, load_examples(config))
+    run = outcome(config, result)
+    assert result["resumed_from"] == 0
+    assert run.steps == list(range(1, STEPS + 1))
+    assert run.examples == whole.examples
+    np.testing.assert_allclose(run.losses, whole.losses, atol=1e-5)
+    assert [saved.step for saved in CheckpointStore(str(made.root / f"failing-{part}/run")).saved()] == [10, 20]
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_examples_and_losses(made, whole):
@@ -170,10 +245,46 @@ def test_a_complete_run_is_left_as_it_is(made, whole):
     assert before == {path: path.stat().st_mtime_ns for path in (made.root / "whole/run").rglob("*")}
 
 
+def test_a_complete_run_is_published_where_it_was_not_yet(made, whole):
+    config = configured(made, "whole", zero_stage=2, output=str(made.root / "elsewhere"))
+    assert trained(config).losses.tolist() == whole.losses.tolist()
+    one, two = (storage.read_json(str(made.root / name / "training.json")) for name in ("whole/model", "elsewhere"))
+    assert one == two
+    trained(configured(made, "whole", zero_stage=2))  # as it was, for other tests
+
+
 def test_a_run_does_not_go_on_under_other_values(made, whole):
     config = configured(made, "whole", seed=1)
     with pytest.raises(ValueError, match=r"was begun with other values \(seed 0 -> 1\): choose another"):
         finetune(config)
+    # Nor on shards that were written anew in the place of its own.
+    shutil.copytree(made.root / "features", made.root / "anew")
+    config = configured(made, "pinned", shards=str(made.root / "anew"))
+    begin(str(made.root / "pinned/run"), config)
+    begin(str(made.root / "pinned/run"), config)
+    manifest = Manifest.read(config.shards)
+    manifest.files["clips/000000.parquet"] = "0" * 64
+    manifest.write(config.shards)
+    with pytest.raises(ValueError, match=r"other values \(content_of_shards '\w+' -> '\w+'\)"):
+        begin(str(made.root / "pinned/run"), config)
+
+
+def test_shards_of_an_encoder_with_other_weights_are_refused(made):
+    torch.manual_seed(1)
+    save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")).eval(), str(made.root / "another"))
+    config = configured(made, "another-encoder", encoder=str(made.root / "another"))
+    with pytest.raises(ValueError, match=r"written by an encoder with other weights than .*/another has: run jobs/pre"):
+        build_model(config, load_processor(storage.join(config.shards, "processor")))
+
+
+def test_validation_without_questions_is_refused(made):
+    shutil.copytree(made.root / "corpus", made.root / "unvalidated")
+    (made.root / "unvalidated/val.json").write_text("[]")
+    folders = {"corpus": str(made.root / "unvalidated"), "output": str(made.root / "no-val")}
+    encoder = {"features": "encoder", "encoder": str(made.root / "encoder"), "size": "mellow-tiny"}
+    preprocess(PreprocessConfig(**folders, **encoder))
+    with pytest.raises(ValueError, match=r"no questions in its val split, and validate_every is 5: put some there"):
+        finetune(configured(made, "unvalidated-run", shards=str(made.root / "no-val"), validate_every=5))
 
 
 def test_metrics_go_to_tensorboard(made, whole):
@@ -201,6 +312,14 @@ def test_validation_keeps_the_best_and_stops_a_run_that_gets_no_better(made):
     weights = store.load(store.saved()[0])[0]
     assert all(torch.equal(published[name.removeprefix("weight.")], value) for name, value in weights.items()
                if name.startswith("weight."))  # fmt: skip
+    # Where the best cannot be written, the best of the others is the best.
+    again = configured(made, "unwritten", **config.model_dump(exclude={"storage", "output", "shards", "encoder"}))
+    failing = failing_store({round(best["step"] / config.validate_every)}, "write")
+    result = run_training(failing, again, load_examples(again), load_examples(again, "val"))
+    kept = CheckpointStore(str(made.root / "unwritten/run")).saved()
+    assert result["best"]["step"] in [saved.step for saved in kept]
+    assert result["best"]["step"] != best["step"]
+    assert storage.read_json(f"{again.output}/training.json")["step"] == result["best"]["step"]
     # It stays stopped, until more patience is asked for.
     assert trained(config).result == run.result
     assert trained(config.model_copy(update={"patience": 3})).result["step"] > run.result["step"]

@@ -129,9 +129,11 @@ class ChaosCluster(contextlib.AbstractContextManager):
     def kill(self, what: str, rng: random.Random, driver: subprocess.Popen) -> str:
         """Kill one thing of the kind `what` with SIGKILL and return what it was; a killed node is replaced.
 
-        Nothing is killed, and nothing returned, where no worker is at work at the moment.
+        Nothing is killed, and "" returned, where no worker is at work at the moment, or the driver has ended.
         """
         if what == DRIVER:
+            if driver.poll() is not None:
+                return ""
             driver.kill()
             driver.wait()
             return f"driver {driver.pid}"

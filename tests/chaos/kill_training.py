@@ -54,6 +54,7 @@ def main() -> None:
         counts = kill_training(Path(folder), options.kills, options.seed, options.steps, options.checkpoint_every)
     print(json.dumps(counts))
     wrong = counts["lost"] + counts["repeated"] + counts["different"] + counts["notices"] - counts["notices_saved"]
+    wrong += options.kills - counts["kills"]
     sys.exit(int(wrong > 0 or counts["redone"] > counts["kills"] * options.checkpoint_every))
 
 
@@ -80,7 +81,7 @@ def kill_training(folder: Path, kills: int, seed: int, steps: int, checkpoint_ev
         weights = [one.published()["files"]["model.safetensors"] for one in (undisturbed, run)]
     counts = compare(expected, found)
     return {
-        "kills": kills,
+        "kills": disturbance.killed,
         **counts,
         "lost": counts["lost"] + disturbance.lost,
         "redone": result["redone_steps"],
@@ -180,7 +181,7 @@ class Disturbance:
         # Two steps that are drawn close together kill a run that is still starting again.
         # None is drawn so late that the run is complete before a notice, which takes seconds, has arrived.
         self.steps = sorted(rng.randrange(run.steps * 3 // 4) for _ in range(kills))
-        self.lost = self.notices = self.saved = 0
+        self.killed = self.lost = self.notices = self.saved = 0
 
     def go_through(self) -> None:
         """Run to the end, with every kill on the way."""
@@ -190,18 +191,25 @@ class Disturbance:
             run.wait_for(step)
             time.sleep(self.rng.random())
             before = run.log()
-            if kind in (NODE, NOTICE):
-                what = self._take_a_node_away(notice=kind == NOTICE)
-            else:
-                what = run.cluster.kill(kind, self.rng, driver)
-            print(f"step {run.position():4d}: killed {what}", flush=True)
+            what = self._take_a_node_away(kind) if kind in (NODE, NOTICE) else self._kill(kind, driver)
+            self.killed += bool(what)
+            print(f"step {run.position():4d}: killed {what or f'no {kind}: the run is over'}", flush=True)
             if kind == DRIVER:
                 driver = run.begin()
             # Whatever was committed stays so.
             self.lost += compare(before, run.log())["lost"]
         run.wait()
 
-    def _take_a_node_away(self, notice: bool) -> str:
+    def _kill(self, kind: str, driver: subprocess.Popen) -> str:
+        """Kill a driver or a worker, as soon as there is one, and return what it was; "" where the run has ended."""
+        until = time.monotonic() + PATIENCE
+        while not (what := self.run.cluster.kill(kind, self.rng, driver)) and driver.poll() is None:
+            if time.monotonic() > until:
+                raise RuntimeError(f"there is no {kind} to kill")
+            time.sleep(0.1)
+        return what
+
+    def _take_a_node_away(self, kind: str) -> str:
         """Kill a node that trains; with a notice first, and not before the checkpoint that this has to bring."""
         cluster = self.run.cluster
         self.run.wait_for(self.run.position() + 1)
@@ -210,12 +218,12 @@ class Disturbance:
             if time.monotonic() > until:
                 raise RuntimeError("no node trains")
             time.sleep(0.3)
-        if notice:
+        if kind == NOTICE:
             cluster.give_notice(node)
             self.notices += 1
             self.saved += self._is_saved_between_checkpoints()
         cluster.kill_node(node)
-        return f"node {node.pid}" + " after a notice" * notice
+        return f"node {node.pid}" + " after a notice" * (kind == NOTICE)
 
     def _is_saved_between_checkpoints(self) -> bool:
         """Whether a checkpoint appears soon at a step that none is due at."""

@@ -69,16 +69,21 @@ class CheckpointStore:
                 found.append(Saved(step_of(name), uri))
         return sorted(found)
 
-    def load_latest(self) -> tuple[Saved, Tensors, dict[str, Any]] | None:
-        """Return the latest whole checkpoint with its tensors and progress; None where the run has none yet.
+    def progress_of(self, saved: Saved) -> dict[str, Any]:
+        """Return what a checkpoint says besides its tensors."""
+        return storage.read_json(storage.join(saved.uri, PROGRESS))
+
+    def load_latest(self, step: int | None = None) -> tuple[Saved, Tensors, dict[str, Any]] | None:
+        """Return the latest whole checkpoint (of `step`) with its tensors and progress; None where there is none.
 
         A checkpoint whose bytes are not those that were written is passed over with a warning.
         """
         for saved in reversed(self.saved()):
-            try:
-                return saved, *self.load(saved)
-            except ValueError as error:
-                logger.warning("%s; going back to the one before", error)
+            if step in (None, saved.step):
+                try:
+                    return saved, *self.load(saved)
+                except ValueError as error:
+                    logger.warning("%s, and is passed over", error)
         return None
 
     def load(self, saved: Saved) -> tuple[Tensors, dict[str, Any]]:
@@ -136,7 +141,7 @@ class CheckpointStore:
         whole = self.saved()
         if not whole:
             return LOG_SCHEMA.empty_table()
-        pieces = storage.read_json(storage.join(whole[-1].uri, PROGRESS))["log"]
+        pieces = self.progress_of(whole[-1])["log"]
         return storage.read_tables([storage.join(self.run, LOG, name) for name in pieces])
 
 

@@ -41,11 +41,6 @@ class EngineState:
                     tensors[f"{key}.{name}"] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
         return tensors
 
-    def weights(self, keep: bool) -> Tensors:
-        """Return every trained parameter's float32 weight on the host, by its name, where `keep` says so."""
-        whole = {name: self._read(parameter, WEIGHT) for name, parameter in self.trained.items()}
-        return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in whole.items() if keep}
-
     def restore(self, tensors: Tensors, step: int) -> None:
         """Take over a snapshot after `step` steps; the optimizer has made a step, and so allocated its state."""
         for name, parameter in self.trained.items():

@@ -15,7 +15,13 @@ import torch
 from mellow_platform import storage
 from mellow_platform.config import TrainConfig
 from mellow_platform.data.shards import Manifest
-from mellow_platform.model import MellowConfig, MellowForConditionalGeneration, MellowProcessor, load_encoder
+from mellow_platform.model import (
+    MellowConfig,
+    MellowForConditionalGeneration,
+    MellowProcessor,
+    encoder_digest,
+    load_encoder,
+)
 from mellow_platform.model.decoder import load_decoder, load_decoder_config, load_tokenizer
 from mellow_platform.model.folder import load_processor, save_model
 from mellow_platform.training.batches import MicroBatch, Plan, batches
@@ -38,6 +44,11 @@ def finetune(config: TrainConfig) -> dict[str, Any]:
         ValueError: configuration and shards do not go together, or the run of this name was begun with other values.
     """
     validation = load_examples(config, "val") if config.validate_every else None
+    if validation is not None and not len(validation):
+        raise ValueError(
+            f"{config.shards} has no questions in its val split, and validate_every is {config.validate_every}: "
+            "put some there, or set validate_every to 0"
+        )
     return run_training(train_answers, config, load_examples(config), validation)
 
 
@@ -56,7 +67,7 @@ def build_model(config: TrainConfig, processor: MellowProcessor) -> MellowForCon
         model.add_lora(lora)
     if model.config.lora:
         model.freeze_decoder()
-    check_encoder(config, model.config, processor)
+    check_encoder(config, model, processor)
     return model.freeze_encoder()
 
 
@@ -90,21 +101,25 @@ def _model_of_parts(config: TrainConfig, processor: MellowProcessor) -> MellowFo
     return model
 
 
-def check_encoder(config: TrainConfig, model: MellowConfig, processor: MellowProcessor) -> None:
+def check_encoder(config: TrainConfig, model: MellowForConditionalGeneration, processor: MellowProcessor) -> None:
     """Make sure that the shards' features are those of the model's encoder.
 
     Raises:
-        ValueError: its front end or the shape of its features is another one.
+        ValueError: its front end, the shape of its features, or a weight is another one.
     """
-    audio, name = model.audio_config, config.encoder or config.init_from
+    audio, name = model.config.audio_config, config.encoder or config.init_from
     processor.feature_extractor.check_hears_as(audio, name)
     expected = {"frames": [audio.num_frames, audio.frame_size], "latent": [audio.hidden_size]}
-    stored = Manifest.read(config.shards).features
-    if "frames" in stored and stored != expected:
+    manifest = Manifest.read(config.shards)
+    if "frames" not in manifest.features:
+        return
+    remedy = "run jobs/preprocess.py with this encoder, or take the one that made the shards"
+    if manifest.features != expected:
         raise ValueError(
-            f"{config.shards} holds features {stored}, encoder {name} gives {expected}: "
-            "run jobs/preprocess.py with this encoder, or take the one that made the shards"
+            f"{config.shards} holds features {manifest.features}, encoder {name} gives {expected}: {remedy}"
         )
+    if manifest.encoder != encoder_digest(model.audio_encoder):
+        raise ValueError(f"{config.shards} was written by an encoder with other weights than {name} has: {remedy}")
 
 
 def check_tokenizer(config: TrainConfig, processor: MellowProcessor) -> None:
@@ -305,18 +320,21 @@ def publish(tuning: Finetuning, progress: Progress, processor: MellowProcessor, 
     Args:
         examples: whose first questions the trainer and the saved model are asked.
     """
-    config, store = tuning.config, progress.store
-    if config.publish == "best" and progress.best and progress.best["step"] != progress.step:
-        (best,) = [saved for saved in store.saved() if saved.step == progress.best["step"]]
-        tuning = Finetuning(config, tuning.plan, build_model(config, processor), store.load(best)[0])
-    weights = tuning.state.weights(progress.is_first)
+    from mellow_platform.training.engine_state import weights_of  # with DeepSpeed, as above
+
+    config = tuning.config
+    chosen, tensors = progress.choose(best=config.publish == "best")
+    if chosen.step != progress.step:
+        tensors = tensors or progress.store.load(chosen)[0]
+        tuning = Finetuning(config, tuning.plan, build_model(config, processor), tensors)
     tuning.engine.eval()
     questions = gate_questions(examples, config)
     answers = greedy_answers(tuning.engine.module, questions)
-    if not progress.is_first:
+    if tensors is None or not progress.is_first:
         return
     model = build_model(config, processor).eval()
-    model.load_state_dict(weights, strict=False)
+    # Of the checkpoint, not the engine, which may compute with rounded ones.
+    model.load_state_dict(weights_of(tensors), strict=False)
     # The weights have seen prompts in this form.
     processor.pad_prompt = config.pad_prompts
     with tempfile.TemporaryDirectory() as folder:
@@ -326,7 +344,7 @@ def publish(tuning: Finetuning, progress: Progress, processor: MellowProcessor, 
         digests = {path.name: storage.sha256(path) for path in sorted(Path(folder).iterdir())}
     # Written last: a folder without it is not all there.
     storage.write_json(
-        storage.join(config.output, PUBLISHED), {"run": progress.folder, "step": progress.step, "files": digests}
+        storage.join(config.output, PUBLISHED), {"run": progress.folder, "step": chosen.step, "files": digests}
     )
 
 
@@ -363,7 +381,7 @@ def train_answers(values: dict[str, Any]) -> None:
     tensors = progress.resume()
     tuning = Finetuning(config, plan, model, tensors)
     validation = ray.get(values["validation"]) if config.validate_every else None
-    validate = functools.partial(tuning.validate, validation, rank) if validation else None
+    validate = functools.partial(tuning.validate, validation, rank) if validation is not None else None
     steps = batches(plan, values["examples"], rank, progress.step, progress.total)
     for turns in progress.waiting(steps):
         if tensors:
@@ -371,5 +389,5 @@ def train_answers(values: dict[str, Any]) -> None:
             tensors = None
         rate = config.learning_rate * learning_rate_factor(progress.step, progress.total, config.warmup)
         progress.advance(tuning.step(turns, rate), rate, tuning.state.snapshot, validate, tuning.work(turns))
-    publish(tuning, progress, processor, validation or examples)
-    progress.finish(model=config.output)
+    publish(tuning, progress, processor, examples if validation is None else validation)
+    progress.finish()

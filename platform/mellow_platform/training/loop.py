@@ -12,19 +12,23 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from mellow_platform import storage
 from mellow_platform.config import RunSection
+from mellow_platform.data.shards import Manifest
 from mellow_platform.training.batches import Examples, Plan
+from mellow_platform.training.checkpoints import CheckpointStore
 
 logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
+# Runs of every ZeRO stage are tested to go on with another number of workers up to this one (tests/test_training.py).
+MOST_RESIZED = 8
 # Muon's matrix products are bfloat16, which on a CPU that announces AMX without granting it end the process; this
 # keeps oneDNN to instructions that such machines have. It has to stand before torch is loaded.
 WORKER_ENVIRONMENT = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}
 # What may change when a run goes on; anything else would make it another run.
 CHANGEABLE = {
     "epochs", "checkpoint_every", "keep_checkpoints", "log_every", "tracking", "dry_run", "scaling", "storage",
-    "output", "offload", "activation_checkpointing", "zero_stage", "micro_batch", "patience", "publish",
-    "validate_every", "validation_examples",
+    "output", "offload", "activation_checkpointing", "zero_stage", "patience", "publish", "validate_every",
+    "validation_examples",
 }  # fmt: skip
 
 
@@ -44,11 +48,14 @@ def run_training(
     """
     folder = storage.join(config.storage, config.run)
     begin(folder, config)
+    check_resize(folder, config)
     total = total_steps(config, len(examples))
     finished = storage.join(folder, RESULT)
     if storage.exists(finished) and is_complete(result := storage.read_json(finished), config, total):
-        logger.warning("run %s is complete (%d steps): nothing to do", config.run, result["step"])
-        return result
+        if is_published(result, config):
+            logger.warning("run %s is complete (%d steps): nothing to do", config.run, result["step"])
+            return result
+        logger.warning("run %s is complete (%d steps), and published to %s", config.run, result["step"], config.output)
     scaling = config.scaling
     fs, path = storage.arrow_filesystem(config.storage)
     trainer = TorchTrainer(
@@ -56,7 +63,7 @@ def run_training(
         train_loop_config={
             "config": config.model_dump(),
             "examples": ray.put(examples),
-            "validation": ray.put(validation) if validation else None,
+            "validation": None if validation is None else ray.put(validation),
         },
         torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
@@ -97,6 +104,12 @@ def is_complete(result: dict[str, Any], config: RunSection, total: int) -> bool:
     return result["total_steps"] == total and (result["step"] == total or is_stopped(config, result["worse"]))
 
 
+def is_published(result: dict[str, Any], config: RunSection) -> bool:
+    """Whether a complete run's model is where `config` wants it, with the weights that it wants."""
+    wanted = (config.output, getattr(config, "publish", None))
+    return (result.get("output"), result.get("publish")) == wanted and storage.exists(config.output)
+
+
 def is_stopped(config: RunSection, worse: int) -> bool:
     """Whether so many validations without a better loss end the run."""
     patience = getattr(config, "patience", 0)
@@ -111,6 +124,7 @@ def begin(folder: str, config: RunSection) -> None:
     """
     uri = storage.join(folder, "run.json")
     values = {name: value for name, value in config.model_dump().items() if name not in CHANGEABLE}
+    values["content_of_shards"] = Manifest.read(config.shards).content_hash  # they may be written anew in their place
     if not storage.exists(uri):
         storage.write_json(uri, values)
         return
@@ -123,6 +137,28 @@ def begin(folder: str, config: RunSection) -> None:
             f"run {config.run!r} in {config.storage} was begun with other values ({', '.join(differing)}): "
             "choose another --run, or delete its folder"
         )
+
+
+def check_resize(folder: str, config: RunSection) -> None:
+    """Make sure that the run in `folder` moves only between numbers of workers that such moves are tested with.
+
+    Raises:
+        ValueError: it would go on with another number, or may on its way, and one of the two is past the largest.
+    """
+    scaling = config.scaling
+    if scaling.min_workers and scaling.min_workers != scaling.workers and scaling.workers > MOST_RESIZED:
+        raise ValueError(
+            f"scaling: a run that goes on with {scaling.min_workers} to {scaling.workers} workers is tested with "
+            f"{MOST_RESIZED} at most: leave min_workers out, or set workers to {MOST_RESIZED}"
+        )
+    store = CheckpointStore(folder)
+    for saved in store.saved()[-1:]:
+        before = store.progress_of(saved)["workers"]
+        if before != scaling.workers and max(before, scaling.workers) > MOST_RESIZED:
+            raise ValueError(
+                f"run {config.run!r} stands at step {saved.step} with {before} workers; going on with "
+                f"{scaling.workers} is not tested, but up to {MOST_RESIZED} is: set scaling.workers to {before}"
+            )
 
 
 def learning_rate_factor(step: int, total: int, warmup: float) -> float:

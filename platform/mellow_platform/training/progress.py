@@ -41,6 +41,20 @@ class Counters:
     waited: float = 0.0  # seconds in which the loop had no batch
 
 
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """A checkpoint that is written in the background.
+
+    Attributes:
+        rows: of the log that it commits; none once these are written.
+    """
+
+    written: concurrent.futures.Future[None]
+    step: int
+    best: dict[str, float] | None
+    rows: list[dict[str, Any]]
+
+
 class Progress:
     """Follows a run on a worker: position, loss of every step, metrics, checkpoints in the background, early stop.
 
@@ -73,13 +87,14 @@ class Progress:
         # What a checkpoint carries besides tensors.
         self.log: list[str] = []
         self.best: dict[str, float] | None = None
+        self.kept_best: dict[str, float] | None = None  # the best that has a whole checkpoint, on rank 0
         self.worse = 0
         self.redone = 0
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []  # of the log, since the last checkpoint
         self.metrics: dict[str, float] = {}
         self.counters = Counters()
         self.writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self.writing: concurrent.futures.Future[Saved] | None = None
+        self.writing: Writing | None = None
         self.positions = concurrent.futures.ThreadPoolExecutor(1, "position")
         self.noting: concurrent.futures.Future[None] | None = None
         self.noted = self.watched = self.reported = 0.0
@@ -96,7 +111,7 @@ class Progress:
             tensors, progress = found[1:] if found else self.store.load(Saved(*place))
             self.step, self.log = progress["step"], progress["log"]
             self.resumed_from = self.step
-            self.best, self.worse = progress["best"], progress["worse"]
+            self.best, self.worse = self.kept_best, _ = progress["best"], progress["worse"]
             self.metrics = progress["metrics"]
             logger.info("run %s goes on from step %d", self.config.run, self.step)
         if self.is_first:
@@ -112,6 +127,29 @@ class Progress:
             )
         self.counters = Counters()
         return tensors
+
+    def choose(self, best: bool) -> tuple[Saved, Tensors | None]:
+        """Return the checkpoint to publish, the same on all workers, and on the first one its tensors.
+
+        Args:
+            best: of the step that validated best, where there is one; else of the last step.
+
+        Raises:
+            RuntimeError: the last step has no whole checkpoint.
+        """
+        found = None
+        if self.is_first:
+            if best and self.best:
+                found = self.store.load_latest(int(self.best["step"]))
+                if not found:
+                    logger.warning(
+                        "step %d, the best, has no whole checkpoint: the last is published", self.best["step"]
+                    )
+            found = found or self.store.load_latest(self.step)
+            if not found:
+                raise RuntimeError(f"{self.folder} has no whole checkpoint of step {self.step}: submit the run again")
+        place = ray.train.collective.broadcast_from_rank_zero((found[0].step, found[0].uri) if found else None)
+        return Saved(*place), found[1] if found else None
 
     def waiting(self, steps: Iterator[Any]) -> Iterator[Any]:
         """Pass `steps` on until the run is over, and count the time in which none is there."""
@@ -167,7 +205,7 @@ class Progress:
     def validate_every(self) -> int:
         return getattr(self.config, "validate_every", 0)
 
-    def finish(self, **more: Any) -> None:
+    def finish(self) -> None:
         """Write what the run came to, on rank 0: the last file of a run, and the sign that it is complete."""
         if not self.is_first:
             return
@@ -177,6 +215,8 @@ class Progress:
             self.tracker.close()
         result = self.metrics | {
             "run": self.folder,
+            "output": self.config.output,
+            "publish": getattr(self.config, "publish", None),
             "step": self.step,
             "total_steps": self.total,
             "resumed_from": self.resumed_from,
@@ -184,7 +224,7 @@ class Progress:
             "best": self.best,
             "worse": self.worse,
         }
-        storage.write_json(storage.join(self.folder, RESULT), result | more)
+        storage.write_json(storage.join(self.folder, RESULT), result)
 
     def _together(self, loss: torch.Tensor, work: dict[str, float], now: float) -> tuple[float, bool, bool]:
         """Sum losses and work over the workers; return the mean loss, and what it is time for.
@@ -264,43 +304,54 @@ class Progress:
     def _checkpoint(self, snapshot: Callable[[bool], Tensors], wait: bool) -> None:
         self._wait_for_writer(final=False)
         tensors = snapshot(self.is_first)
-        if not self.is_first:
-            return
-        rows, self.rows = self.rows, []
-        progress: dict[str, Any] = {
-            "step": self.step,
-            "best": self.best,
-            "worse": self.worse,
-            "metrics": dict(self.metrics),
-            "workers": self.plan.workers,
-        }
-        step, best = self.step, self.best
-
-        def write() -> Saved:
-            if rows:
-                self.log.append(self.store.write_log(rows))
-            saved = self.store.write(step, self.attempt, tensors, progress | {"log": list(self.log)})
-            self.store.prune(self.config.keep_checkpoints, [int(best["step"])] if best else [])
-            if self.tracker:
-                self.tracker.upload()
-            return saved
-
-        self.writing = self.writer.submit(write)
-        self._note_position()
+        if self.is_first:
+            progress: dict[str, Any] = {
+                "step": self.step,
+                "best": self.best,
+                "worse": self.worse,
+                "metrics": dict(self.metrics),
+                "workers": self.plan.workers,
+            }
+            rows, self.rows = self.rows, []
+            written = self.writer.submit(self._write, tensors, progress, rows)
+            self.writing = Writing(written, self.step, self.best, rows)
+            self._note_position()
         if wait:
             self._wait_for_writer(final=self.over)
 
-    def _wait_for_writer(self, final: bool) -> None:
-        """Wait for the checkpoint in the background; a failure ends the run only where no later one will make up."""
-        writing, self.writing = self.writing, None
-        if not writing:
-            return
+    def _write(self, tensors: Tensors, progress: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """Write the log's `rows`, which it empties, and a checkpoint that commits them."""
+        if rows:
+            self.log.append(self.store.write_log(rows))
+            rows.clear()
+        self.store.write(progress["step"], self.attempt, tensors, progress | {"log": list(self.log)})
         try:
-            writing.result()
-        except Exception:
-            if final:
-                raise
-            logger.exception("a checkpoint could not be written; the run goes on, and the next one will hold its steps")
+            best = progress["best"]
+            self.store.prune(self.config.keep_checkpoints, [int(best["step"])] if best else [])
+            if self.tracker:
+                self.tracker.upload()
+        except Exception:  # the next checkpoint does both again
+            logger.exception("older checkpoints were not deleted, or metrics not sent on")
+
+    def _wait_for_writer(self, final: bool) -> None:
+        """Wait for the checkpoint in the background; a failure ends the run only where no later one will make up.
+
+        All workers then know the same best step, one whose checkpoint is kept.
+        """
+        writing, self.writing = self.writing, None
+        if writing:
+            try:
+                writing.written.result()
+                self.kept_best = writing.best
+            except Exception:
+                if final:
+                    raise
+                self.rows = writing.rows + self.rows
+                if self.best and self.best["step"] == writing.step:
+                    self.best = self.kept_best
+                logger.exception("a checkpoint was not written; the run goes on, and the next one will hold its steps")
+        if self.validate_every and not final:
+            self.best = ray.train.collective.broadcast_from_rank_zero(self.best)
 
     def _count_redone(self) -> None:
         uri = storage.join(self.folder, POSITION)

@@ -163,7 +163,7 @@ def train_tagger(values: dict[str, Any]) -> None:
         progress.advance(total, rate, lambda keep: snapshot(encoder, optimizers) if keep else {})
     if rank == 0:
         save_pretrained(encoder.eval(), config.output)
-    progress.finish(encoder=config.output)
+    progress.finish()
 
 
 def snapshot(encoder: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> Tensors:
