@@ -7,13 +7,10 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import soundfile
-from ray._private.internal_api import memory_summary
 
 from mellow_platform import storage
 from mellow_platform.config import PreprocessConfig
@@ -388,28 +385,3 @@ def test_statistics_describe_the_corpus(cluster: None, tmp_path):
     assert asked == sum(map(len, records.values()))
     assert statistics["answer_tokens"]["train"]["count"] == len(records["train"])
     assert (tmp_path / "set/statistics.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_a_corpus_larger_than_the_object_store_streams_through(tmp_path):
-    """The spectrograms of 6,400 clips are 820 MB; they pass through 256 MiB, and nothing is spilled."""
-    folder = _as_recordings(tmp_path, 16)
-    for number in range(16, 6400):  # other bytes, as cheaply as can be: the last sample differs
-        data, rate = soundfile.read(folder / f"{number % 16}.flac", dtype="int16")
-        data[-1] = number
-        soundfile.write(folder / f"{number}.flac", data, rate, subtype="PCM_16")
-    save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")), str(tmp_path / "encoder"))
-    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=256 << 20, logging_level="warning")
-    try:
-        before = psutil.Process().memory_info().rss
-        fields = {"features": "encoder", "encoder": str(tmp_path / "encoder"), "encoder_workers": 1}
-        settings = config(folder, tmp_path / "set", source="recordings", **fields | {"clips_per_shard": 16})
-        manifest = preprocess(settings)
-        grown = psutil.Process().memory_info().rss - before
-        report = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
-    finally:
-        ray.shutdown()
-    print(f"the driver grew by {grown / 2**20:.0f} MiB\n{report}")
-    assert manifest.counts["distinct_clips"] == 6400
-    assert "Spilled" not in report
-    assert grown < 200 << 20

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import psutil
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 from ray.core.generated import autoscaler_pb2, gcs_pb2
 
 from tests.conftest import REPOSITORY
