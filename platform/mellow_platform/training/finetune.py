@@ -29,7 +29,7 @@ from mellow_platform.training.checkpoints import Tensors
 from mellow_platform.training.examples import AnswerExamples
 from mellow_platform.training.flops import ModelFlops, measured_peak
 from mellow_platform.training.gate import Question, check_published, greedy_answers
-from mellow_platform.training.loop import learning_rate_factor, plan_of, run_training, worker_threads
+from mellow_platform.training.loop import learning_rate_factor, plan_of, prepare_worker, run_training
 from mellow_platform.training.progress import Progress
 
 BETAS = (0.9, 0.98)
@@ -370,7 +370,7 @@ def peak_of_all(config: TrainConfig) -> float:
 def train_answers(values: dict[str, Any]) -> None:
     """The loop of one worker; rank 0 publishes the model folder at the end."""
     config = TrainConfig(**values["config"])
-    worker_threads(config)
+    prepare_worker(config)
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     examples: AnswerExamples = ray.get(values["examples"])

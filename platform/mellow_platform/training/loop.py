@@ -23,7 +23,8 @@ RESULT = "result.json"
 MOST_RESIZED = 8
 # Muon's matrix products are bfloat16, which on a CPU that announces AMX without granting it end the process; this
 # keeps oneDNN to instructions that such machines have. It has to stand before torch is loaded.
-WORKER_ENVIRONMENT = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}
+# Ray Data makes batches window by window, and would say so in four lines each time.
+WORKER_ENVIRONMENT = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI", "RAY_DATA_LOG_LEVEL": "WARNING"}
 # What may change when a run goes on; anything else would make it another run.
 CHANGEABLE = {
     "epochs", "checkpoint_every", "keep_checkpoints", "log_every", "tracking", "dry_run", "scaling", "storage",
@@ -184,9 +185,11 @@ def plan_of(config: RunSection, examples: Examples, workers: int) -> Plan:
     return Plan(config.seed, len(examples), config.batch, config.micro_batch, workers)
 
 
-def worker_threads(config: RunSection) -> None:
-    """Hold this worker to its CPU threads."""
+def prepare_worker(config: RunSection) -> None:
+    """Hold this worker to its CPU threads, and to what is worth saying in a job's log."""
     torch.set_num_threads(config.scaling.threads_per_worker)
+    # Ray 2.60 names this logger by its file, so that LoggingConfig does not reach it: a line for every report.
+    logging.getLogger(ray.train.v2._internal.execution.context.__file__).setLevel(logging.WARNING)
 
 
 def summary(result: dict[str, Any], seconds: float) -> dict[str, Any]:

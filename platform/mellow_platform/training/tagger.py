@@ -23,7 +23,7 @@ from mellow_platform.model.encoders import encoder_parts
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.training.batches import batches
 from mellow_platform.training.checkpoints import Tensors
-from mellow_platform.training.loop import learning_rate_factor, plan_of, run_training, worker_threads
+from mellow_platform.training.loop import learning_rate_factor, plan_of, prepare_worker, run_training
 from mellow_platform.training.progress import Progress
 
 
@@ -124,7 +124,7 @@ def build_optimizers(trained: list[torch.nn.Parameter], config: EncoderConfig) -
 def train_tagger(values: dict[str, Any]) -> None:
     """The loop of one worker; rank 0 saves the encoder folder at the end."""
     config = EncoderConfig(**values["config"])
-    worker_threads(config)
+    prepare_worker(config)
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     clips: TaggedClips = ray.get(values["examples"])
