@@ -423,7 +423,8 @@ class Engine:
                     f"features of shapes {clip.frames.shape} and {clip.latent.shape}: "
                     f"the model reads {known[0]} and {known[1]}"
                 )
-            parts = (torch.from_numpy(part)[None].to(self.device) for part in (clip.frames, clip.latent))
+            # Copied: what comes out of Ray's object store cannot be written to, of which torch warns.
+            parts = (torch.tensor(part)[None].to(self.device) for part in (clip.frames, clip.latent))
             frames, latent = (part.to(self._model.dtype) for part in parts)
         return self._model.audio_tokens(frames, latent)[0]
 
