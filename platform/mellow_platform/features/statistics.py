@@ -114,6 +114,7 @@ def _draw_histogram(axes: Axes, summary: dict[str, Any], title: str, x: str, y: 
         return
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.stairs(heights, edges, fill=True, color=COLORS["train"], alpha=0.85)
+    axes.set_ylim(0, 1.12 * max(heights))  # room for the median's label
     median = summary["quantiles"]["0.5"]
     axes.axvline(median, color="#222222", linewidth=1, linestyle="--")
     axes.annotate(
