@@ -51,6 +51,14 @@ def test_a_switch_needs_no_value():
     assert not load(TrainConfig, [*REQUIRED, "--dry-run", "false"]).dry_run
 
 
+@pytest.mark.parametrize(
+    ("text", "split"),
+    [("val", ["val"]), ("train,val", ["train", "val"]), ("train, val", ["train", "val"]), ("[test]", ["test"])],
+)
+def test_names_are_a_list_or_separated_by_commas(text: str, split: list[str]):
+    assert load(PreprocessConfig, ["--corpus", "/c", "--output", "/o", "--split", text]).split == split
+
+
 def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_name(tmp_path: Path, capsys: pytest.CaptureFixture):
     file = tmp_path / "train.yaml"
     file.write_text("scaling:\n  worker: 3\n")

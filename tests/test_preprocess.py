@@ -46,7 +46,7 @@ def write_questions(corpus: Path, clips: dict[str, dict[str, bytes]], **fields: 
 
 
 def config(corpus: Path, output: Path, **fields) -> PreprocessConfig:
-    values = {"size": "mellow-tiny", "clips_per_shard": 2, "vocab_size": 300, "splits": ["train", "val", "test"]}
+    values = {"size": "mellow-tiny", "clips_per_shard": 2, "vocab_size": 300, "split": ["train", "val", "test"]}
     return PreprocessConfig(**values | {"corpus": str(corpus), "output": str(output)} | fields)
 
 
@@ -210,8 +210,10 @@ def test_records_are_filtered_and_limited_and_tasks_have_folders_of_their_own(cl
         for number in range(3)
         for subtype in ("CLE.json", "ACD-1.json")
     ]
-    for split in ("train", "val", "test"):
-        write_records(str(tmp_path / f"corpus/{split}.json"), records if split == "train" else [])
+    storage.write_bytes(str(tmp_path / "audiocaps/held-out.flac"), sound(6))
+    held_out = [question("held-out.flac", taskname="audiocaps", subtype="CLE.json")]
+    for split, questions in {"train": records, "val": held_out, "test": []}.items():
+        write_records(str(tmp_path / f"corpus/{split}.json"), questions)
     fields = {"audio_root": {task: str(tmp_path / task) for task in ("audiocaps", "clothov21")}}
     manifest = preprocess(config(tmp_path / "corpus", tmp_path / "all", **fields))
     assert manifest.counts["records"]["train"] == 12
@@ -222,6 +224,9 @@ def test_records_are_filtered_and_limited_and_tasks_have_folders_of_their_own(cl
     assert manifest.counts["clips"] == manifest.counts["records"]["train"] == 2
     rows = read_shard_records(str(tmp_path / "some"), "train").to_pylist()
     assert [row["filepath1"] for row in rows] == ["clothov21-0.flac", "clothov21-1.flac"]
+    manifest = preprocess(config(tmp_path / "corpus", tmp_path / "val", split=["val"], **fields))
+    assert manifest.counts["clips"] == 1
+    assert read_shard_records(str(tmp_path / "val"), "val")["filepath1"].to_pylist() == ["held-out.flac"]
     fields = {"audio_root": {"audiocaps": str(tmp_path / "audiocaps")}}
     with pytest.raises(ValueError, match="audio_root has no folder for taskname 'clothov21'"):
         preprocess(config(tmp_path / "corpus", tmp_path / "none", **fields))

@@ -14,11 +14,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mellow_platform import storage
 
+
+def _separated(value: Any) -> Any:
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
 Uri = Annotated[str, AfterValidator(storage.absolute)]
+Names = Annotated[list[str], BeforeValidator(_separated)]  # [val, test] or, as one writes it in a shell, val,test
 Size = Literal["mellow-v0", "mellow-tiny"]
 Partner = Literal["random", "same", "silence"]
 PartnerDraws = Literal["stored", "clip", "question"]
@@ -88,12 +94,12 @@ class PreprocessConfig(Section):
     output: Uri = Field(
         description="folder to write shards and manifest to; {hash} in it stands for that of configuration and input"
     )
-    splits: list[str] = Field(["train", "val", "test"], description="splits to read")
+    split: Names = Field(["train", "val", "test"], description="splits to read, as in val,test")
     limit: int | None = Field(
         None, ge=1, description="read only the first questions of each split (clips, where there are no questions)"
     )
-    tasknames: list[str] | None = Field(None, description="read only questions of these (audiocaps, clothov21)")
-    subtypes: list[str] | None = Field(None, description="read only questions of these (CLE, AudioCaps-MCQ)")
+    tasknames: Names | None = Field(None, description="read only questions of these (audiocaps, clothov21)")
+    subtypes: Names | None = Field(None, description="read only questions of these (CLE, AudioCaps-MCQ)")
     size: Size = Field("mellow-v0", description="model size")
     encoder_name: str = Field(
         "htsat",
@@ -211,7 +217,7 @@ class LoRASection(Section):
     rank: int = Field(0, ge=0, description="of the adapters; 0 trains the decoder in full")
     alpha: float = Field(256.0, gt=0, description="the adapters count alpha / rank times")
     dropout: float = Field(0.1, ge=0, lt=1, description="before the adapters")
-    target_modules: list[str] | None = Field(
+    target_modules: Names | None = Field(
         None, description="layers with adapters; default: q_proj and v_proj, or c_attn of a GPT-2"
     )
 
@@ -241,7 +247,7 @@ class TrainConfig(RunSection):
         description="share of synthetic questions among those trained on, of which as many are taken as it allows; "
         "default: all there are",
     )
-    synthetic_subtypes: list[str] = Field(
+    synthetic_subtypes: Names = Field(
         SYNTHETIC_SUBTYPES, description="questions that count as synthetic; default: what ReasonAQA had a model write"
     )
     zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed ZeRO stage")
@@ -305,7 +311,7 @@ class EvaluateConfig(Section):
     shards: Uri = Field(description="folder that preprocess wrote with features: encoder")
     output: Uri = Field(description="folder for predictions and report")
     split: str = Field("test", description="split to answer")
-    conditions: list[Literal["audio", "noise", "text_only"]] = Field(
+    conditions: Annotated[list[Literal["audio", "noise", "text_only"]], BeforeValidator(_separated)] = Field(
         ["audio", "noise", "text_only"],
         description="the clips themselves; Gaussian noise in their place; silence in their place",
     )

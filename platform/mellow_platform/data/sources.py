@@ -111,10 +111,10 @@ def plan_source(config: PreprocessConfig) -> Plan:
     units: list[Unit] = []
     for name, size in files:
         split = split_of(name)
-        if split in config.splits:
+        if split in config.split:
             units.append(Unit(len(units), (), name, storage.join(config.corpus, name), size, split))
     if not units:
-        raise ValueError(f"{config.corpus}: none of its {len(files)} files is of {', '.join(config.splits)}")
+        raise ValueError(f"{config.corpus}: none of its {len(files)} files is of {', '.join(config.split)}")
     return Plan(units, {})
 
 
@@ -137,7 +137,7 @@ def split_of(name: str) -> str:
 
 def _plan_records(config: PreprocessConfig) -> Plan:
     records: dict[str, pa.Table] = {}
-    for split in config.splits if config.corpus else ():
+    for split in config.split if config.corpus else ():
         table = record_format.to_table(record_format.read_records(storage.join(config.corpus or "", f"{split}.json")))
         records[split] = select(table, config)
     clips: dict[str, Address] = {}
@@ -386,5 +386,5 @@ def stocked_records(stock: pa.Table, config: PreprocessConfig) -> dict[str, pa.T
     return {
         split: select(pa.Table.from_pylist(found.get(split, []), schema=record_format.SCHEMA), config)
         for split in (*SPLITS, *sorted(found.keys() - set(SPLITS)))
-        if split in found or split in config.splits
+        if split in found or split in config.split
     }
