@@ -1,7 +1,11 @@
-"""The repository as a whole: its `platform/` folder never shadows Python's own `platform`."""
+"""The repository as a whole: its `platform/` never shadows Python's own, and its scripts start from any folder."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from tests.conftest import REPOSITORY
 
@@ -21,3 +25,17 @@ def test_importing_lower_layers_does_not_import_higher_ones():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+SCRIPTS = sorted(path for folder in ("benchmarks", "chaos") for path in (REPOSITORY / "tests" / folder).glob("*.py"))
+
+
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS if "__main__" in path.read_text()], ids=lambda path: path.stem
+)
+def test_a_benchmark_or_chaos_run_starts_as_a_script_without_a_python_path(script: Path, tmp_path: Path):
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(script), "--help"]
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout

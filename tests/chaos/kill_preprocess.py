@@ -21,6 +21,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder alone would be on it
+
 import ray
 
 from mellow_platform import storage

@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder alone would be on it
+
 import torch
 
 from mellow_platform import storage
