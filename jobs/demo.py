@@ -48,6 +48,7 @@ class Demo:
     def __init__(self, config: DemoConfig):
         self.config = config
         self.seconds: dict[str, float] = {}
+        self.metrics_port = free_port()
         self.environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             # Both cores are busy while the endpoint starts; the default of 5 s is too short for that.
@@ -86,6 +87,7 @@ class Demo:
             "ray", "start", "--head", "--block", "--disable-usage-stats",
             f"--port={free_port()}", f"--num-cpus={self.config.cpus}", "--include-dashboard=true",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={self.config.dashboard_port}",
+            f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={self.metrics_port}",
             "--object-store-memory=1000000000", f"--temp-dir={folder}",
         ]  # fmt: skip
         log = Path(self.uri(CLUSTER_LOG))

@@ -1,11 +1,16 @@
-"""Deploy the Serve application with the code of this job, and wait until it answers.
+"""Deploy a model behind the endpoint with the code of this job, and wait until it answers.
 
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- python jobs/deploy.py --model s3://bucket/model
+
+A model that is served already under the same name goes on answering until replicas of the new one have started and
+passed the gate; where they do not, its configuration is put back. Another --name adds a model beside it.
 """
 
+import copy
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 import yaml
@@ -13,36 +18,98 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from mellow_platform.config import DeployConfig, load
 
-TIMEOUT = 300.0  # seconds
+ENDPOINT, TEMPLATE = "endpoint", "mellow"  # applications in the Serve configuration file
+TIMEOUT = 600.0  # seconds; a large model comes from object storage first
+
+Application = dict[str, Any]
+
+
+class Rollout:
+    """Brings one model to a cluster, beside whatever it serves already."""
+
+    def __init__(self, config: DeployConfig, client: ServeSubmissionClient, environment: dict[str, Any]):
+        self._config, self._client, self._environment = config, client, environment
+        self._file = yaml.safe_load(Path(config.serve).read_text())
+        self._file["http_options"] = {"host": config.host, "port": config.port}
+        self._templates = {application["name"]: application for application in self._file["applications"]}
+        running = client.get_serve_details()["applications"]
+        self._before: dict[str, Application] = {
+            name: details["deployed_app_config"] for name, details in running.items() if details["deployed_app_config"]
+        }
+
+    def run(self) -> dict[str, str]:
+        """Deploy; return the state of the endpoint and of the model.
+
+        Raises:
+            SystemExit: the model did not start, or did not pass the gate; what was served before is served.
+        """
+        name = self._config.name
+        served = _models(self._before[ENDPOINT]) if ENDPOINT in self._before else [name]
+        applications = self._before | {name: self._model()}
+        # An endpoint that is up learns of a new name when its replicas have passed.
+        for models in [served] if name in served else [served, [*served, name]]:
+            states = self._deploy(applications | {ENDPOINT: self._endpoint(models)}, (ENDPOINT, name))
+            if "DEPLOY_FAILED" in states.values():
+                reasons = self._reasons(states)
+                self._return()
+                raise SystemExit(f"{self._config.model} is not served as {name!r}: {reasons}")
+        return states
+
+    def _model(self) -> Application:
+        application = copy.deepcopy(self._templates.get(self._config.name, self._templates[TEMPLATE]))
+        arguments = application.setdefault("args", {})
+        arguments["folder"] = self._config.model
+        if self._config.gate.records:
+            arguments["gate"] = self._config.gate.model_dump()
+        return application | {"name": self._config.name, "runtime_env": self._environment}
+
+    def _endpoint(self, models: list[str]) -> Application:
+        application = copy.deepcopy(self._templates[ENDPOINT])
+        application["deployments"][0]["user_config"]["models"] = models
+        return application | {"runtime_env": self._environment}
+
+    def _deploy(self, applications: dict[str, Application], awaited: tuple[str, ...]) -> dict[str, str]:
+        """Put applications on the cluster; return the states of the `awaited` ones when these have settled."""
+        self._client.deploy_applications(self._file | {"applications": list(applications.values())})
+        until = time.monotonic() + TIMEOUT
+        while time.monotonic() < until:
+            details = self._client.get_serve_details()["applications"]
+            states = {name: details[name]["status"] if name in details else "NOT_STARTED" for name in awaited}
+            if "DEPLOY_FAILED" in states.values() or set(states.values()) == {"RUNNING"}:
+                return states
+            time.sleep(0.5)
+        return dict.fromkeys(awaited, "DEPLOY_FAILED")
+
+    def _reasons(self, states: dict[str, str]) -> str:
+        """Return what Serve says of each application that did not start."""
+        details = self._client.get_serve_details()["applications"]
+        found = []
+        for name in states:
+            deployments = details.get(name, {}).get("deployments", {}).values()
+            messages = [deployment["message"] for deployment in deployments if deployment["message"]]
+            if states[name] != "RUNNING":
+                found.append(f"{name}: {' '.join(messages) or details.get(name, {}).get('message', 'not started')}")
+        return "; ".join(found)
+
+    def _return(self) -> None:
+        """Put back what was served before, so that replicas that are lost from now on are replaced by its like."""
+        if ENDPOINT in self._before:
+            self._deploy(self._before, tuple(self._before))
+
+
+def _models(endpoint: Application) -> list[str]:
+    return endpoint["deployments"][0]["user_config"]["models"]
 
 
 def main() -> None:
     config = load(DeployConfig)
-    serve_config = yaml.safe_load(Path(config.serve).read_text())
     context = ray.init()
     # The job's packages, by the URIs it was submitted with: replicas import what was submitted.
     environment = dict(ray.get_runtime_context().runtime_env)
-    names = []
-    for application in serve_config["applications"]:
-        application.setdefault("args", {})["model"] = config.model
-        application["runtime_env"] = environment
-        names.append(application["name"])
-    if config.port:
-        serve_config["http_options"]["port"] = config.port
     client = ServeSubmissionClient(f"http://{context.dashboard_url}")
-    client.deploy_applications(serve_config)
-    start = time.monotonic()
-    while True:
-        details = client.get_serve_details()["applications"]
-        states = {name: details[name]["status"] for name in names if name in details}
-        if list(states.values()) == ["RUNNING"] * len(names):
-            break
-        if "DEPLOY_FAILED" in states.values() or time.monotonic() - start > TIMEOUT:
-            raise SystemExit(
-                f"deployment failed after {time.monotonic() - start:.0f} s: {json.dumps(details, default=str)}"
-            )
-        time.sleep(0.5)
-    print(json.dumps({"applications": states, "http": serve_config["http_options"], "model": config.model}))
+    states = Rollout(config, client, environment).run()
+    http = {"host": config.host, "port": config.port}
+    print(json.dumps({"applications": states, "http": http, "model": config.model}))
 
 
 if __name__ == "__main__":

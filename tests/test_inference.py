@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from mellow_platform.inference.decoder import Decoder
-from mellow_platform.inference.engine import Engine, EngineClosed, QueueFull
+from mellow_platform.inference.engine import Engine
 from mellow_platform.inference.linear import pack
 from mellow_platform.inference.lru import TensorLRU
-from mellow_platform.inference.request import Answer, Cancelled, ClipFeatures, Request
+from mellow_platform.inference.request import Answer, Cancelled, ClipFeatures, EngineClosed, QueueFull, Request
 from mellow_platform.inference.sampling import Sampler
 from mellow_platform.inference.text import AnswerText
 from mellow_platform.inference.windows import windows

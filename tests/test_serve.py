@@ -1,53 +1,39 @@
 """Submitted jobs and the endpoint they deploy: a cluster of its own, `ray job submit`, and real HTTP."""
 
 import base64
+import functools
+import hashlib
+import http.server
 import json
+import re
 import shutil
+import socket
 import subprocess
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
-import torch
+import yaml
 
 from jobs.demo import CLUSTER_LOG, Demo, clear, free_port
-from mellow_platform.config import DemoConfig
 from mellow_platform.data.audio import encode
-from mellow_platform.model import MellowConfig, MellowFeatureExtractor, MellowForConditionalGeneration, MellowProcessor
-from mellow_platform.model.folder import save_pretrained
-from mellow_platform.model.tokenizer import train_tokenizer
-from tests.conftest import REPOSITORY
+from mellow_platform.data.records import Record, write_records
+from tests.conftest import REPOSITORY, write_tiny_model
 
 RATE = 32_000
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
-    """A cluster as the demo starts it, to submit jobs to."""
-    ports = {"port": free_port(), "dashboard_port": free_port()}
-    demo = Demo(DemoConfig(output=str(tmp_path_factory.mktemp("demo")), corpus=None, keep=False, cpus=8, **ports))
-    with demo.cluster():
-        yield demo
-
-
-@pytest.fixture(scope="module")
-def client(demo: Demo) -> openai.OpenAI:
-    """The official client of an endpoint that serves an untrained tiny model."""
-    tokenizer = train_tokenizer(["which of these is heard? a) tone b) noise burst", "a loud tone"])
-    processor = MellowProcessor(MellowFeatureExtractor.from_size("mellow-tiny"), tokenizer, prompt_length=24)
-    torch.manual_seed(0)
-    model = MellowForConditionalGeneration(MellowConfig.from_size("mellow-tiny", vocab_size=len(tokenizer)))
-    for part in (model, processor):
-        save_pretrained(part, demo.uri("model"))
-    deployed = demo.submit("deploy", "--model", demo.uri("model"), "--port", str(demo.config.port))
-    assert deployed["applications"] == {"mellow": "RUNNING"}
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{demo.config.port}/v1", api_key="none", max_retries=0)
+def client(endpoint: str) -> openai.OpenAI:
+    """The official client of the endpoint."""
+    return openai.OpenAI(base_url=f"{endpoint}/v1", api_key="none", max_retries=0)
 
 
 def clip(container: str = "WAV", seconds: float = 1.0, seed: int = 0) -> dict[str, Any]:
@@ -57,6 +43,19 @@ def clip(container: str = "WAV", seconds: float = 1.0, seed: int = 0) -> dict[st
 
 def audio_part(data: bytes, container: str = "wav") -> dict[str, Any]:
     return {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode(), "format": container}}
+
+
+def long_header() -> dict[str, Any]:
+    """A clip whose header claims two hours."""
+    data = bytearray(encode(np.zeros(8000, np.float32), 8000, "FLAC"))
+    frames = 8000 * 7200
+    data[21] = (data[21] & 0xF0) | (frames >> 32)
+    data[22:26] = (frames & 0xFFFFFFFF).to_bytes(4, "big")
+    return audio_part(bytes(data), "flac")
+
+
+def many_channels() -> dict[str, Any]:
+    return audio_part(encode(np.zeros((RATE, 9), np.float32), RATE, "WAV"))
 
 
 def text_part(text: str = "what is heard?") -> dict[str, Any]:
@@ -172,19 +171,123 @@ def test_a_long_recording_is_answered_by_windows_that_are_named(client: openai.O
     assert heard("pair") == [[(0.0, 10.0), (15.0, 25.0)]]
 
 
-def test_models_and_health_are_served(client: openai.OpenAI):
+def test_a_stream_is_the_whole_answer_token_by_token(client: openai.OpenAI):
+    options = {"max_tokens": 20, "temperature": 1.0, "seed": 5}
+    whole = ask(client, text_part(), clip(), **options)
+    usage = {"include_usage": True}
+    chunks = list(ask(client, text_part(), clip(), **options, stream=True, stream_options=usage))
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk.id for chunk in chunks}) == 1
+    deltas = [chunk.choices[0].delta for chunk in chunks[:-1]]
+    assert deltas[0].role == "assistant"
+    assert len(deltas) > 10
+    assert "".join(delta.content or "" for delta in deltas) == whole.choices[0].message.content
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage
+
+
+def test_several_answers_are_drawn_apart_and_the_question_counts_once(client: openai.OpenAI):
+    options = {"max_tokens": 12, "temperature": 1.5, "seed": 7}
+    one = ask(client, text_part(), clip(), **options)
+    three = ask(client, text_part(), clip(), **options, n=3)
+    answers = [choice.message.content for choice in three.choices]
+    assert [choice.index for choice in three.choices] == [0, 1, 2]
+    assert answers[0] == one.choices[0].message.content
+    assert len(set(answers)) == 3
+    assert three.usage.prompt_tokens == one.usage.prompt_tokens
+    streamed = {0: "", 1: "", 2: ""}
+    for chunk in ask(client, text_part(), clip(), **options, n=3, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert list(streamed.values()) == answers
+
+
+def test_log_probabilities_come_with_every_token(client: openai.OpenAI):
+    choice = ask(client, text_part(), clip(), logprobs=True).choices[0]
+    tokens = choice.logprobs.content
+    assert 0 < len(tokens) <= 8
+    assert all(token.logprob < 0 for token in tokens)
+    assert [token.token for token in tokens if token.bytes] == [
+        bytes(token.bytes).decode() for token in tokens if token.bytes
+    ]
+    chunks = ask(client, text_part(), clip(), logprobs=True, stream=True)
+    streamed = [chunk.choices[0].logprobs for chunk in chunks]
+    assert [lp.content[0].logprob for lp in streamed if lp] == pytest.approx([token.logprob for token in tokens])
+
+
+def post_form(endpoint: str, *fields: tuple[str, Any]) -> httpx.Response:
+    files = [(name, (None, value) if isinstance(value, str) else ("clip.wav", value)) for name, value in fields]
+    return httpx.post(f"{endpoint}/v1/audio/questions", files=files, timeout=60)
+
+
+def sound(seed: int = 0) -> bytes:
+    return base64.b64decode(clip(seed=seed)["input_audio"]["data"])
+
+
+def test_a_form_is_answered_as_the_chat_is(client: openai.OpenAI, endpoint: str):
+    body = post_form(endpoint, ("file", sound()), ("question", "what is heard?"), ("max_tokens", "8")).json()
+    assert body["answer"] == ask(client, text_part(), clip()).choices[0].message.content
+    assert body["model"] == "mellow"
+    assert body["heard"] == [{"start": 0.0, "end": 1.0}]
+    two = post_form(endpoint, ("file", sound(1)), ("file", sound(2)), ("question", "what differs?")).json()
+    assert len(two["heard"]) == 2
+
+
+def test_given_choices_come_back_with_probabilities_the_likeliest_first(endpoint: str):
+    choices = ["tone", "noise burst", "a loud tone"]
+    fields = [("file", sound()), ("question", "which of these is heard?"), *(("choices", choice) for choice in choices)]
+    body = post_form(endpoint, *fields).json()
+    assert sorted(item["choice"] for item in body["choices"]) == sorted(choices)
+    probabilities = [item["probability"] for item in body["choices"]]
+    assert sum(probabilities) == pytest.approx(1)
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert body["answer"] == body["choices"][0]["choice"]
+    assert body["finish_reason"] == "choice"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ([("question", "what is heard?")], "file", "required"),
+        ([("file", b"RIFF"), ("question", "what is heard?")], "file[0]", "clip 0: not decodable"),
+        ([("file", b"x")] * 3 + [("question", "what is heard?")], "file", "3 files: send one or two"),
+        ([("file", b"x"), ("question", "  ")], "question", "is empty"),
+        ([("file", b"x"), ("question", "what?"), ("choices", "")], "choices.0", "at least 1 character"),
+        ([("file", b"x"), ("question", "what?"), ("question", "why?")], "question", "2 times: send it once"),
+        ([("file", b"x"), ("question", "what?"), ("colour", "red")], "colour", "not permitted"),
+        ([("file", b"x"), ("question", "what?"), ("seed", str(2**70))], "seed", "less than"),
+    ],
+)
+def test_a_bad_form_is_refused_with_the_field_named(endpoint: str, fields: list, param: str, message: str):
+    response = post_form(endpoint, *fields)
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert error["param"] == param
+    assert message in error["message"]
+
+
+def test_models_probes_and_schema_are_served(client: openai.OpenAI, endpoint: str):
     assert [model.id for model in client.models.list().data] == ["mellow"]
-    health = str(client.base_url).removesuffix("/v1/") + "/healthz"
-    with urllib.request.urlopen(health, timeout=10) as response:
-        assert json.load(response) == {"status": "ok"}
+    assert httpx.get(f"{endpoint}/healthz").json() == {"status": "ok"}
+    assert httpx.get(f"{endpoint}/readyz").json() == {"status": "ready"}
+    schema = httpx.get(f"{endpoint}/openapi.json").json()
+    assert {"/v1/chat/completions", "/v1/audio/questions", "/v1/models"} <= set(schema["paths"])
+    refused = httpx.post(f"{endpoint}/v1/models")
+    assert refused.status_code == 405
+    assert refused.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_url_is_refused_where_no_host_is_allowed(client: openai.OpenAI):
+    part = {"type": "audio_url", "audio_url": {"url": "http://169.254.169.254/latest/meta-data"}}
+    with pytest.raises(openai.BadRequestError, match="not fetched from this address"):
+        ask(client, text_part(), part)
 
 
 @pytest.mark.parametrize(
     ("parts", "options", "message"),
     [
         ([clip()], {}, "no text"),
-        ([text_part()], {}, "0 input_audio parts: send one or two clips"),
-        ([text_part(), clip(), clip(), clip()], {}, "3 input_audio parts: send one or two clips"),
+        ([text_part()], {}, "0 clips: send one or two"),
+        ([text_part(), clip(), clip(), clip()], {}, "3 clips: send one or two"),
         ([text_part(), audio_part(b"")], {}, "clip 0: the file has 0 bytes"),
         ([text_part(), audio_part(b"not audio at all")], {}, "clip 0: not decodable as wav, flac, ogg or mp3"),
         ([text_part(), clip(), audio_part(b"RIFF")], {}, "clip 1: not decodable"),
@@ -198,7 +301,12 @@ def test_models_and_health_are_served(client: openai.OpenAI):
         ([text_part(), clip()], {"top_p": 0.0}, "top_p"),
         ([text_part(), clip()], {"stop": [""]}, "stop"),
         ([text_part(), clip(), clip()], {"extra_body": {"window": "pair"}}, "makes two clips of one recording"),
-        ([text_part(), clip()], {"stream": True}, "stream"),
+        ([text_part(), clip()], {"stream": "soon"}, "stream"),
+        ([text_part(), clip()], {"n": 0}, "n: "),
+        ([text_part(), clip()], {"seed": 2**64}, "seed"),
+        ([text_part(), clip()], {"presence_penalty": 1}, "presence_penalty"),
+        ([text_part(), long_header()], {}, "s long: the limit is 600 s"),
+        ([text_part(), many_channels()], {}, "9 channels at 32000 Hz: expected 1 to 8"),
         ([text_part(), clip()], {"max_tokens": 0}, "max_tokens"),
         ([text_part(), {"type": "image_url", "image_url": {"url": "x"}}], {}, "messages.0.content"),
     ],
@@ -219,11 +327,258 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI):
         ask(client, text_part(), clip(), model="whisper")
 
 
-def test_a_body_that_is_not_json_is_refused(client: openai.OpenAI):
-    request = urllib.request.Request(
-        f"{client.base_url}chat/completions", b"{", {"Content-Type": "application/json"}, method="POST"
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"",
+        b"null",
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b'{"model": "mellow", "messages": [{"role": "user", "content": "\\ud800"}]}',
+    ],
+)
+def test_a_body_that_is_no_request_is_refused_in_openais_shape(endpoint: str, body: bytes):
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(f"{endpoint}/v1/chat/completions", content=body, headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert response.headers["x-request-id"]
+
+
+def metric(demo: Demo, name: str, **tags: str) -> dict[str, float]:
+    """Return what Prometheus would see of a metric by replica, of those whose tags are these."""
+    found: dict[str, float] = {}
+    for line in httpx.get(f"http://127.0.0.1:{demo.metrics_port}/metrics").text.splitlines():
+        if line.startswith(f"ray_{name}{{"):
+            labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
+            if tags.items() <= labels.items():
+                found[labels["replica"]] = found.get(labels["replica"], 0.0) + float(line.split()[-1])
+    return found
+
+
+def eventually(check: Callable[[], bool], seconds: float = 30.0) -> bool:
+    until = time.monotonic() + seconds
+    while not check() and time.monotonic() < until:
+        time.sleep(0.25)
+    return check()
+
+
+def test_prometheus_sees_requests_tokens_first_tokens_caches_and_queue(demo: Demo, client: openai.OpenAI):
+    def counts() -> list[float]:
+        names = (
+            "mellow_requests_total",
+            "mellow_tokens_total",
+            "mellow_first_token_seconds_count",
+            "mellow_cache_total",
+        )
+        return [sum(metric(demo, name).values()) for name in names]
+
+    before = counts()
+    ask(client, text_part(), clip(seed=99))
+    assert eventually(lambda: all(new > old for new, old in zip(counts(), before, strict=True)))
+    for name in ("mellow_batch_size", "mellow_queue", "mellow_in_flight"):
+        assert metric(demo, name)
+
+
+def test_clients_that_go_away_free_their_slots(demo: Demo, client: openai.OpenAI):
+    busy = {"max_tokens": 300, "temperature": 2.0, "stream": True}
+
+    def leave(seed: int) -> None:
+        stream = ask(client, text_part(), clip(seed=seed), **busy, seed=seed, n=8)
+        next(iter(stream))
+        stream.response.close()
+
+    with ThreadPoolExecutor(24) as pool:
+        list(pool.map(leave, range(24)))
+    for name in ("mellow_in_flight", "mellow_batch_size", "mellow_queue"):
+        assert eventually(lambda name=name: set(metric(demo, name).values()) == {0.0}), name
+    assert ask(client, text_part(), clip()).choices
+
+
+def deploy(demo: Demo, *arguments: str) -> dict[str, Any]:
+    return demo.submit("deploy", "--port", str(demo.config.port), *arguments)
+
+
+def known_answers(demo: Demo, client: openai.OpenAI, folder: Path, answer: str | None = None) -> list[str]:
+    """Write a gate: what the served model says of two clips, or a given answer; return the options that name it."""
+    records = []
+    for seed in range(2):
+        (folder / f"{seed}.wav").write_bytes(sound(seed))
+        said = ask(client, text_part(), clip(seed=seed), max_tokens=64).choices[0].message.content
+        records.append(Record("t", f"{seed}.wav", "", "", "", "what is heard?", answer or said, "gate"))
+    write_records(str(folder / "gate.json"), records)
+    return ["--gate.records", str(folder / "gate.json"), "--gate.audio-root", str(folder)]
+
+
+def test_a_version_takes_over_without_a_failed_request_and_one_that_fails_the_gate_never_answers(
+    demo: Demo, client: openai.OpenAI, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    folders = {name: tmp_path / name for name in ("right", "wrong")}
+    for folder in folders.values():
+        folder.mkdir()
+    write_tiny_model(demo.uri("next"), seed=1)
+    options = {"temperature": 1.5, "seed": 0, "max_tokens": 16}
+    before = ask(client, text_part(), clip(), **options).choices[0].message.content
+    right, wrong = (
+        known_answers(demo, client, folders["right"]),
+        known_answers(demo, client, folders["wrong"], "a thing that no random model says"),
     )
-    with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(request, timeout=10)
-    assert error.value.code == 400
-    assert json.load(error.value)["error"]["type"] == "invalid_request_error"
+    answers: list[str] = []
+    over = threading.Event()
+
+    def load() -> None:
+        while not over.is_set():
+            answers.append(ask(client, text_part(), clip(), **options).choices[0].message.content)
+
+    with ThreadPoolExecutor(2) as pool:
+        loads = [pool.submit(load) for _ in range(2)]
+        try:
+            with pytest.raises(SystemExit, match="job deploy failed"):
+                deploy(demo, "--model", demo.uri("next"), *wrong)
+            assert "does not pass the gate" in capsys.readouterr().out
+            assert set(answers) == {before}
+            deploy(demo, "--model", demo.uri("model"), *right)
+            assert set(answers) == {before}
+            deploy(demo, "--model", demo.uri("next"))
+            after = ask(client, text_part(), clip(), **options).choices[0].message.content
+        finally:
+            over.set()
+        for done in loads:
+            done.result()  # raises what any request raised
+    assert after != before
+    assert set(answers) == {before, after}
+
+
+def test_another_name_is_served_beside(demo: Demo, client: openai.OpenAI):
+    write_tiny_model(demo.uri("other"), seed=2)
+    deploy(demo, "--model", demo.uri("other"), "--name", "other")
+    assert [model.id for model in client.models.list().data] == ["mellow", "other"]
+    options = {"temperature": 1.5, "seed": 0, "max_tokens": 16}
+    says = [ask(client, text_part(), clip(), model=model, **options) for model in ("mellow", "other")]
+    assert says[0].choices[0].message.content != says[1].choices[0].message.content
+    assert says[1].model == "other"
+
+
+@pytest.fixture(scope="module")
+def strict(demo: Demo, endpoint: str) -> str:
+    """The same endpoint with small limits and keys, and two replicas of its model; what follows is asked of it."""
+    keys = Path(demo.uri("keys.txt"))
+    keys.write_text(f"# who may ask\nalice {hashlib.sha256(b'open sesame').hexdigest()}\n")
+    config = yaml.safe_load((REPOSITORY / "serve/config.yaml").read_text())
+    application, model = config["applications"]
+    application["args"] = {
+        "api_keys_file": str(keys),
+        "requests": {"max_body_bytes": 200_000, "body_seconds": 1.0, "answer_seconds": 2.0, "max_in_flight": 4},
+        "clips": {"max_seconds": 1.5, "url_hosts": ["127.0.0.1"]},
+    }
+    model["deployments"][0]["autoscaling_config"]["min_replicas"] = 2
+    Path(demo.uri("strict.yaml")).write_text(yaml.safe_dump(config))
+    deploy(demo, "--model", demo.uri("model"), "--serve", demo.uri("strict.yaml"))
+    return endpoint
+
+
+@pytest.fixture(scope="module")
+def alice(strict: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{strict}/v1", api_key="open sesame", max_retries=0)
+
+
+def test_only_a_known_key_is_let_in(strict: str, alice: openai.OpenAI, client: openai.OpenAI):
+    assert ask(alice, text_part(), clip()).choices
+    with pytest.raises(openai.AuthenticationError, match="no valid API key"):
+        ask(client, text_part(), clip())
+    assert httpx.get(f"{strict}/v1/models").status_code == 401
+    assert httpx.get(f"{strict}/healthz").status_code == 200
+
+
+def test_a_body_past_its_size_is_refused_before_it_is_read(strict: str, alice: openai.OpenAI):
+    with pytest.raises(openai.APIStatusError, match="more than 200000 bytes") as error:
+        ask(alice, text_part(), clip(seconds=5))
+    assert error.value.status_code == 413
+
+
+def test_a_clip_past_its_length_is_refused(alice: openai.OpenAI):
+    with pytest.raises(openai.BadRequestError, match=r"clip 0: 2\.0 s long: the limit is 1\.5 s"):
+        ask(alice, text_part(), clip(seconds=2))
+
+
+def test_a_client_that_sends_slowly_is_given_up(strict: str):
+    host, port = strict.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer open sesame\r\n"
+        connection.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{{".encode())
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_what_takes_too_long_ends_with_a_504_or_an_error_event(alice: openai.OpenAI):
+    busy = {"max_tokens": 300, "temperature": 2.0, "n": 8}
+
+    def whole(seed: int) -> int:
+        try:
+            ask(alice, text_part(), clip(seed=seed), **busy)
+        except openai.APIStatusError as error:
+            return error.status_code
+        return 200
+
+    def streamed(seed: int) -> str | None:
+        try:
+            for _ in ask(alice, text_part(), clip(seed=seed), **busy, stream=True):
+                pass
+        except openai.APIError as error:
+            return error.code
+        return None
+
+    with ThreadPoolExecutor(8) as pool:
+        codes = list(pool.map(whole, range(8)))
+        events = list(pool.map(streamed, range(3)))
+    assert set(codes) <= {200, 429, 504}
+    assert 429 in codes  # of eight at once, four are let in
+    assert 504 in codes or "deadline" in events
+    assert set(events) <= {None, "deadline"}
+
+
+def test_a_url_is_fetched_from_a_host_that_is_allowed_and_no_further(alice: openai.OpenAI, tmp_path: Path):
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/away":
+                self.send_response(302)
+                self.send_header("Location", "http://127.0.0.1:1/secret")
+                self.end_headers()
+            else:
+                super().do_GET()
+
+    (tmp_path / "clip.wav").write_bytes(sound())
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+
+        def from_url(path: str) -> Any:
+            url = f"http://127.0.0.1:{server.server_port}/{path}"
+            return ask(alice, text_part(), {"type": "audio_url", "audio_url": {"url": url}})
+
+        expected = ask(alice, text_part(), clip()).choices[0].message.content
+        assert from_url("clip.wav").choices[0].message.content == expected
+        with pytest.raises(openai.BadRequestError, match="host answered 404"):
+            from_url("none.wav")
+        with pytest.raises(openai.BadRequestError, match="host answered 302"):
+            from_url("away")
+        with pytest.raises(openai.BadRequestError, match="not fetched"):
+            ask(alice, text_part(), {"type": "audio_url", "audio_url": {"url": "http://localhost/clip.wav"}})
+    finally:
+        server.shutdown()
+
+
+def test_the_same_clips_go_to_the_replica_that_has_them_cached(demo: Demo, alice: openai.OpenAI):
+    def misses() -> float:
+        return sum(metric(demo, "mellow_cache_total", cache="prefix", outcome="miss", application="mellow").values())
+
+    def hits() -> float:
+        return sum(metric(demo, "mellow_cache_total", cache="prefix", outcome="hit", application="mellow").values())
+
+    before = hits(), misses()
+    for _ in range(6):
+        for seed in range(200, 204):
+            ask(alice, text_part(), clip(seed=seed), max_tokens=1)
+    assert eventually(lambda: hits() - before[0] + misses() - before[1] == 24)
+    assert misses() - before[1] == 4  # each pair of clips is read by one of the two replicas, once
+    assert len(metric(demo, "mellow_tokens_total", application="mellow")) >= 2

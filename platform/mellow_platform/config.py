@@ -325,6 +325,70 @@ class EvaluateConfig(Section):
     )
 
 
+class PredictConfig(Section):
+    """`jobs/predict.py`: answer questions about a folder or a table of clips."""
+
+    model: Uri = Field(description="folder of the trained model")
+    output: Uri = Field(description="folder to write answers and report to")
+    clips: Uri | None = Field(
+        None, description="folder of recordings, read with its subfolders; what the clips in `table` are relative to"
+    )
+    question: str | None = Field(None, description="asked about every clip of the folder")
+    questions: list[str] = Field([], description="several such, as a list in the file of --config")
+    table: Uri | None = Field(
+        None,
+        description="what to ask about which clip: a .parquet, .csv, .json or .jsonl file with columns clip (URI, or "
+        "path relative to `clips`), question, and where there are any clip2 and choices (a list to score in place of "
+        "writing an answer); other columns are passed through",
+    )
+    window: Literal["first", "each", "pair"] = Field(
+        "first",
+        description="what is heard of a recording longer than 10 s: its first window; each window in turn, an answer "
+        "each; or its first and its last window as two clips",
+    )
+    max_new_tokens: int = Field(64, ge=1, description="length an answer is cut to")
+    temperature: float = Field(0.0, ge=0, le=10, description="0 takes the most likely token; above 0 tokens are drawn")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="drawn from the most likely tokens that together have this probability"
+    )
+    seed: int = Field(0, ge=0, description="of what is drawn; every answer has a draw of its own that follows from it")
+    logprobs: bool = Field(False, description="write the log-probability of every token of an answer")
+    dtype: Dtype | None = Field(
+        None, description="precision: float32 or int8 on CPU, bfloat16 on a GPU; by default the device's own"
+    )
+    limits: LimitsSection = LimitsSection()
+    max_failed_share: float = Field(
+        0.1, ge=0, le=1, description="share of questions without an answer past which the job fails"
+    )
+    rows_per_part: int = Field(128, ge=1, description="questions in a file of answers, which is written as a whole")
+    batch_size: int = Field(16, ge=1, description="answers that an actor writes at once")
+    workers: int = Field(2, ge=1, description="actors that hold the model")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each actor")
+
+    @property
+    def asked(self) -> list[str]:
+        """What is asked about every clip of the folder."""
+        return [self.question] if self.question is not None else self.questions
+
+    @property
+    def shaping(self) -> dict[str, Any]:
+        """The fields that the answers, and the files they are in, depend on."""
+        others = {"output", "max_failed_share", "batch_size", "workers", "gpus_per_worker"}
+        return self.model_dump(exclude=others)
+
+    @model_validator(mode="after")
+    def _questions_come_from_one_place(self) -> "PredictConfig":
+        if self.question is not None and self.questions:
+            raise ValueError("give `question` or `questions`, and not both")
+        if self.table and self.asked:
+            raise ValueError("`table` brings its own questions: leave `question` and `questions` out")
+        if not self.table and not (self.clips and self.asked):
+            raise ValueError("give `clips`, a folder, with `question` or `questions`; or `table`")
+        if not all(text.strip() for text in self.asked):
+            raise ValueError("a question is empty: write it, or leave it out")
+        return self
+
+
 class AblationConfig(Section):
     """`jobs/ablate.py`: train and score every point of a grid with several seeds, and write one table."""
 
@@ -428,6 +492,20 @@ class AblationConfig(Section):
         return self
 
 
+class GateSection(Section):
+    """Questions with known answers that a model has to get right before it is served."""
+
+    records: Uri | None = Field(None, description="ReasonAQA file of questions with their answers; default: no gate")
+    audio_root: Uri | None = Field(None, description="folder that the records' clips are relative to")
+    min_accuracy: float = Field(1.0, gt=0, le=1, description="share that has to be answered word for word")
+
+    @model_validator(mode="after")
+    def _clips_are_somewhere(self) -> "GateSection":
+        if bool(self.records) != bool(self.audio_root):
+            raise ValueError("gate.records and gate.audio_root go together")
+        return self
+
+
 class DeployConfig(Section):
     """`jobs/deploy.py`: put a model behind the HTTP endpoint."""
 
@@ -435,7 +513,18 @@ class DeployConfig(Section):
         "serve/config.yaml", description="Ray Serve configuration file, relative to the working directory"
     )
     model: Uri = Field(description="folder of the trained model")
-    port: int | None = Field(None, ge=1, le=65535, description="HTTP port in place of the file's")
+    name: str = Field(
+        "mellow",
+        pattern=r"^[\w.-]+$",
+        description="what requests call `model`; a name that is served gets a new version",
+    )
+    gate: GateSection = GateSection()
+    host: str = Field(
+        "127.0.0.1",
+        description="address to listen on; 0.0.0.0 for all, which are answered with API keys (fixed by the first "
+        "deployment)",
+    )
+    port: int = Field(8000, ge=1, le=65535, description="HTTP port (fixed by the first deployment)")
 
 
 class DemoConfig(Section):

@@ -30,6 +30,8 @@ from mellow_platform.inference.request import (
     ChoiceScore,
     Clip,
     ClipFeatures,
+    EngineClosed,
+    QueueFull,
     Request,
     Stream,
     Token,
@@ -46,14 +48,6 @@ from mellow_platform.model.folder import load_model
 POSITIONS_A_STEP = 512
 
 Result = TypeVar("Result")
-
-
-class QueueFull(RuntimeError):  # noqa: N818 (a state, as in queue)
-    """Too many requests wait already; try again later."""
-
-
-class EngineClosed(RuntimeError):  # noqa: N818
-    """The engine was closed, or broke down; its cause is chained."""
 
 
 @dataclass(eq=False)
@@ -103,7 +97,7 @@ class Engine:
         self.device = model.device.type
         self.dtype = dtype or ("bfloat16" if self.device == "cuda" else "float32")
         self.processor = processor
-        self.max_new_tokens, self.max_waiting = max_new_tokens, max_waiting
+        self.slots, self.max_new_tokens, self.max_waiting = slots, max_new_tokens, max_waiting
         self._end_token = processor.tokenizer.eos_token_id
         self._prefix_length = 2 * (model.config.num_audio_tokens + 1)
         self._separator_token = model.config.separator_token_id
@@ -163,6 +157,15 @@ class Engine:
             "prefix_misses": self._prefixes.misses,
             "prefix_bytes": self._prefixes.bytes,
         }
+
+    def check(self, timeout: float) -> None:
+        """Make sure that the loop which writes answers goes round.
+
+        Raises:
+            TimeoutError: it did not get to the end of a step within `timeout` seconds.
+            EngineClosed: it was closed, or broke down.
+        """
+        self._call(lambda: None, timeout)
 
     def prompt_tokens(self, text: str) -> int:
         """Return how many tokens the question `text` takes."""
@@ -256,14 +259,14 @@ class Engine:
         if self._closed:
             raise EngineClosed("the engine was closed")
 
-    def _call(self, function: Callable[[], Result]) -> Result:
+    def _call(self, function: Callable[[], Result], timeout: float | None = None) -> Result:
         """Run `function` in the engine's thread, between two tokens."""
         future: Future[Result] = Future()
         with self._changed:
             self._check_open()
             self._calls.append((function, future))
             self._changed.notify_all()
-        return future.result()
+        return future.result(timeout)
 
     # What follows runs in the engine's thread.
 

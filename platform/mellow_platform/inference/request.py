@@ -98,6 +98,14 @@ class ChoiceScore:
     probability: float
 
 
+class QueueFull(RuntimeError):  # noqa: N818 (a state, as in queue)
+    """Too many requests wait already; try again later."""
+
+
+class EngineClosed(RuntimeError):  # noqa: N818
+    """The engine was closed, or broke down; its cause is chained."""
+
+
 class Cancelled(Exception):  # noqa: N818 (a state, as in concurrent.futures)
     """The stream was cancelled before its answer was whole."""
 

@@ -1,0 +1,286 @@
+"""A served model: an application of its own, whose name is what requests call `model`, with autoscaling replicas.
+
+Each replica holds the inference engine and batches continuously. Nothing here is reached from outside: the endpoint
+decodes and checks, and asks.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from ray import serve
+
+from mellow_platform import storage
+from mellow_platform.config import Dtype
+from mellow_platform.data.audio import decode
+from mellow_platform.data.records import read_records
+from mellow_platform.evaluation.scores import is_right
+from mellow_platform.inference.engine import Engine
+from mellow_platform.inference.request import Answer, QueueFull, Request, Stream, Token
+from serve.exchange import FRONT_END_CHANGED, MODEL, Chosen, FrontEnd, Piece, Refusal, Written
+from serve.metrics import ModelMetrics
+from serve.placement import preferably_on
+from serve.schema import MAX_NEW_TOKENS
+
+HEALTHY_SECONDS = 20.0  # within which the engine has to get through a step; reading 26 long choices takes some
+logger = logging.getLogger("ray.serve")
+Event = TypeVar("Event")
+
+
+class Gate(BaseModel):
+    """Questions with known answers that a replica has to get right before it may answer others."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    records: str = Field(description="ReasonAQA file of questions with their answers")
+    audio_root: str = Field(description="folder that the records' clips are relative to")
+    min_accuracy: float = Field(1.0, gt=0, le=1, description="share that has to be answered word for word")
+
+    def check(self, engine: Engine, folder: str) -> None:
+        """Ask `engine`, which holds the model of `folder`.
+
+        Raises:
+            RuntimeError: too few answers were right; the message shows those that were not.
+        """
+        records = read_records(self.records)
+        rate = engine.processor.feature_extractor.sampling_rate
+        paths = {path for record in records for path in record.filepaths}
+        clips = {path: decode(storage.read_bytes(storage.join(self.audio_root, path)), rate) for path in paths}
+        answers = engine.generate(
+            [Request(record.input, tuple(clips[path] for path in record.filepaths)) for record in records]
+        )
+        wrong = [
+            f"{record.input!r} is {record.answer!r}, answered {answer.text!r}"
+            for record, answer in zip(records, answers, strict=True)
+            if not is_right(record, answer.text)
+        ]
+        accuracy = 1 - len(wrong) / len(records)
+        if accuracy < self.min_accuracy:
+            raise RuntimeError(
+                f"{folder} does not pass the gate {self.records}: accuracy {accuracy:.3f} is below "
+                f"{self.min_accuracy:g}; {'; '.join(wrong[:3])}"
+            )
+
+
+class Arguments(BaseModel):
+    """`args` of a model's application in the Serve configuration file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    folder: str = Field(
+        default_factory=lambda: os.environ.get("MELLOW_MODEL", ""),
+        description="the model's folder; default: environment variable MELLOW_MODEL",
+    )
+    gate: Gate | None = Field(None, description="what a replica has to answer before it serves; default: any answer")
+    dtype: Dtype | None = Field(
+        None, description="float32 or int8 on CPU, bfloat16 on a GPU; by default the device's own"
+    )
+    slots: int = Field(16, ge=1, description="answers written at once")
+    cpu_threads: int | None = Field(None, ge=1, description="threads to compute with")
+    gpus: float = Field(
+        default_factory=lambda: float(os.environ.get("MELLOW_GPUS_PER_REPLICA", "0")),
+        ge=0,
+        description="GPUs of a replica; default: environment variable MELLOW_GPUS_PER_REPLICA, else 0",
+    )
+
+    @model_validator(mode="after")
+    def _a_folder_is_named(self) -> "Arguments":
+        if not self.folder:
+            raise ValueError("no model folder: set `folder` in the application's args, or MELLOW_MODEL on the nodes")
+        return self
+
+
+@serve.deployment(name=MODEL)
+class Model:
+    """A replica: answers requests of the endpoint with an engine that batches continuously."""
+
+    def __init__(self, arguments: Arguments):
+        self._engine = Engine.load(
+            arguments.folder,
+            dtype=arguments.dtype,
+            slots=arguments.slots,
+            max_new_tokens=MAX_NEW_TOKENS,
+            cpu_threads=arguments.cpu_threads,
+        )
+        extractor = self._engine.processor.feature_extractor
+        self._front_end = FrontEnd(extractor.sampling_rate, extractor.clip_samples)
+        self._metrics = ModelMetrics()
+        # Raised here, an error keeps the replicas of the version before: Serve gives up a new one that does not start.
+        if arguments.gate:
+            arguments.gate.check(self._engine, arguments.folder)
+        else:
+            self._engine.generate([self._probe()])
+
+    def __del__(self) -> None:
+        if engine := getattr(self, "_engine", None):
+            engine.close()
+
+    def check_health(self) -> None:
+        """Called by Serve; a replica whose engine hangs or broke down is replaced."""
+        self._engine.check(HEALTHY_SECONDS)
+        self._metrics.watch(self._engine.stats)
+
+    async def describe(self) -> FrontEnd:
+        """Return what the model hears."""
+        return self._front_end
+
+    async def probe(self) -> None:
+        """Answer a question about silence."""
+        await self._engine.submit(self._probe()).answer()
+
+    async def answer(self, requests: list[Request], front_end: FrontEnd) -> list[Written] | Refusal:
+        """Answer requests whose clips were made for `front_end`."""
+        pieces: list[list[Piece]] = [[] for _ in requests]
+        answers: dict[int, Written] = {}
+        async with aclosing(self.stream(requests, front_end, [()] * len(requests))) as events:
+            async for number, event in events:
+                if isinstance(event, Refusal):
+                    return event
+                if isinstance(event, Written):
+                    answers[number] = event
+                elif event.logprob is not None:
+                    pieces[number].append(event)
+        return [replace(answers[number], pieces=tuple(pieces[number])) for number in range(len(requests))]
+
+    async def stream(
+        self, requests: list[Request], front_end: FrontEnd, delivered: list[tuple[int, ...]]
+    ) -> AsyncGenerator[tuple[int, Piece | Written | Refusal]]:
+        """Answer requests token by token, each event with the number of its request; `Written` is a request's last.
+
+        Args:
+            delivered: ids of tokens of each request that another replica wrote before it was lost. They are written
+                again, compared and left out.
+        """
+        for request in requests:
+            if refusal := self._refusal(request, front_end):
+                yield 0, refusal
+                return
+        answers = [self._answer(*of_one) for of_one in zip(requests, delivered, strict=True)]
+        async with aclosing(merged(answers, self._engine.slots)) as events:
+            async for event in events:
+                yield event
+
+    async def choose(self, request: Request, choices: list[str], front_end: FrontEnd) -> Chosen | Refusal:
+        """Rank given answers to a request."""
+        if refusal := self._refusal(request, front_end):
+            return refusal
+        scores = await asyncio.to_thread(self._engine.score, request, choices)
+        return Chosen(tuple(scores), self._engine.prompt_tokens(request.text))
+
+    def _probe(self) -> Request:
+        silence = np.zeros(self._engine.processor.feature_extractor.clip_samples, np.float32)
+        return Request("what is heard?", (silence,), max_new_tokens=1)
+
+    def _refusal(self, request: Request, front_end: FrontEnd) -> Refusal | None:
+        if front_end != self._front_end:
+            return Refusal(f"the model hears {self._front_end}, the clips are {front_end}", "model", FRONT_END_CHANGED)
+        tokens, limit = self._engine.prompt_tokens(request.text), self._engine.processor.prompt_length
+        if tokens > limit:
+            return Refusal(
+                f"the question takes {tokens} tokens, the model reads {limit}: shorten it",
+                "question",
+                "context_length_exceeded",
+            )
+        return None
+
+    async def _answer(self, request: Request, delivered: tuple[int, ...]) -> AsyncGenerator[Piece | Written | Refusal]:
+        try:
+            stream = self._engine.submit(request)
+        except QueueFull as error:
+            yield Refusal(str(error), "model", "queue_full", 429)
+            return
+        try:
+            place = 0
+            async for event in self._events(stream):
+                if isinstance(event, Answer):
+                    yield Written(event.text, event.finish_reason, event.prompt_tokens, len(event.tokens))
+                    return
+                if place >= len(delivered):
+                    yield self._piece(event)
+                elif event.id != delivered[place]:
+                    yield Refusal(
+                        f"a replica was lost after {len(delivered)} tokens, and another one does not write the same: "
+                        "ask again",
+                        "stream",
+                        "replica_lost",
+                        500,
+                    )
+                    return
+                place += 1
+        finally:  # also where the reader went away: the slot is free again
+            stream.cancel()
+
+    async def _events(self, stream: Stream) -> AsyncGenerator[Token | Answer]:
+        """Yield the tokens of a stream and then its answer, and keep count."""
+        start = time.monotonic()
+        first: float | None = None
+        async for token in stream:
+            if first is None:
+                first = time.monotonic() - start
+                self._metrics.first_token(first)
+            yield token
+        answer = stream.result()
+        self._metrics.answered(answer, self._engine.stats)
+        logger.info(
+            "answered",
+            extra={
+                "prompt_tokens": answer.prompt_tokens,
+                "completion_tokens": len(answer.tokens),
+                "first_token_s": round(first or 0.0, 4),
+                "answer_s": round(time.monotonic() - start, 4),
+                "finish_reason": answer.finish_reason,
+            },
+        )
+        yield answer
+
+    def _piece(self, token: Token) -> Piece:
+        tokenizer = self._engine.processor.tokenizer
+        if token.id == tokenizer.eos_token_id:  # with the text that was held back until it came
+            return Piece(token.id, "", token.text, None)
+        return Piece(token.id, tokenizer.decode([token.id]), token.text, token.logprob)
+
+
+async def merged(sources: Sequence[AsyncGenerator[Event]], parallel: int) -> AsyncGenerator[tuple[int, Event]]:
+    """Yield (number of the source, event) of several sources as they come, at most `parallel` of them at once.
+
+    The first error ends all; so does the reader who goes away.
+    """
+    events: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(maxsize=parallel)
+    free = asyncio.Semaphore(parallel)
+
+    async def drain(number: int) -> None:
+        async with free, aclosing(sources[number]) as source:
+            try:
+                async for event in source:
+                    await events.put((number, event))
+                await events.put((number, None))
+            except Exception as error:
+                await events.put((number, error))
+
+    tasks = [asyncio.create_task(drain(number)) for number in range(len(sources))]
+    try:
+        left = len(tasks)
+        while left:
+            number, event = await events.get()
+            if isinstance(event, Exception):
+                raise event
+            if event is None:
+                left -= 1
+            else:
+                yield number, event
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def build(arguments: Arguments) -> serve.Application:
+    """Build the application of a model; what `import_path` in the Serve configuration file names."""
+    options = {"num_cpus": 1, "num_gpus": arguments.gpus} | preferably_on("serving")
+    return Model.options(ray_actor_options=options).bind(arguments)  # type: ignore[attr-defined]  # of the decorator
