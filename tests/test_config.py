@@ -8,6 +8,7 @@ from mellow_platform.config import (
     AblationConfig,
     CorpusConfig,
     EncoderConfig,
+    PredictConfig,
     PreprocessConfig,
     Section,
     TrainConfig,
@@ -135,3 +136,11 @@ def test_an_unknown_key_of_a_grid_is_refused_with_the_nearest_name(tmp_path: Pat
     assert (
         "projektion is not a field of jobs/train.py that a grid can have; did you mean proj" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    "question", ["heard: a dog or a cat?", "is it #1?", "yes", "[a] or b?", "c'était « quoi » ?", "007"]
+)
+def test_text_is_taken_as_it_is_written(question: str):
+    for flags in (["--question", question], [f"--question={question}"]):
+        assert load(PredictConfig, ["--model", "m", "--output", "o", "--clips", "c", *flags]).question == question

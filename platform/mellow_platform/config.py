@@ -11,7 +11,8 @@ import itertools
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -579,7 +580,7 @@ def load(schema: type[Config], arguments: Sequence[str] | None = None) -> Config
             *sections, leaf = name.split(".")
             for section in sections:
                 target = target.setdefault(section, {})
-            target[leaf] = _scalar(text)
+            target[leaf] = _value(text, fields[name].annotation)
     try:
         return _checked(schema, values)
     except ValueError as error:
@@ -642,9 +643,16 @@ def _yaml_fields(path: str) -> dict[str, Any]:
     return values or {}
 
 
-def _scalar(text: str) -> Any:
-    """Return a flag's text as YAML reads it, and numbers such as 1e-3 as numbers."""
-    try:
+def _value(text: str, annotation: Any) -> Any:
+    """Return a flag's text for a field: as written where that takes text alone, else as YAML reads it.
+
+    A question may hold a colon, and a name be a number; `null` is no text, but none.
+    """
+    alternatives = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kinds = {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in alternatives}
+    if kinds - {type(None)} == {str}:
+        return None if text == "null" and annotation is not str else text
+    try:  # YAML takes 1e-3 for text
         return float(text) if "e" in text.lower() else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
         return text if text.startswith("/") or "://" in text else yaml.safe_load(text)

