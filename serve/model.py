@@ -97,7 +97,8 @@ class Arguments(BaseModel):
         return self
 
 
-@serve.deployment(name=MODEL)
+# A model that cannot be loaded, or does not pass its gate, is tried twice, in case storage had a bad moment.
+@serve.deployment(name=MODEL, max_constructor_retry_count=2)
 class Model:
     """A replica: answers requests of the endpoint with an engine that batches continuously."""
 

@@ -430,6 +430,7 @@ def test_a_version_takes_over_without_a_failed_request_and_one_that_fails_the_ga
     def load() -> None:
         while not over.is_set():
             answers.append(ask(client, text_part(), clip(), **options).choices[0].message.content)
+            time.sleep(0.05)  # leaves two cores time to start replicas
 
     with ThreadPoolExecutor(2) as pool:
         loads = [pool.submit(load) for _ in range(2)]

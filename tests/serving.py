@@ -1,0 +1,93 @@
+"""A served tiny model for benchmarks and fuzzing: a cluster of its own on this machine, and what runs on it."""
+
+import base64
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import yaml
+
+from jobs.demo import Demo, free_port
+from mellow_platform.config import DemoConfig
+from mellow_platform.data.audio import encode
+from tests.conftest import REPOSITORY, write_tiny_model
+
+RATE = 32_000
+Change = Callable[[dict[str, Any], dict[str, Any]], None]  # of the endpoint's and the model's application
+
+
+class ServedModel(contextlib.AbstractContextManager):
+    """serve/config.yaml with a random tiny model named `mellow`; ends with the `with` block.
+
+    Args:
+        folder: for the model and the cluster's log.
+        change: alters the two applications before they are deployed.
+        cpus: logical CPUs of the cluster.
+    """
+
+    def __init__(self, folder: Path, change: Change | None = None, cpus: int = 8):
+        ports = {"port": free_port(), "dashboard_port": free_port()}
+        self._demo = Demo(DemoConfig(output=str(folder), corpus=None, keep=False, cpus=cpus, **ports))
+        self._stack = contextlib.ExitStack()
+        self._change = change
+        self.url = f"http://127.0.0.1:{ports['port']}"
+        self.model = self._demo.uri("model")
+
+    def __enter__(self) -> "ServedModel":
+        self._stack.enter_context(self._demo.cluster())
+        try:
+            write_tiny_model(self.model)
+            config = yaml.safe_load((REPOSITORY / "serve/config.yaml").read_text())
+            if self._change:
+                self._change(*config["applications"])
+            file = Path(self._demo.uri("serve.yaml"))
+            file.write_text(yaml.safe_dump(config))
+            port = str(self._demo.config.port)
+            self._demo.submit("deploy", "--model", self.model, "--port", port, "--serve", str(file))
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def details(self) -> dict[str, Any]:
+        """Return what Serve says of itself: proxies, controller, applications with their replicas."""
+        token = os.environ.get("RAY_AUTH_TOKEN") or (Path.home() / ".ray/auth_token").read_text().strip()
+        headers = {"Authorization": f"Bearer {token}"}
+        response = httpx.get(f"{self._demo.dashboard}/api/serve/applications/", headers=headers, timeout=30)
+        response.raise_for_status()
+        return response.json()
+
+    def replicas(self, application: str) -> list[dict[str, Any]]:
+        """Return the running replicas of an application."""
+        deployments = self.details()["applications"][application]["deployments"].values()
+        return [replica for one in deployments for replica in one["replicas"] if replica["state"] == "RUNNING"]
+
+    def processes(self) -> dict[int, psutil.Process]:
+        """Return the processes that requests go through, by id: the proxy and all replicas."""
+        raylet = psutil.Process(self.replicas("endpoint")[0]["pid"]).parent()
+        assert raylet
+        titles = {child: child.cmdline()[:1] for child in raylet.children()}
+        parts = ("ray::ServeReplica", "ray::ProxyActor")
+        return {child.pid: child for child, title in titles.items() if title and title[0].startswith(parts)}
+
+
+def clip(seed: int = 0, seconds: float = 10.0) -> bytes:
+    """Return a WAV file of noise."""
+    noise = np.random.default_rng(seed).normal(0, 0.1, round(seconds * RATE)).astype(np.float32)
+    return encode(noise, RATE, "WAV")
+
+
+def question(sound: bytes, text: str = "what is heard?", **fields: Any) -> bytes:
+    """Return the body of a chat completion about one clip."""
+    audio = {"type": "input_audio", "input_audio": {"data": base64.b64encode(sound).decode(), "format": "wav"}}
+    message = {"role": "user", "content": [{"type": "text", "text": text}, audio]}
+    return json.dumps({"model": "mellow", "messages": [message], "max_tokens": 16} | fields).encode()
