@@ -7,7 +7,7 @@ CORPUS ?=
 KEEP ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format clean
+.PHONY: help install demo test test-all lint lock format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test-all: $(INSTALLED) ## run the tests, slow ones included
 
 lint: $(INSTALLED) ## check format, style and types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy platform/mellow_platform jobs serve tests
+
+lock: ## resolve the image's locked packages again
+	@infra/image/lock.sh
 
 format: $(INSTALLED) ## put the code into the house format
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -1,31 +1,41 @@
-"""The command `mellow`: reference checkpoints to model folders and back, model cards, and the way to a model hub.
+"""The command `mellow`: model folders (conversion, cards, the way to a model hub), and the cluster of this machine.
 
 mellow convert v0.ckpt models/mellow-v0
 mellow export models/mellow-v0 v0.ckpt
 mellow card models/mellow-v0 --report evaluation/report.json
 mellow push models/mellow-v0 owner/mellow
+mellow cluster up --local
+mellow cluster status --local
+mellow cluster down --local
+
+A command imports what it needs when it runs: torch takes seconds, and a cluster is started without it.
 """
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
-from mellow_platform import storage
-from mellow_platform.model import conversion
-from mellow_platform.model.card import CARD, model_card, push
-from mellow_platform.model.folder import load_model
+from mellow_platform import cluster, storage
 
 
 def convert(arguments: argparse.Namespace) -> str:
+    from mellow_platform.model import conversion
+
     conversion.convert(arguments.checkpoint, arguments.output, arguments.decoder, arguments.license)
     return arguments.output
 
 
 def export(arguments: argparse.Namespace) -> str:
+    from mellow_platform.model import conversion
+
     conversion.export(arguments.folder, arguments.checkpoint)
     return arguments.checkpoint
 
 
 def card(arguments: argparse.Namespace) -> str:
+    from mellow_platform.model.card import CARD, model_card
+    from mellow_platform.model.folder import load_model
+
     text = model_card(
         *load_model(arguments.folder),
         license=arguments.license,
@@ -38,7 +48,33 @@ def card(arguments: argparse.Namespace) -> str:
 
 
 def upload(arguments: argparse.Namespace) -> str:
+    from mellow_platform.model.card import push
+
     return push(arguments.folder, arguments.repository, arguments.private)
+
+
+def cluster_up(arguments: argparse.Namespace) -> str:
+    started = cluster.up(
+        arguments.definition, arguments.folder, arguments.dashboard_port, arguments.object_store_memory
+    )
+    exports = " ".join(f"{name}={value}" for name, value in started.environment.items())
+    return f"""{started.status()}
+
+to submit jobs and deploy:
+  export {exports}
+  ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- python jobs/train.py --help
+  serve deploy serve/config.yaml
+to stop: mellow cluster down --local"""
+
+
+def cluster_status(arguments: argparse.Namespace) -> str:
+    return cluster.Cluster.load(arguments.folder).status()
+
+
+def cluster_down(arguments: argparse.Namespace) -> str:
+    running = cluster.Cluster.load(arguments.folder)
+    running.down()
+    return f"{len(running.nodes)} nodes ended; their logs are in {running.folder}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,7 +111,41 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("repository", help="owner/name, created where it does not exist")
     command.add_argument("--private", action="store_true", help="create it as a private one")
     command.set_defaults(run=upload)
+
+    command = commands.add_parser("cluster", help="the node groups of infra/ as Ray nodes of this machine")
+    add_cluster_commands(command)
     return top
+
+
+def add_cluster_commands(command: argparse.ArgumentParser) -> None:
+    """Add `up`, `status` and `down` to the command `cluster`."""
+    commands = command.add_subparsers(required=True, metavar="COMMAND")
+    up = commands.add_parser("up", help="start the nodes and wait until all have joined")
+    up.add_argument(
+        "--definition",
+        type=Path,
+        default=cluster.DEFINITION,
+        help="folder that `kubectl kustomize` renders (default: %(default)s)",
+    )
+    up.add_argument("--dashboard-port", type=int, default=8265, help="of Ray's dashboard (default: %(default)s)")
+    up.add_argument(
+        "--object-store-memory", type=int, default=512 << 20, help="bytes of each node (default: %(default)s)"
+    )
+    up.set_defaults(run=cluster_up)
+    status = commands.add_parser("status", help="show the groups, their nodes that are alive, and what these have")
+    status.set_defaults(run=cluster_status)
+    down = commands.add_parser("down", help="end every process of the cluster")
+    down.set_defaults(run=cluster_down)
+    for each in (up, status, down):
+        each.add_argument(
+            "--local",
+            action="store_true",
+            required=True,
+            help="on this machine, said aloud: on Kubernetes it is `kubectl apply -k infra/overlays/gpu`",
+        )
+        each.add_argument(
+            "--folder", type=Path, default=cluster.FOLDER, help="for the state and the logs (default: %(default)s)"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,448 @@
+"""The cluster of `infra/` on this machine: its node groups as real Ray nodes, without Kubernetes.
+
+The groups are read from the rendered manifests, with the resources, labels and settings that these give them. Each
+node is a `ray start` of its own with a loopback address of its own, and outlives the process that started it. A file
+in `runs/cluster` says what runs, so that another process finds it, and ends it.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DEFINITION = REPOSITORY / "infra" / "overlays" / "local"
+FOLDER = REPOSITORY / "runs" / "cluster"
+STATE = "cluster.json"
+HEAD = "head"
+GROUP_LABEL = "ray.io/node-group"
+STARTS = 4  # of a node: Ray gives it a fixed time to come up, which a busy machine exceeds
+JOIN_SECONDS = 180.0  # for a node
+STOP_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """A node group as the definition has it.
+
+    Attributes:
+        resources: logical ones of a node, by Ray's names (CPU, GPU, memory in bytes, any other).
+        env: variables of its nodes that mean the same here.
+    """
+
+    name: str
+    replicas: int
+    resources: dict[str, float]
+    labels: dict[str, str]
+    env: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A running node: the process `ray start`, which ends when the node does.
+
+    Attributes:
+        started: when the process did (seconds since the epoch), which tells it from a later one with its number.
+    """
+
+    group: str
+    address: str
+    pid: int
+    started: float
+
+    def processes(self) -> list[psutil.Process]:
+        """Return what is alive of the node: `ray start`, what it started, and what of that it has left behind."""
+        leader = self._leader()
+        if leader and abs(leader.create_time() - self.started) > 1:
+            return []  # the number belongs to another process by now
+        found = set()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = {leader, *leader.children(recursive=True)} if leader else set()
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError):
+                if os.getsid(process.pid) == self.pid:
+                    found.add(process)
+        return [process for process in found if _runs(process)]
+
+    @property
+    def alive(self) -> bool:
+        leader = self._leader()
+        return leader is not None and abs(leader.create_time() - self.started) <= 1 and _runs(leader)
+
+    def _leader(self) -> psutil.Process | None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.pid)
+        return None
+
+
+@dataclass
+class Cluster:
+    """A running cluster of this machine.
+
+    Attributes:
+        folder: where the cluster's state and the nodes' logs are.
+        temporary: where Ray's sockets, logs and spilled objects are; with a short name, as paths of sockets have to be.
+        address: of the GCS, host:port, for `ray.init`.
+        dashboard: URL that jobs are submitted to.
+    """
+
+    folder: Path
+    temporary: Path
+    address: str
+    dashboard: str
+    object_store_memory: int
+    groups: list[Group]
+    nodes: list[Node] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, folder: Path = FOLDER) -> "Cluster":
+        """Return the cluster that was started with this folder.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        try:
+            state = json.loads((folder / STATE).read_text())
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no cluster in {folder}: start one with `mellow cluster up --local`") from None
+        return cls(
+            **state
+            | {
+                "folder": Path(state["folder"]),
+                "temporary": Path(state["temporary"]),
+                "groups": [Group(**group) for group in state["groups"]],
+                "nodes": [Node(**node) for node in state["nodes"]],
+            }
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables with which `ray job submit` and `serve deploy` find the cluster."""
+        return {"RAY_ADDRESS": self.dashboard, "RAY_DASHBOARD_ADDRESS": self.dashboard, "RAY_AUTH_MODE": "token"}
+
+    def start_node(self, group: Group) -> Node:
+        """Start one more node of a group; it joins by itself some seconds later."""
+        is_head = group.name == HEAD
+        taken = {node.address for node in self.nodes}
+        address = next(ip for ip in (f"127.0.0.{number}" for number in range(1, 255)) if ip not in taken)
+        log = self.folder / f"{group.name}-{address}.log"
+        with log.open("a") as output:
+            process = subprocess.Popen(
+                [_program("ray"), *self._start_command(group, address, is_head)],
+                cwd=REPOSITORY,
+                env=_environment(group),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        node = Node(group.name, address, process.pid, psutil.Process(process.pid).create_time())
+        self.nodes.append(node)
+        self._save()
+        return node
+
+    def members(self) -> list[dict[str, Any]]:
+        """Return what Ray knows of the nodes that are alive.
+
+        Raises:
+            ConnectionError: the dashboard does not answer; the message says what to do.
+        """
+        request = urllib.request.Request(f"{self.dashboard}/api/v0/nodes?detail=1&limit=1000")
+        request.add_header("Authorization", f"Bearer {_token()}")
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                nodes = json.load(response)["data"]["result"]["result"]
+        except urllib.error.HTTPError as error:
+            raise ConnectionError(
+                f"{self.dashboard} answers {error.code} {error.reason}: was RAY_AUTH_TOKEN another one when the "
+                "cluster was started?"
+            ) from error
+        except OSError as error:
+            raise ConnectionError(
+                f"{self.dashboard} does not answer ({error}); logs are in {self.folder}, `mellow cluster down --local` "
+                "ends what is left"
+            ) from error
+        return [node for node in nodes if node["state"] == "ALIVE"]
+
+    def status(self) -> str:
+        """Return a table of the groups, their nodes that are alive, and what these have.
+
+        Raises:
+            ConnectionError: see `members`.
+        """
+        members = self.members()
+        lines = [f"dashboard {self.dashboard}, logs {self.folder}", f"{'group':10}{'nodes':8}{'resources':36}addresses"]
+        for group in self.groups:
+            expected = sum(node.group == group.name for node in self.nodes)
+            here = [node for node in members if node["labels"].get(GROUP_LABEL) == group.name]
+            resources = ", ".join(_readable(name, value) for name, value in group.resources.items())
+            addresses = " ".join(sorted(node["node_ip"] for node in here))
+            lines.append(f"{group.name:10}{f'{len(here)}/{expected}':8}{resources:36}{addresses}".rstrip())
+        return "\n".join(lines)
+
+    def down(self) -> None:
+        """End every process of the cluster and delete its temporary folder and its state; logs stay."""
+        started = self._processes()
+        for node in self.nodes:
+            if node.alive:
+                # `ray start` ends its node on this.
+                os.kill(node.pid, signal.SIGTERM)
+        _wait(started, STOP_SECONDS)
+        left = started | self._processes()
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        _wait(left, STOP_SECONDS)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        (self.folder / STATE).unlink(missing_ok=True)
+
+    def _processes(self) -> set[psutil.Process]:
+        return {process for node in self.nodes for process in node.processes()}
+
+    def _start_command(self, group: Group, address: str, is_head: bool) -> list[str]:
+        other = {name: value for name, value in group.resources.items() if name not in ("CPU", "GPU", "memory")}
+        command = [
+            "start", "--block", "--disable-usage-stats", f"--node-ip-address={address}",
+            f"--num-cpus={group.resources.get('CPU', 0):g}", f"--num-gpus={group.resources.get('GPU', 0):g}",
+            f"--resources={json.dumps(other)}", f"--object-store-memory={self.object_store_memory}",
+            "--labels=" + ",".join(f"{name}={value}" for name, value in group.labels.items()),
+            # Nodes of one machine cannot all have Ray's usual ports.
+            f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}",
+            f"--metrics-export-port={free_port()}", f"--runtime-env-agent-port={free_port()}",
+            "--min-worker-port=0", "--max-worker-port=0",
+        ]  # fmt: skip
+        if memory := group.resources.get("memory"):
+            command.append(f"--memory={memory:.0f}")
+        if not is_head:
+            return [*command, f"--address={self.address}"]
+        return [
+            *command, "--head", f"--port={self.address.split(':')[1]}", f"--ray-client-server-port={free_port()}",
+            f"--temp-dir={self.temporary}", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={self.dashboard.rsplit(':', 1)[1]}",
+        ]  # fmt: skip
+
+    def _start_nodes(self) -> None:
+        """Start every node of every group and wait until all have joined."""
+        # Started all at once, nodes of a small machine keep each other from coming up in the time that Ray gives them.
+        at_once = max(1, (os.cpu_count() or 1) // 2)
+        starts: Counter[str] = Counter()
+        for group in self.groups:
+            for _ in range(group.replicas):
+                starts[self.start_node(group).address] += 1
+                self._wait_until_joined(starts, missing=0 if group.name == HEAD else at_once - 1)
+        self._wait_until_joined(starts, missing=0)
+
+    def _wait_until_joined(self, starts: Counter[str], missing: int) -> None:
+        """Wait until no more than so many nodes are on their way; start those again that did not come up."""
+        until = time.monotonic() + JOIN_SECONDS
+        while time.monotonic() < until:
+            for node in [node for node in self.nodes if not node.alive]:
+                if starts[node.address] == STARTS:
+                    raise ChildProcessError(f"a node of the group {node.group} does not start:\n{self._log(node)}")
+                self.nodes.remove(node)
+                starts[self.start_node(self._group(node.group)).address] += 1
+            with contextlib.suppress(ConnectionError):
+                if len(self.nodes) - len(self.members()) <= missing:
+                    return
+            time.sleep(0.5)
+        logs = "\n".join(self._log(node) for node in self.nodes)
+        raise TimeoutError(f"not all of {len(self.nodes)} nodes joined within {JOIN_SECONDS:.0f} s:\n{logs}")
+
+    def _group(self, name: str) -> Group:
+        return next(group for group in self.groups if group.name == name)
+
+    def _log(self, node: Node) -> str:
+        log = self.folder / f"{node.group}-{node.address}.log"
+        return f"{log}:\n{log.read_text()[-2000:]}"
+
+    def _save(self) -> None:
+        state = asdict(self) | {"folder": str(self.folder), "temporary": str(self.temporary)}
+        partial = self.folder / f".{STATE}"
+        partial.write_text(json.dumps(state, indent=1) + "\n")
+        partial.replace(self.folder / STATE)
+
+
+def up(
+    definition: Path = DEFINITION,
+    folder: Path = FOLDER,
+    dashboard_port: int = 8265,
+    object_store_memory: int = 512 << 20,
+) -> Cluster:
+    """Start the groups of a definition and return the cluster when all nodes have joined.
+
+    Args:
+        definition: folder that `kubectl kustomize` renders, with a RayCluster in it.
+        object_store_memory: bytes of each node.
+
+    Raises:
+        OSError: one is up already, the port is taken, kubectl is not installed, or a node does not start.
+        ValueError: the definition cannot be rendered, or has no RayCluster.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        before = Cluster.load(folder)
+        if any(node.alive for node in before.nodes):
+            raise FileExistsError(
+                f"a cluster is up already ({before.dashboard}): use it, or end it with `mellow cluster down --local`"
+            )
+        before.down()  # what a machine that was switched off has left
+    if _is_taken(dashboard_port):
+        raise OSError(f"port {dashboard_port} is in use: stop what listens there, or choose another --dashboard-port")
+    groups = read_groups(render(definition))
+    _make_token()
+    folder.mkdir(parents=True, exist_ok=True)
+    for log in folder.glob("*.log"):
+        log.unlink()
+    cluster = Cluster(
+        folder,
+        Path(tempfile.mkdtemp(prefix="ray-")),
+        f"127.0.0.1:{free_port()}",
+        f"http://127.0.0.1:{dashboard_port}",
+        object_store_memory,
+        groups,
+    )
+    try:
+        cluster._start_nodes()
+    except BaseException:
+        cluster.down()
+        raise
+    return cluster
+
+
+def render(definition: Path) -> list[dict[str, Any]]:
+    """Return the manifests that a folder renders to.
+
+    Raises:
+        FileNotFoundError: kubectl is not installed.
+        ValueError: the folder cannot be rendered; the message is kubectl's.
+    """
+    if not (kubectl := shutil.which("kubectl")):
+        raise FileNotFoundError(
+            "kubectl is not installed, and the node groups are rendered with it: "
+            "https://kubernetes.io/docs/tasks/tools (no Kubernetes is needed)"
+        )
+    result = subprocess.run([kubectl, "kustomize", str(definition)], capture_output=True, text=True)
+    if result.returncode:
+        raise ValueError(f"{definition} cannot be rendered: {result.stderr.strip()}")
+    return list(yaml.safe_load_all(result.stdout))
+
+
+def read_groups(manifests: list[dict[str, Any]]) -> list[Group]:
+    """Return the node groups of the RayCluster among rendered manifests, the head first.
+
+    Raises:
+        ValueError: there is no RayCluster.
+    """
+    # What the autoscaler on Kubernetes reads from the same fields, so that a node has the same here as there.
+    from ray.autoscaler._private.kuberay.autoscaling_config import _generate_available_node_types_from_ray_cr_spec
+
+    specs = [manifest["spec"] for manifest in manifests if manifest["kind"] == "RayCluster"]
+    if not specs:
+        kinds = ", ".join(sorted({manifest["kind"] for manifest in manifests}))
+        raise ValueError(f"no RayCluster among the manifests ({kinds}): choose a definition that renders one")
+    head, workers = specs[0]["headGroupSpec"], specs[0]["workerGroupSpecs"]
+    types = list(_generate_available_node_types_from_ray_cr_spec(specs[0]).values())
+    settings = {item["metadata"]["name"]: item["data"] for item in manifests if item["kind"] == "ConfigMap"}
+    named = [(HEAD, 1, head), *((group["groupName"], group["replicas"], group) for group in workers)]
+    return [
+        Group(
+            name,
+            replicas,
+            {resource: float(amount) for resource, amount in node_type["resources"].items()},
+            {GROUP_LABEL: name} | node_type["labels"],
+            _container_env(spec["template"]["spec"]["containers"][0], settings),
+        )
+        for (name, replicas, spec), node_type in zip(named, types, strict=True)
+    ]
+
+
+def free_port() -> int:
+    """Return a TCP port that nothing on this machine listens on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _container_env(container: dict[str, Any], settings: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Return a container's variables, but for secrets, and paths in its volumes, which this machine does not have."""
+    env: dict[str, str] = {}
+    for source in container.get("envFrom", []):
+        env |= settings.get(source.get("configMapRef", {}).get("name"), {})
+    mounts = tuple(mount["mountPath"] for mount in container.get("volumeMounts", []))
+    literal = {item["name"]: item["value"] for item in container.get("env", []) if "value" in item}
+    return env | {name: value for name, value in literal.items() if not value.startswith(mounts)}
+
+
+def _environment(group: Group) -> dict[str, str]:
+    """Return the variables of a node: the group's, unless this process's own say otherwise, and what the image has."""
+    own = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+    path = [str(Path(sys.executable).parent), own.get("PATH", "")]
+    python_path = [str(REPOSITORY), str(REPOSITORY / "platform"), own.get("PYTHONPATH", "")]
+    return (
+        group.env
+        | own
+        | {
+            "PATH": os.pathsep.join(filter(None, path)),
+            "PYTHONPATH": os.pathsep.join(filter(None, python_path)),
+            "RAY_AUTH_MODE": "token",
+            # The endpoint's port is that of the head's proxy: other nodes' proxies would share it, and take some of the
+            # connections with them when they end.
+            "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(free_port()),
+            # On a machine without GPUs Ray otherwise hides them from what asks for none, and warns that it does.
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        }
+    )
+
+
+def _program(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+def _token_file() -> Path:
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+
+
+def _token() -> str:
+    return os.environ.get("RAY_AUTH_TOKEN") or _token_file().read_text().strip()
+
+
+def _make_token() -> None:
+    """See that there is a token where Ray looks for it; one that is made goes to ~/.ray/auth_token."""
+    if not os.environ.get("RAY_AUTH_TOKEN") and not _token_file().exists():
+        subprocess.run([_program("ray"), "get-auth-token", "--generate"], stdout=subprocess.DEVNULL, check=True)
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _wait(processes: set[psutil.Process], seconds: float) -> None:
+    """Wait until all have ended, at most so long."""
+    until = time.monotonic() + seconds
+    while any(process.is_running() and _runs(process) for process in processes) and time.monotonic() < until:
+        time.sleep(0.1)
+
+
+def _readable(name: str, amount: float) -> str:
+    return f"{amount / (1 << 30):.1f} GiB" if name == "memory" else f"{amount:g} {name}"
