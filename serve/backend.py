@@ -67,16 +67,16 @@ class Backend:
             calls = self._handle.options(method_name="stream", session_id=question.key, stream=True)
             response = calls.remote(requests, front_end, delivered)
             try:
-                async for number, event in response:
-                    event = self._accepted(event)
+                async for batch in response:
                     self.answered = True
-                    if number in done:  # before a replica was lost that had not done all
-                        continue
-                    if isinstance(event, Piece):
-                        delivered[number] += (event.token,)
-                    else:
-                        done.add(number)
-                    yield number, event
+                    for number, event in self._accepted(batch):
+                        if number in done:  # before a replica was lost that had not done all
+                            continue
+                        if isinstance(event, Piece):
+                            delivered[number] += (event.token,)
+                        else:
+                            done.add(number)
+                        yield number, event
                 return
             except Exception as error:
                 await self._pause_or_raise(error, attempt)

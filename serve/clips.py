@@ -58,17 +58,19 @@ class ClipReader:
             RequestError: a clip cannot be fetched, decoded, or is past a limit; or the rule does not fit.
         """
         files = await asyncio.gather(*(self._file(source) for source in sources))
-        loop = asyncio.get_running_loop()
-        decoding = [
-            loop.run_in_executor(self._pool, self._decode, file, source, number, front_end.sampling_rate)
+        hearing = asyncio.get_running_loop().run_in_executor(self._pool, self._hear, files, sources, front_end, rule)
+        return await hearing
+
+    def _hear(self, files: Sequence[bytes], sources: Sequence[ClipSource], front_end: FrontEnd, rule: str) -> Question:
+        recordings = [
+            self._decode(file, source, number, front_end.sampling_rate)
             for number, (file, source) in enumerate(zip(files, sources, strict=True))
         ]
-        recordings = await asyncio.gather(*decoding)
         try:
             heard = windows(recordings, front_end.clip_samples, front_end.sampling_rate, rule)
         except ValueError as error:
             raise RequestError(str(error), "window") from error
-        return Question(heard, await loop.run_in_executor(self._pool, _key, heard))
+        return Question(heard, _key(heard))
 
     def _decode(self, file: bytes, source: ClipSource, number: int, rate: int) -> np.ndarray:
         try:

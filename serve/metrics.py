@@ -59,10 +59,8 @@ class ModelMetrics:
         self._cache_bytes = metrics.Gauge("mellow_cache_bytes", description="held in a cache", tag_keys=("cache",))
         self._counted: dict[str, int] = {}
 
-    def first_token(self, seconds: float) -> None:
-        self._first_token.observe(seconds)
-
-    def answered(self, answer: Answer, stats: dict[str, int]) -> None:
+    def answered(self, answer: Answer, first_token_seconds: float, stats: dict[str, int]) -> None:
+        self._first_token.observe(first_token_seconds)
         self._tokens.inc(answer.prompt_tokens, tags={"kind": "prompt"})
         self._tokens.inc(len(answer.tokens), tags={"kind": "completion"})
         self.watch(stats)

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -32,6 +31,10 @@ from serve.schema import MAX_NEW_TOKENS
 HEALTHY_SECONDS = 20.0  # within which the engine has to get through a step; reading 26 long choices takes some
 logger = logging.getLogger("ray.serve")
 Event = TypeVar("Event")
+
+
+class Diverged(Exception):  # noqa: N818 (a state)
+    """An answer that is written again is not the one that was begun."""
 
 
 class Gate(BaseModel):
@@ -138,35 +141,38 @@ class Model:
 
     async def answer(self, requests: list[Request], front_end: FrontEnd) -> list[Written] | Refusal:
         """Answer requests whose clips were made for `front_end`."""
-        pieces: list[list[Piece]] = [[] for _ in requests]
-        answers: dict[int, Written] = {}
-        async with aclosing(self.stream(requests, front_end, [()] * len(requests))) as events:
-            async for number, event in events:
-                if isinstance(event, Refusal):
-                    return event
-                if isinstance(event, Written):
-                    answers[number] = event
-                elif event.logprob is not None:
-                    pieces[number].append(event)
-        return [replace(answers[number], pieces=tuple(pieces[number])) for number in range(len(requests))]
+        streams = self._submit(requests, front_end)
+        if isinstance(streams, Refusal):
+            return streams
+        try:
+            return [self._written(request, stream, await stream.answer()) for request, stream in streams]
+        finally:  # also where the endpoint went away: the slots are free again
+            for _, stream in streams:
+                stream.cancel()
 
     async def stream(
         self, requests: list[Request], front_end: FrontEnd, delivered: list[tuple[int, ...]]
-    ) -> AsyncGenerator[tuple[int, Piece | Written | Refusal]]:
-        """Answer requests token by token, each event with the number of its request; `Written` is a request's last.
+    ) -> AsyncGenerator[list[tuple[int, Piece | Written]] | Refusal]:
+        """Answer requests token by token; each event comes with the number of its request, whose last is `Written`.
 
         Args:
             delivered: ids of tokens of each request that another replica wrote before it was lost. They are written
                 again, compared and left out.
         """
-        for request in requests:
-            if refusal := self._refusal(request, front_end):
-                yield 0, refusal
-                return
-        answers = [self._answer(*of_one) for of_one in zip(requests, delivered, strict=True)]
-        async with aclosing(merged(answers, self._engine.slots)) as events:
-            async for event in events:
-                yield event
+        streams = self._submit(requests, front_end)
+        if isinstance(streams, Refusal):
+            yield streams
+            return
+        answers = [self._answer(*of_one, known) for of_one, known in zip(streams, delivered, strict=True)]
+        try:
+            async with aclosing(merged(answers)) as events:
+                async for batch in events:
+                    yield batch
+        except Diverged as error:
+            yield Refusal(str(error), "stream", "replica_lost", 500)
+        finally:
+            for _, stream in streams:
+                stream.cancel()
 
     async def choose(self, request: Request, choices: list[str], front_end: FrontEnd) -> Chosen | Refusal:
         """Rank given answers to a request."""
@@ -191,55 +197,55 @@ class Model:
             )
         return None
 
-    async def _answer(self, request: Request, delivered: tuple[int, ...]) -> AsyncGenerator[Piece | Written | Refusal]:
+    def _submit(self, requests: list[Request], front_end: FrontEnd) -> list[tuple[Request, Stream]] | Refusal:
+        for request in requests:
+            if refusal := self._refusal(request, front_end):
+                return refusal
+        streams: list[tuple[Request, Stream]] = []
         try:
-            stream = self._engine.submit(request)
+            for request in requests:
+                streams.append((request, self._engine.submit(request)))
         except QueueFull as error:
-            yield Refusal(str(error), "model", "queue_full", 429)
-            return
-        try:
-            place = 0
-            async for event in self._events(stream):
-                if isinstance(event, Answer):
-                    yield Written(event.text, event.finish_reason, event.prompt_tokens, len(event.tokens))
-                    return
-                if place >= len(delivered):
-                    yield self._piece(event)
-                elif event.id != delivered[place]:
-                    yield Refusal(
-                        f"a replica was lost after {len(delivered)} tokens, and another one does not write the same: "
-                        "ask again",
-                        "stream",
-                        "replica_lost",
-                        500,
-                    )
-                    return
-                place += 1
-        finally:  # also where the reader went away: the slot is free again
-            stream.cancel()
+            for _, stream in streams:
+                stream.cancel()
+            return Refusal(str(error), "model", "queue_full", 429)
+        return streams
 
-    async def _events(self, stream: Stream) -> AsyncGenerator[Token | Answer]:
-        """Yield the tokens of a stream and then its answer, and keep count."""
-        start = time.monotonic()
-        first: float | None = None
+    async def _answer(
+        self, request: Request, stream: Stream, delivered: tuple[int, ...]
+    ) -> AsyncGenerator[Piece | Written]:
+        place = 0
         async for token in stream:
-            if first is None:
-                first = time.monotonic() - start
-                self._metrics.first_token(first)
-            yield token
-        answer = stream.result()
-        self._metrics.answered(answer, self._engine.stats)
+            if place >= len(delivered):
+                yield self._piece(token)
+            elif token.id != delivered[place]:
+                raise Diverged(
+                    f"a replica was lost after {len(delivered)} tokens, and another one does not write the same: "
+                    "ask again"
+                )
+            place += 1
+        yield self._written(request, stream, stream.result())
+
+    def _written(self, request: Request, stream: Stream, answer: Answer) -> Written:
+        """Return an answer as the endpoint hears of it, and keep count."""
+        first = stream.first_token_seconds or 0.0
+        self._metrics.answered(answer, first, self._engine.stats)
         logger.info(
             "answered",
             extra={
                 "prompt_tokens": answer.prompt_tokens,
                 "completion_tokens": len(answer.tokens),
-                "first_token_s": round(first or 0.0, 4),
-                "answer_s": round(time.monotonic() - start, 4),
+                "first_token_s": round(first, 4),
+                "answer_s": round(time.monotonic() - stream.created, 4),
                 "finish_reason": answer.finish_reason,
             },
         )
-        yield answer
+        pieces: tuple[Piece, ...] = ()
+        if request.logprobs:
+            tokens = zip(answer.tokens, answer.logprobs or (), strict=True)
+            written = (self._piece(Token(token, "", logprob)) for token, logprob in tokens)
+            pieces = tuple(piece for piece in written if piece.logprob is not None)
+        return Written(answer.text, answer.finish_reason, answer.prompt_tokens, len(answer.tokens), pieces)
 
     def _piece(self, token: Token) -> Piece:
         tokenizer = self._engine.processor.tokenizer
@@ -248,34 +254,37 @@ class Model:
         return Piece(token.id, tokenizer.decode([token.id]), token.text, token.logprob)
 
 
-async def merged(sources: Sequence[AsyncGenerator[Event]], parallel: int) -> AsyncGenerator[tuple[int, Event]]:
-    """Yield (number of the source, event) of several sources as they come, at most `parallel` of them at once.
+async def merged(sources: Sequence[AsyncGenerator[Event]]) -> AsyncGenerator[list[tuple[int, Event]]]:
+    """Yield (number of the source, event) of several sources as they come: all that have come, at a time.
 
     The first error ends all; so does the reader who goes away.
     """
-    events: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(maxsize=parallel)
-    free = asyncio.Semaphore(parallel)
+    events: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
 
     async def drain(number: int) -> None:
-        async with free, aclosing(sources[number]) as source:
-            try:
-                async for event in source:
-                    await events.put((number, event))
-                await events.put((number, None))
-            except Exception as error:
-                await events.put((number, error))
+        try:
+            async for event in sources[number]:
+                events.put_nowait((number, event))
+            events.put_nowait((number, None))
+        except Exception as error:
+            events.put_nowait((number, error))
 
     tasks = [asyncio.create_task(drain(number)) for number in range(len(sources))]
     try:
         left = len(tasks)
         while left:
-            number, event = await events.get()
-            if isinstance(event, Exception):
-                raise event
-            if event is None:
-                left -= 1
-            else:
-                yield number, event
+            batch, come = [], [await events.get()]
+            while not events.empty():
+                come.append(events.get_nowait())
+            for number, event in come:
+                if isinstance(event, Exception):
+                    raise event
+                if event is None:
+                    left -= 1
+                else:
+                    batch.append((number, event))
+            if batch:
+                yield batch
     finally:
         for task in tasks:
             task.cancel()

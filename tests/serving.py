@@ -58,18 +58,9 @@ class ServedModel(contextlib.AbstractContextManager):
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def details(self) -> dict[str, Any]:
-        """Return what Serve says of itself: proxies, controller, applications with their replicas."""
-        token = os.environ.get("RAY_AUTH_TOKEN") or (Path.home() / ".ray/auth_token").read_text().strip()
-        headers = {"Authorization": f"Bearer {token}"}
-        response = httpx.get(f"{self._demo.dashboard}/api/serve/applications/", headers=headers, timeout=30)
-        response.raise_for_status()
-        return response.json()
-
     def replicas(self, application: str) -> list[dict[str, Any]]:
         """Return the running replicas of an application."""
-        deployments = self.details()["applications"][application]["deployments"].values()
-        return [replica for one in deployments for replica in one["replicas"] if replica["state"] == "RUNNING"]
+        return replicas_of(serve_details(self._demo.dashboard), application)
 
     def processes(self) -> dict[int, psutil.Process]:
         """Return the processes that requests go through, by id: the proxy and all replicas."""
@@ -78,6 +69,21 @@ class ServedModel(contextlib.AbstractContextManager):
         titles = {child: child.cmdline()[:1] for child in raylet.children()}
         parts = ("ray::ServeReplica", "ray::ProxyActor")
         return {child.pid: child for child, title in titles.items() if title and title[0].startswith(parts)}
+
+
+def serve_details(dashboard: str) -> dict[str, Any]:
+    """Return what Serve says of itself on a cluster: controller, proxies, applications with their replicas."""
+    token = os.environ.get("RAY_AUTH_TOKEN") or (Path.home() / ".ray/auth_token").read_text().strip()
+    headers = {"Authorization": f"Bearer {token}"}
+    response = httpx.get(f"{dashboard}/api/serve/applications/", headers=headers, timeout=30)
+    response.raise_for_status()
+    return response.json()
+
+
+def replicas_of(details: dict[str, Any], application: str) -> list[dict[str, Any]]:
+    """Return the running replicas of an application."""
+    deployments = details["applications"][application]["deployments"].values()
+    return [replica for one in deployments for replica in one["replicas"] if replica["state"] == "RUNNING"]
 
 
 def clip(seed: int = 0, seconds: float = 10.0) -> bytes:

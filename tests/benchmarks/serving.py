@@ -153,7 +153,7 @@ def latencies(served: ServedModel, concurrency: int, seconds: float) -> dict[str
     start = time.perf_counter()
     asyncio.run(load(served.url, concurrency, lambda: time.perf_counter() > start + seconds, done))
     took = time.perf_counter() - start
-    row = {
+    row: dict[str, Any] = {
         "concurrency": concurrency,
         "requests_per_second": round(len(done) / took, 1),
         "first_token_ms": percentiles([answered.first for answered in done]),

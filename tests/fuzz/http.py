@@ -249,9 +249,10 @@ class Fuzz:
                     # What it makes is meant for requests, which lays it out; what that refuses reaches no server.
                     made = requests.Request(**case.as_transport_kwargs(base_url=str(self._client.base_url))).prepare()
                     body = made.body.encode() if isinstance(made.body, str) else made.body
-                    request = self._client.build_request(
-                        made.method, str(made.url), content=body, headers=dict(made.headers)
-                    )
+                    if not isinstance(body, bytes | None) or not made.method:
+                        return
+                    headers = {str(name): str(value) for name, value in made.headers.items()}
+                    request = self._client.build_request(made.method, str(made.url), content=body, headers=headers)
                 except (UnicodeError, TypeError, ValueError, AttributeError, httpx.InvalidURL):
                     return
                 senders.append(lambda: self._client.send(request))
