@@ -27,13 +27,15 @@ def test_importing_lower_layers_does_not_import_higher_ones():
     assert result.stdout.strip() == "[]"
 
 
-SCRIPTS = sorted(path for folder in ("benchmarks", "chaos") for path in (REPOSITORY / "tests" / folder).glob("*.py"))
+SCRIPTS = sorted(
+    path for folder in ("benchmarks", "chaos", "fuzz") for path in (REPOSITORY / "tests" / folder).glob("*.py")
+)
 
 
 @pytest.mark.parametrize(
     "script", [path for path in SCRIPTS if "__main__" in path.read_text()], ids=lambda path: path.stem
 )
-def test_a_benchmark_or_chaos_run_starts_as_a_script_without_a_python_path(script: Path, tmp_path: Path):
+def test_a_benchmark_chaos_or_fuzz_run_starts_as_a_script_without_a_python_path(script: Path, tmp_path: Path):
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, str(script), "--help"]
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

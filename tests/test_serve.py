@@ -377,8 +377,8 @@ def test_prometheus_sees_requests_tokens_first_tokens_caches_and_queue(demo: Dem
     before = counts()
     ask(client, text_part(), clip(seed=99))
     assert eventually(lambda: all(new > old for new, old in zip(counts(), before, strict=True)))
-    for name in ("mellow_batch_size", "mellow_queue", "mellow_in_flight"):
-        assert metric(demo, name)
+    gauges = ("mellow_batch_size", "mellow_queue", "mellow_in_flight")
+    assert eventually(lambda: all(metric(demo, name) for name in gauges))
 
 
 def test_clients_that_go_away_free_their_slots(demo: Demo, client: openai.OpenAI):

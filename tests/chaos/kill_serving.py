@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,10 @@ class Chaos:
         self.wait(lambda: httpx.get(f"{self.url}/readyz", timeout=10).status_code == 200, "an answer")
         self.wait(self.is_whole, f"{REPLICAS} replicas")
 
-    def is_whole(self) -> bool:
-        return len(self.replicas()) == REPLICAS
+    def is_whole(self, without: Collection[int] = ()) -> bool:
+        """Whether all replicas run, and none of them in a process that is dead."""
+        pids = {replica["pid"] for replica in self.replicas()}
+        return len(pids) == REPLICAS and pids.isdisjoint(without)
 
     def replicas(self) -> list[dict[str, Any]]:
         return replicas_of(serve_details(self.cluster.dashboard), "mellow")
@@ -153,19 +155,19 @@ class Chaos:
     def kill_replica(self, rng: random.Random) -> Callable[[], bool]:
         victim = rng.choice(self.replicas())
         psutil.Process(victim["pid"]).kill()
-        return lambda: self.is_whole() and victim["pid"] not in {replica["pid"] for replica in self.replicas()}
+        return lambda: self.is_whole(without=[victim["pid"]])
 
     def kill_node(self, rng: random.Random) -> Callable[[], bool]:
         serving = {node.address: node for node in self.cluster.nodes if node.group == "serving"}
-        victims = [replica["node_ip"] for replica in self.replicas() if replica["node_ip"] in serving]
-        victim = serving[rng.choice(victims)]
+        replicas = self.replicas()
+        victim = serving[rng.choice([replica["node_ip"] for replica in replicas if replica["node_ip"] in serving])]
+        dead = [replica["pid"] for replica in replicas if replica["node_ip"] == victim.address]
         for process in victim.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        dead = {replica["pid"] for replica in self.replicas() if replica["node_ip"] == victim.address}
         self.cluster.nodes.remove(victim)
         self.cluster.start_node(next(group for group in self.cluster.groups if group.name == "serving"))
-        return lambda: self.is_whole() and not dead & {replica["pid"] for replica in self.replicas()}
+        return lambda: self.is_whole(without=dead)
 
     def kill_controller(self, rng: random.Random) -> Callable[[], bool]:
         def controllers() -> list[psutil.Process]:
