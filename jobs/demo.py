@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from typing import Any
 import openai
 
 from mellow_platform import storage
+from mellow_platform.cluster import free_port, is_taken
 from mellow_platform.config import DemoConfig, load
 from mellow_platform.data.audio import decode, encode
 from mellow_platform.data.records import Record, read_records
@@ -78,7 +78,7 @@ class Demo:
         In a folder of its own (with a short name: sockets stand in it), so that it is nobody's default cluster.
         """
         for option, port in (("port", self.config.port), ("dashboard-port", self.config.dashboard_port)):
-            if _is_taken(port):
+            if is_taken(port):
                 raise SystemExit(
                     f"port {port} is in use: stop what listens there, or run `python jobs/demo.py --{option} N`"
                 )
@@ -268,18 +268,6 @@ def print_report(summary: dict[str, Any], report: dict[str, Any]) -> None:
     print(f"stages: {stages}{install}")
     print(f"parameters: {summary['parameters']:,}; final loss {summary['final_loss']}")
     print(f"served answers that match the truth: {right} of {len(summary['served'])}")
-
-
-def _is_taken(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def free_port() -> int:
-    """Return a TCP port that nothing on this machine listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def main() -> None:

@@ -61,12 +61,18 @@ class Rollout:
         arguments["folder"] = self._config.model
         if self._config.gate.records:
             arguments["gate"] = self._config.gate.model_dump()
-        return application | {"name": self._config.name, "runtime_env": self._environment}
+        return self._with_code(application | {"name": self._config.name})
 
     def _endpoint(self, models: list[str]) -> Application:
         application = copy.deepcopy(self._templates[ENDPOINT])
         application["deployments"][0]["user_config"]["models"] = models
-        return application | {"runtime_env": self._environment}
+        return self._with_code(application)
+
+    def _with_code(self, application: Application) -> Application:
+        """Return an application that runs the submitted code, with the variables that the file sets besides."""
+        variables = application.get("runtime_env", {}).get("env_vars", {})
+        variables = variables | self._environment.get("env_vars", {})
+        return application | {"runtime_env": self._environment | {"env_vars": variables}}
 
     def _deploy(self, applications: dict[str, Application], awaited: tuple[str, ...]) -> dict[str, str]:
         """Put applications on the cluster; return the states of the `awaited` ones when these have settled."""

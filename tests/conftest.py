@@ -16,8 +16,9 @@ import pytest
 import ray
 import torch
 
-from jobs.demo import Demo, free_port
+from jobs.demo import Demo
 from mellow_platform import storage
+from mellow_platform.cluster import free_port
 from mellow_platform.config import DemoConfig, PreprocessConfig
 from mellow_platform.data import corpus
 from mellow_platform.data.scenes import Scene

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from s3fs import S3FileSystem
 
+from mellow_platform.cluster import free_port
+
 KEY, SECRET = "AKIATESTTESTTESTTEST", "testsecrettestsecrettestsecrettestsecret"
 SLOW_DOWN = (
     b'<?xml version="1.0"?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>'
@@ -90,12 +92,6 @@ def object_store(root: Path, failures: float = 0.0, seed: int = 0) -> Iterator[O
     finally:
         server.terminate()
         server.wait(10)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for_port(port: int, seconds: int = 10) -> None:

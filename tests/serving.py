@@ -13,7 +13,8 @@ import numpy as np
 import psutil
 import yaml
 
-from jobs.demo import Demo, free_port
+from jobs.demo import Demo
+from mellow_platform.cluster import free_port
 from mellow_platform.config import DemoConfig
 from mellow_platform.data.audio import encode
 from tests.conftest import REPOSITORY, write_tiny_model
@@ -94,6 +95,7 @@ def clip(seed: int = 0, seconds: float = 10.0) -> bytes:
 
 def question(sound: bytes, text: str = "what is heard?", **fields: Any) -> bytes:
     """Return the body of a chat completion about one clip."""
-    audio = {"type": "input_audio", "input_audio": {"data": base64.b64encode(sound).decode(), "format": "wav"}}
+    container = "flac" if sound.startswith(b"fLaC") else "wav"
+    audio = {"type": "input_audio", "input_audio": {"data": base64.b64encode(sound).decode(), "format": container}}
     message = {"role": "user", "content": [{"type": "text", "text": text}, audio]}
     return json.dumps({"model": "mellow", "messages": [message], "max_tokens": 16} | fields).encode()

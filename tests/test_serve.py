@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +23,8 @@ import openai
 import pytest
 import yaml
 
-from jobs.demo import CLUSTER_LOG, Demo, clear, free_port
+from jobs.demo import CLUSTER_LOG, Demo, clear
+from mellow_platform.cluster import free_port
 from mellow_platform.data.audio import encode
 from mellow_platform.data.records import Record, write_records
 from tests.conftest import REPOSITORY, write_tiny_model
@@ -274,6 +276,30 @@ def test_models_probes_and_schema_are_served(client: openai.OpenAI, endpoint: st
     refused = httpx.post(f"{endpoint}/v1/models")
     assert refused.status_code == 405
     assert refused.json()["error"]["type"] == "invalid_request_error"
+
+
+def readme_blocks(language: str, holds: str) -> list[str]:
+    blocks = re.findall(rf"```{language}\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.S)
+    return [block for block in blocks if holds in block]
+
+
+def test_the_readmes_curl_commands_and_client_are_answered(endpoint: str, tmp_path: Path):
+    (tmp_path / "clip.flac").write_bytes(encode(np.zeros(RATE, np.float32), RATE, "FLAC"))
+    commands, (program,) = readme_blocks("sh", "curl http")[0], readme_blocks("python", "OpenAI(")
+
+    def here(text: str) -> str:
+        asked = text.replace("runs/demo/corpus/audio/test/000000.flac", str(tmp_path / "clip.flac"))
+        return asked.replace("http://127.0.0.1:8000", endpoint)
+
+    curls = [command for command in here(commands).replace("\\\n", "").splitlines() if command.startswith("curl")]
+    assert len(curls) == 2
+    for command in curls:
+        quiet = command.replace("curl ", "curl --silent --show-error ", 1)
+        curled = subprocess.run(["sh", "-c", quiet], capture_output=True)
+        assert "answer" in json.loads(curled.stdout), curled
+    ran = subprocess.run([sys.executable, "-c", here(program)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout
 
 
 def test_a_url_is_refused_where_no_host_is_allowed(client: openai.OpenAI):

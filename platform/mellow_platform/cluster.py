@@ -300,7 +300,7 @@ def up(
                 f"a cluster is up already ({before.dashboard}): use it, or end it with `mellow cluster down --local`"
             )
         before.down()  # what a machine that was switched off has left
-    if _is_taken(dashboard_port):
+    if is_taken(dashboard_port):
         raise OSError(f"port {dashboard_port} is in use: stop what listens there, or choose another --dashboard-port")
     groups = read_groups(render(definition))
     _make_token()
@@ -426,7 +426,8 @@ def _make_token() -> None:
         subprocess.run([_program("ray"), "get-auth-token", "--generate"], stdout=subprocess.DEVNULL, check=True)
 
 
-def _is_taken(port: int) -> bool:
+def is_taken(port: int) -> bool:
+    """Tell whether something on this machine listens on a TCP port of its loopback address."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 

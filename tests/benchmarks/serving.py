@@ -4,9 +4,10 @@ python tests/benchmarks/serving.py             # a random tiny model, eight minu
 python tests/benchmarks/serving.py --quick     # three concurrencies and no scaling, two minutes
 
 The cost of HTTP and Serve is the median of answers over HTTP less that of decoding the same file and calling the same
-engine in this process, in turn, one at a time. Latencies are of streams, seen by a client on the same machine, whose
-cores it shares. The step of load is more than one replica's `target_ongoing_requests`, with the delays of
-serve/config.yaml. Clients do not repeat what fails.
+engine in this process, in turn, one at a time: for 10-second clips of the built-in corpus, as FLAC, and for noise as
+WAV, which is the largest that a clip gets (850 KB in base64). Latencies are of streams, seen by a client on the same
+machine, whose cores it shares. The step of load is more than one replica's `target_ongoing_requests`, with the delays
+of serve/config.yaml. Clients do not repeat what fails.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from mellow_platform.data import corpus
 from mellow_platform.data.audio import decode
 from mellow_platform.inference.engine import Engine
 from mellow_platform.inference.request import Request
@@ -63,13 +65,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of load at each concurrency")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ServedModel(Path(folder), at_most(1)) as served:
-        results: dict[str, Any] = overhead(served, arguments.rounds)
+        sounds = [corpus.scene_clip(0, "test", number)[1] for number in range(CLIPS)]
+        results: dict[str, Any] = overhead(served, sounds, arguments.rounds)
+        large = overhead(served, [clip(seed) for seed in range(CLIPS)], arguments.rounds)
+        results["http_overhead_wav_ms_p50"] = large["http_overhead_ms_p50"]
         concurrencies = CONCURRENCIES[::3] if arguments.quick else CONCURRENCIES
-        results["latencies"] = [latencies(served, count, arguments.seconds) for count in concurrencies]
+        results["latencies"] = [latencies(served, sounds, count, arguments.seconds) for count in concurrencies]
         results["failed"] = sum(row["failed"] for row in results["latencies"])
     if not arguments.quick:
         with tempfile.TemporaryDirectory() as folder, ServedModel(Path(folder), at_most(3)) as served:
-            scaled = scaling(served)
+            scaled = scaling(served, sounds)
             results["failed"] += scaled.pop("failed")
             results |= scaled
     print(json.dumps(results))
@@ -84,9 +89,8 @@ def at_most(replicas: int) -> Change:
     return change
 
 
-def overhead(served: ServedModel, rounds: int) -> dict[str, float]:
+def overhead(served: ServedModel, sounds: list[bytes], rounds: int) -> dict[str, float]:
     """Return the medians of answers over HTTP and by the engine in this process, and their difference, in ms."""
-    sounds = [clip(seed) for seed in range(CLIPS)]
     http, direct = [], []
     with Engine.load(served.model, cpu_threads=1) as engine, httpx.Client(base_url=served.url, timeout=60) as client:
         for number in range(-10, rounds):  # those before 0 warm up
@@ -127,9 +131,9 @@ async def ask(client: httpx.AsyncClient, body: bytes) -> Answered:
     return Answered(sent, first, time.perf_counter() - sent, whole)
 
 
-async def load(url: str, concurrency: int, over: Callable[[], bool], done: list[Answered]) -> None:
+async def load(url: str, sounds: list[bytes], concurrency: int, over: Callable[[], bool], done: list[Answered]) -> None:
     """Have so many clients ask one question after the other until it is over."""
-    bodies = [question(clip(seed), max_tokens=TOKENS, stream=True) for seed in range(CLIPS)]
+    bodies = [question(sound, max_tokens=TOKENS, stream=True) for sound in sounds]
     limits = httpx.Limits(max_connections=concurrency)
 
     async def client_of(number: int, client: httpx.AsyncClient) -> None:
@@ -147,11 +151,11 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{share}": round(1000 * cuts[share - 1], 1) for share in (50, 95, 99)}
 
 
-def latencies(served: ServedModel, concurrency: int, seconds: float) -> dict[str, Any]:
+def latencies(served: ServedModel, sounds: list[bytes], concurrency: int, seconds: float) -> dict[str, Any]:
     """Measure requests a second, time to first token and total at one concurrency."""
     done: list[Answered] = []
     start = time.perf_counter()
-    asyncio.run(load(served.url, concurrency, lambda: time.perf_counter() > start + seconds, done))
+    asyncio.run(load(served.url, sounds, concurrency, lambda: time.perf_counter() > start + seconds, done))
     took = time.perf_counter() - start
     row: dict[str, Any] = {
         "concurrency": concurrency,
@@ -169,7 +173,7 @@ def latencies(served: ServedModel, concurrency: int, seconds: float) -> dict[str
     return row
 
 
-def scaling(served: ServedModel) -> dict[str, Any]:
+def scaling(served: ServedModel, sounds: list[bytes]) -> dict[str, Any]:
     """Put a step of load on the endpoint until three replicas run, take it away until one does; draw it."""
     done: list[Answered] = []
     counts: list[tuple[float, int]] = []
@@ -193,9 +197,9 @@ def scaling(served: ServedModel) -> dict[str, Any]:
     try:
         until(1)
         quiet = time.perf_counter() + QUIET_SECONDS
-        asyncio.run(load(served.url, 1, lambda: time.perf_counter() > quiet, done))
+        asyncio.run(load(served.url, sounds, 1, lambda: time.perf_counter() > quiet, done))
         enough = threading.Event()
-        step = threading.Thread(target=lambda: asyncio.run(load(served.url, STEP, enough.is_set, done)))
+        step = threading.Thread(target=lambda: asyncio.run(load(served.url, sounds, STEP, enough.is_set, done)))
         step.start()
         up = until(3)
         time.sleep(QUIET_SECONDS)

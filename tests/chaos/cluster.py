@@ -18,8 +18,9 @@ import psutil
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 from ray.core.generated import autoscaler_pb2, gcs_pb2
 
+from mellow_platform.cluster import free_port
 from tests.conftest import REPOSITORY
-from tests.object_storage import free_port, wait_for_port
+from tests.object_storage import wait_for_port
 
 DRIVER, WORKER, NODE = "driver", "worker", "node"
 # What does no work of a job: idle workers, agents, and the actors of Ray's own bookkeeping (ray::_StatsActor).

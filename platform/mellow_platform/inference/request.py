@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import queue
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -115,8 +116,11 @@ class Stream:
 
     def __init__(self) -> None:
         self.cancelled = False
+        self.created = time.monotonic()
+        self.first_token_seconds: float | None = None  # from its creation to the first token
         self._events: queue.SimpleQueue[Token | Answer | Exception] = queue.SimpleQueue()
         self._notify: Callable[[], object] | None = None
+        self._end_alone = False  # the reader waits for the whole answer, and is not to be woken for every token
         self._end: Answer | Exception | None = None
 
     def cancel(self) -> None:
@@ -125,8 +129,10 @@ class Stream:
 
     def put(self, event: Token | Answer | Exception) -> None:
         """Deliver an event; an answer or an exception is the last one. Called by the engine."""
+        if self.first_token_seconds is None and isinstance(event, Token):
+            self.first_token_seconds = time.monotonic() - self.created
         self._events.put(event)
-        if self._notify:
+        if self._notify and not (self._end_alone and isinstance(event, Token)):
             self._notify()
 
     def result(self) -> Answer:
@@ -169,6 +175,7 @@ class Stream:
 
     async def answer(self) -> Answer:
         """`result()` without blocking the event loop."""
+        self._end_alone = True
         async for _ in self:
             pass
         return self.result()
