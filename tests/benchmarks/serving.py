@@ -44,6 +44,7 @@ CLIPS = 32  # different ones; questions about a clip that was asked about before
 TOKENS = 16
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 STEP = 40  # clients at once, for which one replica's 16 are too few and those of three enough
+STEP_TOKENS = 200  # so many that requests spend their time with the model, and not on the way to it
 QUIET_SECONDS = 10.0  # before the step, and at its full height
 PICTURE = REPOSITORY / "runs/benchmarks/serving.png"
 
@@ -131,9 +132,16 @@ async def ask(client: httpx.AsyncClient, body: bytes) -> Answered:
     return Answered(sent, first, time.perf_counter() - sent, whole)
 
 
-async def load(url: str, sounds: list[bytes], concurrency: int, over: Callable[[], bool], done: list[Answered]) -> None:
+async def load(
+    url: str,
+    sounds: list[bytes],
+    concurrency: int,
+    over: Callable[[], bool],
+    done: list[Answered],
+    tokens: int = TOKENS,
+) -> None:
     """Have so many clients ask one question after the other until it is over."""
-    bodies = [question(sound, max_tokens=TOKENS, stream=True) for sound in sounds]
+    bodies = [question(sound, max_tokens=tokens, stream=True) for sound in sounds]
     limits = httpx.Limits(max_connections=concurrency)
 
     async def client_of(number: int, client: httpx.AsyncClient) -> None:
@@ -192,14 +200,16 @@ def scaling(served: ServedModel, sounds: list[bytes]) -> dict[str, Any]:
             time.sleep(0.1)
         return time.perf_counter() - start
 
+    enough = threading.Event()
     watching = threading.Thread(target=watch)
     watching.start()
     try:
         until(1)
         quiet = time.perf_counter() + QUIET_SECONDS
         asyncio.run(load(served.url, sounds, 1, lambda: time.perf_counter() > quiet, done))
-        enough = threading.Event()
-        step = threading.Thread(target=lambda: asyncio.run(load(served.url, sounds, STEP, enough.is_set, done)))
+        step = threading.Thread(
+            target=lambda: asyncio.run(load(served.url, sounds, STEP, enough.is_set, done, STEP_TOKENS))
+        )
         step.start()
         up = until(3)
         time.sleep(QUIET_SECONDS)
@@ -207,6 +217,7 @@ def scaling(served: ServedModel, sounds: list[bytes]) -> dict[str, Any]:
         step.join()
         down = until(1)
     finally:
+        enough.set()
         over.set()
         watching.join()
     draw(counts, done)
