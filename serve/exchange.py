@@ -22,7 +22,8 @@ class FrontEnd:
 
 @dataclass(frozen=True)
 class Piece:
-    """A token as it is written: its id, what it spells alone, the text that it completes, and its log-probability."""
+    """A token as it is written: its id, the text that it completes, and, where log-probabilities were asked for, its
+    own and what it spells alone. Text that was held back comes with the end marker, which has neither."""
 
     token: int
     spelled: str

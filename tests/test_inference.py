@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import itertools
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -398,6 +399,25 @@ def test_a_closed_engine_says_so_to_those_who_wait_and_those_who_come(clips):
         stream.result()
     with pytest.raises(EngineClosed, match="was closed"):
         engine.submit(Request(TEXTS[0], (clips[0],)))
+
+
+def test_a_check_goes_through_the_loop_and_tells_when_it_hangs(clips):
+    engine = Engine(build_model(), build_processor())
+    engine.check(timeout=10)
+    stream = engine.submit(long_request(engine, clips[0]))
+    engine.check(timeout=10)  # between two tokens
+    stream.cancel()
+    over = threading.Event()
+    hanging = threading.Thread(target=engine._call, args=(over.wait,))
+    hanging.start()
+    with pytest.raises(TimeoutError):
+        engine.check(timeout=0.1)
+    over.set()
+    hanging.join()
+    engine.check(timeout=10)
+    engine.close()
+    with pytest.raises(EngineClosed, match="was closed"):
+        engine.check(timeout=10)
 
 
 def test_streams_are_read_by_many_coroutines_at_once(engine: Engine, requests, expected):

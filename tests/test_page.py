@@ -486,6 +486,7 @@ def test_a_server_that_asks_for_a_key_gets_it_and_it_is_kept_in_the_tab_only(vis
     pick(page, short)
     page.fill("#question", QUESTION)
     page.click("#ask")
+    expect(page.locator("#key")).to_be_focused()  # the question was refused as well, and is what waits for the key
     page.fill("#key", "secret")
     page.keyboard.press("Enter")
     assert answered(page), "the question was not asked again"
