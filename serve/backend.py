@@ -92,9 +92,6 @@ class Backend:
                 return result
             except Exception as error:
                 await self._pause_or_raise(error, attempt)
-            except asyncio.CancelledError:  # the time was over, or the client went away
-                self.answered = False
-                raise
             finally:
                 response.cancel()
 

@@ -22,8 +22,7 @@ class FrontEnd:
 
 @dataclass(frozen=True)
 class Piece:
-    """A token as it is written: its id, the text that it completes, and, where log-probabilities were asked for, its
-    own and what it spells alone. Text that was held back comes with the end marker, which has neither."""
+    """A token as it is written: its id, what it spells alone, the text that it completes, and its log-probability."""
 
     token: int
     spelled: str

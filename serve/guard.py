@@ -111,7 +111,8 @@ class Guard:
         """Return the whole body; None where the client went away before its end."""
         limit = self._limits.max_body_bytes
         too_large = RequestError(f"the body has more than {limit} bytes", None, 413, "body_too_large")
-        if int(dict(scope["headers"]).get(b"content-length", 0)) > limit:  # a number, or the proxy had refused it
+        promised = dict(scope["headers"]).get(b"content-length", b"0")
+        if not promised.isdigit() or int(promised) > limit:
             raise too_large
         body, more = bytearray(), True
         try:

@@ -126,9 +126,9 @@ class Model:
         if engine := getattr(self, "_engine", None):
             engine.close()
 
-    async def check_health(self) -> None:
+    def check_health(self) -> None:
         """Called by Serve; a replica whose engine hangs or broke down is replaced."""
-        await asyncio.to_thread(self._engine.check, HEALTHY_SECONDS)
+        self._engine.check(HEALTHY_SECONDS)
         self._metrics.watch(self._engine.stats)
 
     async def describe(self) -> FrontEnd:
@@ -249,7 +249,7 @@ class Model:
 
     def _piece(self, token: Token) -> Piece:
         tokenizer = self._engine.processor.tokenizer
-        if token.logprob is None or token.id == tokenizer.eos_token_id:
+        if token.id == tokenizer.eos_token_id:  # with the text that was held back until it came
             return Piece(token.id, "", token.text, None)
         return Piece(token.id, tokenizer.decode([token.id]), token.text, token.logprob)
 

@@ -418,7 +418,8 @@ def test_clients_that_go_away_free_their_slots(demo: Demo, client: openai.OpenAI
     with ThreadPoolExecutor(24) as pool:
         list(pool.map(leave, range(24)))
     names = ("mellow_in_flight", "mellow_batch_size", "mellow_queue")
-    assert eventually(lambda: all(set(metric(demo, name).values()) == {0.0} for name in names))
+    idle = eventually(lambda: all(set(metric(demo, name).values()) == {0.0} for name in names), seconds=90)
+    assert idle, {name: metric(demo, name) for name in names}
     assert ask(client, text_part(), clip()).choices
 
 
