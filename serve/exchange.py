@@ -15,14 +15,11 @@ class FrontEnd:
     sampling_rate: int
     clip_samples: int
 
-    @property
-    def clip_seconds(self) -> float:
-        return self.clip_samples / self.sampling_rate
-
 
 @dataclass(frozen=True)
 class Piece:
-    """A token as it is written: its id, what it spells alone, the text that it completes, and its log-probability."""
+    """A token as it is written: its id, the text that it completes, and, where log-probabilities were asked for, its
+    own and what it spells alone."""
 
     token: int
     spelled: str

@@ -249,7 +249,8 @@ class Model:
 
     def _piece(self, token: Token) -> Piece:
         tokenizer = self._engine.processor.tokenizer
-        if token.id == tokenizer.eos_token_id:  # with the text that was held back until it came
+        # The end marker is no part of an answer, and comes with the text that was held back until it did.
+        if token.logprob is None or token.id == tokenizer.eos_token_id:
             return Piece(token.id, "", token.text, None)
         return Piece(token.id, tokenizer.decode([token.id]), token.text, token.logprob)
 
