@@ -106,14 +106,14 @@ def create_app(endpoint: "Endpoint") -> FastAPI:
                 try:
                     if not request.stream:
                         return JSONResponse(writer.whole(await backend.answer(question, drawn(question))))
-                    events = backend.stream(question, drawn(question))
+                    batches = backend.stream(question, drawn(question))
                     # What is refused is refused with a status, which is sent before the stream begins.
-                    first = await anext(events)
+                    first = await anext(batches)
                     break
                 except FrontEndChanged:
                     continue
         usage = bool(request.stream_options and request.stream_options.include_usage)
-        chunks = _chunks(endpoint, writer, first, events, usage)
+        chunks = _chunks(endpoint, writer, first, batches, usage)
         return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     @app.post("/v1/audio/questions", response_model=QuestionAnswer, responses=ERRORS)
@@ -208,27 +208,26 @@ async def _form(request: Request) -> QuestionForm:
 async def _chunks(
     endpoint: "Endpoint",
     writer: CompletionWriter,
-    first: tuple[int, Any],
-    events: AsyncGenerator[tuple[int, Any]],
+    first: list[tuple[int, Any]],
+    batches: AsyncGenerator[list[tuple[int, Any]]],
     usage: bool,
 ) -> AsyncIterator[bytes]:
     """Yield a stream's events; whatever ends it early is an event too."""
     answers: dict[int, Written] = {}
+
+    def written(batch: list[tuple[int, Any]]) -> bytes:
+        answers.update((number, event) for number, event in batch if isinstance(event, Written))
+        return b"".join(
+            _event(writer.last(number, event) if isinstance(event, Written) else writer.piece(number, event))
+            for number, event in batch
+        )
+
     try:
-        async with aclosing(events), asyncio.timeout(endpoint.limits.answer_seconds):
-            for number in range(writer.choices):
-                yield _event(writer.first(number))
-            number, event = first
-            while True:
-                if isinstance(event, Written):
-                    answers[number] = event
-                    yield _event(writer.last(number, event))
-                else:
-                    yield _event(writer.piece(number, event))
-                try:
-                    number, event = await anext(events)
-                except StopAsyncIteration:
-                    break
+        async with aclosing(batches), asyncio.timeout(endpoint.limits.answer_seconds):
+            opening = b"".join(_event(writer.first(number)) for number in range(writer.choices))
+            yield opening + written(first)
+            async for batch in batches:
+                yield written(batch)
         if usage:
             yield _event(writer.usage([answers[number] for number in range(writer.choices)]))
         yield b"data: [DONE]\n\n"

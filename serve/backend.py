@@ -58,8 +58,10 @@ class Backend:
         """Rank given answers to a request."""
         return self._accepted(await self._ask("choose", question.key, request, choices, await self.front_end()))
 
-    async def stream(self, question: Question, requests: list[Request]) -> AsyncGenerator[tuple[int, Piece | Written]]:
-        """Yield answers as they are written, each event with the number of its request, whose last is `Written`."""
+    async def stream(
+        self, question: Question, requests: list[Request]
+    ) -> AsyncGenerator[list[tuple[int, Piece | Written]]]:
+        """Yield answers as they are written: events, each with the number of its request, whose last is `Written`."""
         delivered: list[tuple[int, ...]] = [()] * len(requests)
         done: set[int] = set()
         front_end = await self.front_end()
@@ -69,14 +71,15 @@ class Backend:
             try:
                 async for batch in response:
                     self.answered = True
-                    for number, event in self._accepted(batch):
-                        if number in done:  # before a replica was lost that had not done all
-                            continue
+                    # Of those that were done, another replica was lost before it had done all.
+                    news = [(number, event) for number, event in self._accepted(batch) if number not in done]
+                    for number, event in news:
                         if isinstance(event, Piece):
                             delivered[number] += (event.token,)
                         else:
                             done.add(number)
-                        yield number, event
+                    if news:
+                        yield news
                 return
             except Exception as error:
                 await self._pause_or_raise(error, attempt)
@@ -92,6 +95,9 @@ class Backend:
                 return result
             except Exception as error:
                 await self._pause_or_raise(error, attempt)
+            except asyncio.CancelledError:  # the time was over, or the client went away
+                self.answered = False
+                raise
             finally:
                 response.cancel()
 

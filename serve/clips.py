@@ -12,7 +12,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from mellow_platform.data.audio import AudioError, Limits, decode
-from mellow_platform.inference.request import content_key
 from mellow_platform.inference.windows import Heard, windows
 from serve.exchange import FrontEnd
 from serve.schema import ClipSource, RequestError
@@ -36,7 +35,10 @@ class ClipLimits(BaseModel):
 
 @dataclass(frozen=True)
 class Question:
-    """What a model hears of a request's recordings, and a hash of it: equal for equal clips, whoever sent them."""
+    """What a model hears of a request's recordings, and a hash of their files: equal for equal ones, whoever sent them.
+
+    It finds the replica, which looks the clips up by what is heard; to hash that here, too, would take longer.
+    """
 
     heard: list[Heard]
     key: str
@@ -70,7 +72,10 @@ class ClipReader:
             heard = windows(recordings, front_end.clip_samples, front_end.sampling_rate, rule)
         except ValueError as error:
             raise RequestError(str(error), "window") from error
-        return Question(heard, _key(heard))
+        digest = hashlib.sha256(rule.encode())
+        for file in files:
+            digest.update(file)
+        return Question(heard, digest.hexdigest())
 
     def _decode(self, file: bytes, source: ClipSource, number: int, rate: int) -> np.ndarray:
         try:
@@ -113,7 +118,3 @@ class ClipReader:
                 f"the clip cannot be fetched: {type(error).__name__}", param, code="url_failed"
             ) from error
         return bytes(found)
-
-
-def _key(heard: Sequence[Heard]) -> str:
-    return hashlib.sha256(b"".join(content_key(clip) for window in heard for clip in window.clips)).hexdigest()

@@ -52,7 +52,8 @@ class Guard:
         self.in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(GUARDED):
+        # Where the application has a route_prefix, that is the path's `root_path`.
+        if scope["type"] != "http" or not scope["path"].removeprefix(scope.get("root_path", "")).startswith(GUARDED):
             await self._application(scope, receive, send)
             return
         start, status = time.monotonic(), 499  # the client went away

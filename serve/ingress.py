@@ -90,6 +90,16 @@ class Endpoint:
         """Return the model of requests that name none."""
         return next(iter(self.backends))
 
+    async def check_health(self) -> None:
+        """Called by Serve, through the loop that answers requests; first at the end of the start.
+
+        Raises:
+            RuntimeError: there is no model to ask.
+        """
+        if not self.backends:
+            raise RuntimeError("no model is served: name one in the `user_config` of the deployment Endpoint")
+        self.metrics.refresh()
+
     async def check_ready(self) -> None:
         """Make sure that a model answers; one whose last call was answered is not asked again.
 

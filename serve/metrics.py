@@ -24,12 +24,18 @@ class EndpointMetrics:
             tag_keys=("route",),
         )
         self._in_flight = metrics.Gauge("mellow_in_flight", description="requests being answered now")
+        self._in_flight_now = 0
         self._retries = metrics.Counter(
             "mellow_retries", description="calls repeated on another replica, by model", tag_keys=("model",)
         )
 
     def in_flight(self, count: int) -> None:
-        self._in_flight.set(count)
+        self._in_flight_now = count
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Set what Prometheus would lose sight of: Ray drops a gauge that was not set for two of its intervals."""
+        self._in_flight.set(self._in_flight_now)
 
     def request(self, route: str, status: int, seconds: float) -> None:
         self._requests.inc(tags={"route": route, "status": str(status)})

@@ -29,6 +29,9 @@ from serve.placement import preferably_on
 from serve.schema import MAX_NEW_TOKENS
 
 HEALTHY_SECONDS = 20.0  # within which the engine has to get through a step; reading 26 long choices takes some
+# Between two messages of a stream: each costs three processes more than a token of a small model does, and nobody
+# reads faster.
+STREAM_PAUSE = 0.02
 logger = logging.getLogger("ray.serve")
 Event = TypeVar("Event")
 
@@ -126,9 +129,9 @@ class Model:
         if engine := getattr(self, "_engine", None):
             engine.close()
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Called by Serve; a replica whose engine hangs or broke down is replaced."""
-        self._engine.check(HEALTHY_SECONDS)
+        await asyncio.to_thread(self._engine.check, HEALTHY_SECONDS)
         self._metrics.watch(self._engine.stats)
 
     async def describe(self) -> FrontEnd:
@@ -165,7 +168,7 @@ class Model:
             return
         answers = [self._answer(*of_one, known) for of_one, known in zip(streams, delivered, strict=True)]
         try:
-            async with aclosing(merged(answers)) as events:
+            async with aclosing(merged(answers, STREAM_PAUSE)) as events:
                 async for batch in events:
                     yield batch
         except Diverged as error:
@@ -255,37 +258,37 @@ class Model:
         return Piece(token.id, tokenizer.decode([token.id]), token.text, token.logprob)
 
 
-async def merged(sources: Sequence[AsyncGenerator[Event]]) -> AsyncGenerator[list[tuple[int, Event]]]:
+async def merged(
+    sources: Sequence[AsyncGenerator[Event]], pause: float = 0.0
+) -> AsyncGenerator[list[tuple[int, Event]]]:
     """Yield (number of the source, event) of several sources as they come: all that have come, at a time.
 
     The first error ends all; so does the reader who goes away.
+
+    Args:
+        pause: seconds between two batches, cut short by the end of the sources.
     """
-    events: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
+    events: list[tuple[int, Event]] = []
+    come = asyncio.Event()
 
     async def drain(number: int) -> None:
-        try:
-            async for event in sources[number]:
-                events.put_nowait((number, event))
-            events.put_nowait((number, None))
-        except Exception as error:
-            events.put_nowait((number, error))
+        async for event in sources[number]:
+            events.append((number, event))
+            come.set()
 
     tasks = [asyncio.create_task(drain(number)) for number in range(len(sources))]
+    drained = asyncio.gather(*tasks)
+    drained.add_done_callback(lambda _: come.set())
     try:
-        left = len(tasks)
-        while left:
-            batch, come = [], [await events.get()]
-            while not events.empty():
-                come.append(events.get_nowait())
-            for number, event in come:
-                if isinstance(event, Exception):
-                    raise event
-                if event is None:
-                    left -= 1
-                else:
-                    batch.append((number, event))
-            if batch:
+        while events or not drained.done():
+            if events:
+                batch, events[:] = events[:], []
                 yield batch
+                await asyncio.wait([drained], timeout=pause)
+            else:
+                come.clear()
+                await come.wait()
+        drained.result()
     finally:
         for task in tasks:
             task.cancel()

@@ -1,6 +1,7 @@
 """What tests share: a local Ray cluster a module, a small corpus, and the material of `../shared`."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -36,6 +37,7 @@ from mellow_platform.model.tokenizer import train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
+NEEDS_KUBECTL = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed: nothing renders")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     """A cluster as the demo starts it, to submit jobs to."""
     ports = {"port": free_port(), "dashboard_port": free_port()}
     demo = Demo(DemoConfig(output=str(tmp_path_factory.mktemp("demo")), corpus=None, keep=False, cpus=8, **ports))
-    demo.environment["RAY_metrics_report_interval_ms"] = "500"  # what is asked of metrics is soon seen
+    # What is asked of metrics is soon seen; a gauge is kept for two intervals, and set with every health check.
+    demo.environment["RAY_metrics_report_interval_ms"] = "5000"
     with demo.cluster():
         yield demo
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import urllib.error
@@ -15,10 +14,9 @@ import pytest
 import yaml
 
 from mellow_platform import cluster
-from tests.conftest import REPOSITORY
+from tests.conftest import NEEDS_KUBECTL, REPOSITORY
 
 ENVIRONMENT = os.environ | {"RAY_AUTH_TOKEN": "of-this-test-alone-and-long-enough", "RAY_AUTH_MODE": "token"}
-NEEDS_KUBECTL = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed: nothing renders")
 
 
 def mellow(*arguments: str) -> subprocess.CompletedProcess:

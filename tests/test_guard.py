@@ -74,7 +74,9 @@ async def status_for(client: str, allow_anonymous: bool, path: str = "/v1/models
         sent.append(message)
 
     guard = Guard(application, RequestLimits(), None, allow_anonymous, EndpointMetrics())
-    await guard({"type": "http", "path": path, "headers": [], "client": (client, 5)}, receive, send)
+    prefix = path.partition("/v1/")[0] if "/v1/" in path else ""  # the application's route_prefix
+    scope = {"type": "http", "path": path, "root_path": prefix, "headers": [], "client": (client, 5)}
+    await guard(scope, receive, send)
     if sent[0]["status"] != 200:
         assert json.loads(sent[1]["body"])["error"]["type"] == "authentication_error"
     return sent[0]["status"]
@@ -89,6 +91,7 @@ async def status_for(client: str, allow_anonymous: bool, path: str = "/v1/models
         ("192.0.2.7", True, "/v1/models", 200),
         ("192.0.2.7", False, "/healthz", 200),
         ("", False, "/v1/models", 401),
+        ("192.0.2.7", False, "/prefix/v1/models", 401),
     ],
 )
 def test_without_keys_only_this_machine_is_answered(client: str, allow_anonymous: bool, path: str, status: int):

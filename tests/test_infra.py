@@ -5,7 +5,6 @@ import functools
 import os
 import re
 import shlex
-import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from mellow_platform import cluster
 from mellow_platform.config import EvaluateConfig, PreprocessConfig, Section, TrainConfig, load
-from tests.conftest import REPOSITORY, SHARED
+from tests.conftest import NEEDS_KUBECTL, REPOSITORY, SHARED
 
 Manifest = dict[str, Any]
 
@@ -45,7 +44,7 @@ NOT_VALIDATED = {"PodMonitor": "its schema comes with the Prometheus operator, a
 SECRETS = {"mellow-s3", "mellow-api-keys", "mellow-redis", "mellow-tls"}
 TAG = re.compile(r"(?P<project>[\d.]+)-ray(?P<ray>[\d.]+)-py(?P<python>[\d.]+)-(?P<accelerator>cpu|cuda)")
 
-pytestmark = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed: nothing renders")
+pytestmark = NEEDS_KUBECTL
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
@@ -28,8 +28,10 @@ from mellow_platform.cluster import free_port
 from mellow_platform.data.audio import encode
 from mellow_platform.data.records import Record, write_records
 from tests.conftest import REPOSITORY, write_tiny_model
+from tests.serving import replicas_of, serve_details
 
 RATE = 32_000
+Reading = TypeVar("Reading")
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +392,16 @@ def eventually(check: Callable[[], bool], seconds: float = 30.0) -> bool:
     return check()
 
 
+def settled(read: Callable[[], Reading], seconds: float = 12.0) -> Reading:
+    """Return what is read once it has been the same for so long: reports of earlier requests have all arrived."""
+    last, since = read(), time.monotonic()
+    while time.monotonic() < since + seconds:
+        time.sleep(0.5)
+        if (now := read()) != last:
+            last, since = now, time.monotonic()
+    return last
+
+
 def test_prometheus_sees_requests_tokens_first_tokens_caches_and_queue(demo: Demo, client: openai.OpenAI):
     def counts() -> list[float]:
         names = (
@@ -418,7 +430,7 @@ def test_clients_that_go_away_free_their_slots(demo: Demo, client: openai.OpenAI
     with ThreadPoolExecutor(24) as pool:
         list(pool.map(leave, range(24)))
     names = ("mellow_in_flight", "mellow_batch_size", "mellow_queue")
-    idle = eventually(lambda: all(set(metric(demo, name).values()) == {0.0} for name in names), seconds=90)
+    idle = eventually(lambda: all(set(metric(demo, name).values()) == {0.0} for name in names), seconds=60)
     assert idle, {name: metric(demo, name) for name in names}
     assert ask(client, text_part(), clip()).choices
 
@@ -486,6 +498,17 @@ def test_another_name_is_served_beside(demo: Demo, client: openai.OpenAI):
     says = [ask(client, text_part(), clip(), model=model, **options) for model in ("mellow", "other")]
     assert says[0].choices[0].message.content != says[1].choices[0].message.content
     assert says[1].model == "other"
+
+
+def test_a_model_that_nobody_asks_has_no_replica_and_wakes_for_a_question(demo: Demo, client: openai.OpenAI):
+    config = yaml.safe_load((REPOSITORY / "serve/config.yaml").read_text())
+    scaling = config["applications"][1]["deployments"][0]["autoscaling_config"]
+    scaling |= {"min_replicas": 0, "downscale_delay_s": 1, "look_back_period_s": 2, "metrics_interval_s": 1}
+    Path(demo.uri("asleep.yaml")).write_text(yaml.safe_dump(config))
+    deploy(demo, "--model", demo.uri("other"), "--name", "other", "--serve", demo.uri("asleep.yaml"))
+    assert eventually(lambda: not replicas_of(serve_details(demo.dashboard), "other"), seconds=120)
+    assert ask(client, text_part(), clip(), model="other").choices
+    assert replicas_of(serve_details(demo.dashboard), "other")
 
 
 @pytest.fixture(scope="module")
@@ -603,10 +626,10 @@ def test_the_same_clips_go_to_the_replica_that_has_them_cached(demo: Demo, alice
     def hits() -> float:
         return sum(metric(demo, "mellow_cache_total", cache="prefix", outcome="hit", application="mellow").values())
 
-    before = hits(), misses()
+    before = settled(lambda: (hits(), misses()))
     for _ in range(6):
         for seed in range(200, 204):
             ask(alice, text_part(), clip(seed=seed), max_tokens=1)
-    assert eventually(lambda: hits() - before[0] + misses() - before[1] == 24)
+    assert eventually(lambda: hits() - before[0] + misses() - before[1] == 24), (before, hits(), misses())
     assert misses() - before[1] == 4  # each pair of clips is read by one of the two replicas, once
     assert len(metric(demo, "mellow_tokens_total", application="mellow")) >= 2

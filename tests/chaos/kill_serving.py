@@ -1,7 +1,7 @@
 """Kill what serves, under load, and count the answers that were wrong or did not come.
 
 python tests/chaos/kill_serving.py               # six minutes on two cores
-python tests/chaos/kill_serving.py --rounds 3    # every kill three times
+python tests/chaos/kill_serving.py --rounds 3    # each is killed three times
 
 On the local cluster (`mellow cluster up --local`), with a random tiny model on two serving nodes, clients ask without
 pause, half of them for streams, half of them greedily, and never repeat a request. While they do, one model replica,
@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from mellow_platform import cluster
 from tests.conftest import REPOSITORY, write_tiny_model
 from tests.serving import clip, question, replicas_of, serve_details
 
+VICTIMS = ("replica", "node", "controller")
 CLIENTS = 8
 CLIPS = 12
 TOKENS = 48
@@ -211,13 +212,14 @@ def load(url: str, tally: Tally, seed: int) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=1, help="times that each kind is killed")
+    parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=VICTIMS, help="what is killed, in this order")
+    parser.add_argument("--rounds", type=int, default=1, help="times that each is killed")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         chaos = Chaos(Path(folder))
         try:
-            result = run(chaos, arguments.rounds, arguments.seed)
+            result = run(chaos, arguments.victims * arguments.rounds, arguments.seed)
         finally:
             chaos.cluster.down()
     print(json.dumps(result))
@@ -225,8 +227,8 @@ def main() -> None:
         sys.exit(1)
 
 
-def run(chaos: Chaos, rounds: int, seed: int) -> dict[str, Any]:
-    """Kill one thing of each kind after the other under load; return the counts."""
+def run(chaos: Chaos, victims: Sequence[str], seed: int) -> dict[str, Any]:
+    """Kill one victim after the other under load; return the counts."""
     rng = random.Random(seed)
     expected: dict[tuple[int, bool], str] = {}
     with httpx.Client(base_url=chaos.url, timeout=PATIENCE) as client:
@@ -239,24 +241,23 @@ def run(chaos: Chaos, rounds: int, seed: int) -> dict[str, Any]:
     print(f"{len(set(expected.values()))} different answers to {len(expected)} questions")
     total = Tally(expected)
     recovery: dict[str, float] = {}
-    kills = {"replica": chaos.kill_replica, "node": chaos.kill_node, "controller": chaos.kill_controller}
-    for number in range(rounds):
-        for name, kill in kills.items():
-            tally = Tally(expected)
-            with load(chaos.url, tally, seed + number):
-                time.sleep(CALM_SECONDS)
-                took = chaos.wait(kill(rng), f"recovery from the loss of a {name}")
-                time.sleep(CALM_SECONDS)
-            print(
-                f"{name}: recovered in {took:.1f} s; {tally.requests} requests, {tally.wrong} wrong, {tally.lost} "
-                f"lost, the slowest answer in {tally.slowest:.1f} s"
-            )
-            for reason, count in tally.reasons.items():
-                print(f"  {count} times {reason}")
-            recovery[name] = round(max(took, recovery.get(name, 0.0)), 1)
-            total.requests += tally.requests
-            total.wrong += tally.wrong
-            total.lost += tally.lost
+    kills = dict(zip(VICTIMS, (chaos.kill_replica, chaos.kill_node, chaos.kill_controller), strict=True))
+    for number, name in enumerate(victims):
+        tally = Tally(expected)
+        with load(chaos.url, tally, seed + number):
+            time.sleep(CALM_SECONDS)
+            took = chaos.wait(kills[name](rng), f"recovery from the loss of a {name}")
+            time.sleep(CALM_SECONDS)
+        print(
+            f"{name}: recovered in {took:.1f} s; {tally.requests} requests, {tally.wrong} wrong, {tally.lost} lost, "
+            f"the slowest answer in {tally.slowest:.1f} s"
+        )
+        for reason, count in tally.reasons.items():
+            print(f"  {count} times {reason}")
+        recovery[name] = round(max(took, recovery.get(name, 0.0)), 1)
+        total.requests += tally.requests
+        total.wrong += tally.wrong
+        total.lost += tally.lost
     return {
         "requests": total.requests,
         "wrong": total.wrong,
