@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 
 from mellow_platform import storage
-from mellow_platform.config import Dtype
+from mellow_platform.config import Dtype, GateSection
 from mellow_platform.data.audio import decode
 from mellow_platform.data.records import read_records
 from mellow_platform.evaluation.scores import is_right
@@ -40,41 +40,6 @@ class Diverged(Exception):  # noqa: N818 (a state)
     """An answer that is written again is not the one that was begun."""
 
 
-class Gate(BaseModel):
-    """Questions with known answers that a replica has to get right before it may answer others."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    records: str = Field(description="ReasonAQA file of questions with their answers")
-    audio_root: str = Field(description="folder that the records' clips are relative to")
-    min_accuracy: float = Field(1.0, gt=0, le=1, description="share that has to be answered word for word")
-
-    def check(self, engine: Engine, folder: str) -> None:
-        """Ask `engine`, which holds the model of `folder`.
-
-        Raises:
-            RuntimeError: too few answers were right; the message shows those that were not.
-        """
-        records = read_records(self.records)
-        rate = engine.processor.feature_extractor.sampling_rate
-        paths = {path for record in records for path in record.filepaths}
-        clips = {path: decode(storage.read_bytes(storage.join(self.audio_root, path)), rate) for path in paths}
-        answers = engine.generate(
-            [Request(record.input, tuple(clips[path] for path in record.filepaths)) for record in records]
-        )
-        wrong = [
-            f"{record.input!r} is {record.answer!r}, answered {answer.text!r}"
-            for record, answer in zip(records, answers, strict=True)
-            if not is_right(record, answer.text)
-        ]
-        accuracy = 1 - len(wrong) / len(records)
-        if accuracy < self.min_accuracy:
-            raise RuntimeError(
-                f"{folder} does not pass the gate {self.records}: accuracy {accuracy:.3f} is below "
-                f"{self.min_accuracy:g}; {'; '.join(wrong[:3])}"
-            )
-
-
 class Arguments(BaseModel):
     """`args` of a model's application in the Serve configuration file."""
 
@@ -84,7 +49,9 @@ class Arguments(BaseModel):
         default_factory=lambda: os.environ.get("MELLOW_MODEL", ""),
         description="the model's folder; default: environment variable MELLOW_MODEL",
     )
-    gate: Gate | None = Field(None, description="what a replica has to answer before it serves; default: any answer")
+    gate: GateSection = Field(
+        GateSection(), description="what a replica has to answer before it serves; default: any answer"
+    )
     dtype: Dtype | None = Field(
         None, description="float32 or int8 on CPU, bfloat16 on a GPU; by default the device's own"
     )
@@ -120,8 +87,8 @@ class Model:
         self._front_end = FrontEnd(extractor.sampling_rate, extractor.clip_samples)
         self._metrics = ModelMetrics()
         # Raised here, an error keeps the replicas of the version before: Serve gives up a new one that does not start.
-        if arguments.gate:
-            arguments.gate.check(self._engine, arguments.folder)
+        if arguments.gate.records:
+            check_gate(arguments.gate, self._engine, arguments.folder)
         else:
             self._engine.generate([self._probe()])
 
@@ -256,6 +223,35 @@ class Model:
         if token.logprob is None or token.id == tokenizer.eos_token_id:
             return Piece(token.id, "", token.text, None)
         return Piece(token.id, tokenizer.decode([token.id]), token.text, token.logprob)
+
+
+def check_gate(gate: GateSection, engine: Engine, folder: str) -> None:
+    """Ask `engine`, which holds the model of `folder`, the questions of a gate.
+
+    Raises:
+        RuntimeError: too few answers were right; the message shows those that were not.
+        ValueError: there are no questions.
+    """
+    records = read_records(str(gate.records))
+    if not records:
+        raise ValueError(f"{gate.records} has no questions: a gate needs at least one, with its answer")
+    rate = engine.processor.feature_extractor.sampling_rate
+    paths = {path for record in records for path in record.filepaths}
+    clips = {path: decode(storage.read_bytes(storage.join(str(gate.audio_root), path)), rate) for path in paths}
+    answers = engine.generate(
+        [Request(record.input, tuple(clips[path] for path in record.filepaths)) for record in records]
+    )
+    wrong = [
+        f"{record.input!r} is {record.answer!r}, answered {answer.text!r}"
+        for record, answer in zip(records, answers, strict=True)
+        if not is_right(record, answer.text)
+    ]
+    accuracy = 1 - len(wrong) / len(records)
+    if accuracy < gate.min_accuracy:
+        raise RuntimeError(
+            f"{folder} does not pass the gate {gate.records}: accuracy {accuracy:.3f} is below "
+            f"{gate.min_accuracy:g}; {'; '.join(wrong[:3])}"
+        )
 
 
 async def merged(

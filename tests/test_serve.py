@@ -503,7 +503,7 @@ def test_another_name_is_served_beside(demo: Demo, client: openai.OpenAI):
 def test_a_model_that_nobody_asks_has_no_replica_and_wakes_for_a_question(demo: Demo, client: openai.OpenAI):
     config = yaml.safe_load((REPOSITORY / "serve/config.yaml").read_text())
     scaling = config["applications"][1]["deployments"][0]["autoscaling_config"]
-    scaling |= {"min_replicas": 0, "downscale_delay_s": 1, "look_back_period_s": 2, "metrics_interval_s": 1}
+    scaling |= {"min_replicas": 0, "downscale_delay_s": 1, "look_back_period_s": 11}
     Path(demo.uri("asleep.yaml")).write_text(yaml.safe_dump(config))
     deploy(demo, "--model", demo.uri("other"), "--name", "other", "--serve", demo.uri("asleep.yaml"))
     assert eventually(lambda: not replicas_of(serve_details(demo.dashboard), "other"), seconds=120)
