@@ -25,9 +25,15 @@ Application = dict[str, Any]
 
 
 class Rollout:
-    """Brings one model to a cluster, beside whatever it serves already."""
+    """Brings one model to a cluster, beside whatever it serves already.
+
+    Raises:
+        SystemExit: the model cannot have the name that it is given.
+    """
 
     def __init__(self, config: DeployConfig, client: ServeSubmissionClient, environment: dict[str, Any]):
+        if config.name == ENDPOINT:
+            raise SystemExit(f"--name {ENDPOINT} is the application that takes HTTP: choose another name")
         self._config, self._client, self._environment = config, client, environment
         self._file = yaml.safe_load(Path(config.serve).read_text())
         self._file["http_options"] = {"host": config.host, "port": config.port}

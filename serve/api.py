@@ -98,10 +98,16 @@ def create_app(endpoint: "Endpoint") -> FastAPI:
                 for number in range(answers)
             ]
 
-        async with _deadline(endpoint):
+        deadline = asyncio.get_running_loop().time() + endpoint.limits.answer_seconds
+        async with _until(deadline, endpoint):
             # Decoded again where a model took over, in between, that hears clips of another shape.
             while True:
                 question = await endpoint.clips.read(sources, await backend.front_end(), request.window)
+                if (choices := len(question.heard) * answers) > (limit := endpoint.limits.max_answers):
+                    raise RequestError(
+                        f"{choices} answers to {len(question.heard)} windows: at most {limit} at once",
+                        "window" if answers == 1 else "n",
+                    )
                 writer = CompletionWriter(request.model, question.heard, answers)
                 try:
                     if not request.stream:
@@ -113,7 +119,7 @@ def create_app(endpoint: "Endpoint") -> FastAPI:
                 except FrontEndChanged:
                     continue
         usage = bool(request.stream_options and request.stream_options.include_usage)
-        chunks = _chunks(endpoint, writer, first, batches, usage)
+        chunks = _chunks(endpoint, writer, first, batches, usage, deadline)
         return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     @app.post("/v1/audio/questions", response_model=QuestionAnswer, responses=ERRORS)
@@ -136,7 +142,8 @@ def create_app(endpoint: "Endpoint") -> FastAPI:
         if len(file) > MAX_CLIPS:
             raise RequestError(f"{len(file)} files: send one or two", "file")
         sources = [ClipSource(await part.read(), None, f"file[{number}]") for number, part in enumerate(file)]
-        async with _deadline(endpoint):
+        deadline = asyncio.get_running_loop().time() + endpoint.limits.answer_seconds
+        async with _until(deadline, endpoint):
             while True:
                 asked = await endpoint.clips.read(sources, await backend.front_end(), form.window)
                 (heard,) = asked.heard
@@ -196,7 +203,9 @@ async def _form(request: Request) -> QuestionForm:
         if name in ("file", *lists):
             continue
         if len(fields.getlist(name)) > 1:
-            raise RequestError(f"{name} stands in the form {len(fields.getlist(name))} times: send it once", name)
+            times = len(fields.getlist(name))
+            # Escaped: a name that is no valid text could not be sent back.
+            raise RequestError(f"{name!a} stands in the form {times} times: send it once", ascii(name)[1:-1])
         if fields[name] != "":
             values[name] = fields[name]
     try:
@@ -211,6 +220,7 @@ async def _chunks(
     first: list[tuple[int, Any]],
     batches: AsyncGenerator[list[tuple[int, Any]]],
     usage: bool,
+    deadline: float,
 ) -> AsyncIterator[bytes]:
     """Yield a stream's events; whatever ends it early is an event too."""
     answers: dict[int, Written] = {}
@@ -223,7 +233,7 @@ async def _chunks(
         )
 
     try:
-        async with aclosing(batches), asyncio.timeout(endpoint.limits.answer_seconds):
+        async with aclosing(batches), asyncio.timeout_at(deadline):
             opening = b"".join(_event(writer.first(number)) for number in range(writer.choices))
             yield opening + written(first)
             async for batch in batches:
@@ -245,9 +255,9 @@ def _event(data: dict[str, Any]) -> bytes:
 
 
 @asynccontextmanager
-async def _deadline(endpoint: "Endpoint") -> AsyncIterator[None]:
+async def _until(deadline: float, endpoint: "Endpoint") -> AsyncIterator[None]:
     try:
-        async with asyncio.timeout(endpoint.limits.answer_seconds):
+        async with asyncio.timeout_at(deadline):
             yield
     except TimeoutError as error:
         raise _too_late(endpoint) from error

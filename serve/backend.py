@@ -83,6 +83,9 @@ class Backend:
                 return
             except Exception as error:
                 await self._pause_or_raise(error, attempt)
+            except asyncio.CancelledError:
+                self.answered = self.answered and (any(delivered) or bool(done))
+                raise
             finally:  # also where the client went away
                 response.cancel()
 

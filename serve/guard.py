@@ -33,6 +33,7 @@ class RequestLimits(BaseModel):
     max_body_bytes: int = Field(48 << 20, gt=0, description="413 past it")
     body_seconds: float = Field(30.0, gt=0, description="to send the body in; 408 past it")
     answer_seconds: float = Field(120.0, gt=0, description="from the body's end to the answer's; 504 past it")
+    max_answers: int = Field(64, ge=1, description="choices of one request: `n` for every window; 400 past it")
     max_in_flight: int = Field(256, ge=1, description="requests that a replica of the endpoint holds; 429 past it")
 
 

@@ -4,6 +4,7 @@ python jobs/deploy.py --model /data/model          # deploys serve/config.yaml o
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -109,11 +110,18 @@ class Endpoint:
         if any(backend.answered for backend in self.backends.values()):
             return
         asked = [asyncio.create_task(backend.probe()) for backend in self.backends.values()]
-        done, late = await asyncio.wait(asked, timeout=READY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        for task in late:
-            task.cancel()
-        if not any(task.exception() is None for task in done):
-            raise RequestError("no model answers yet: try again", None, 503, "not_ready", 1)
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                for answered in asyncio.as_completed(asked):
+                    with contextlib.suppress(Exception):
+                        await answered
+                        return
+        except TimeoutError:
+            pass
+        finally:
+            for task in asked:
+                task.cancel()
+        raise RequestError("no model answers yet: try again", None, 503, "not_ready", 1)
 
     def log_failure(self, error: Exception) -> None:
         logger.error("an answer failed", exc_info=error)

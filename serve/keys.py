@@ -31,6 +31,8 @@ class KeyFile:
         self._path = Path(path)
         self._read_at = time.monotonic()
         self._keys = self._read()
+        if not self._keys:
+            raise ValueError(f"{self._path} holds no key: nobody could ask")
 
     def holder(self, key: str) -> str | None:
         """Return the name that goes with a key; None where there is none."""
@@ -56,8 +58,6 @@ class KeyFile:
                     "`python -m serve.keys NAME` writes such a line"
                 )
             keys[match["digest"]] = match["name"]
-        if not keys:
-            raise ValueError(f"{self._path} holds no key: nobody could ask")
         return keys
 
 

@@ -148,7 +148,7 @@ class Model:
         """Rank given answers to a request."""
         if refusal := self._refusal(request, front_end):
             return refusal
-        scores = await asyncio.to_thread(self._engine.score, request, choices)
+        scores = await asyncio.wrap_future(self._engine.submit_score(request, choices))
         return Chosen(tuple(scores), self._engine.prompt_tokens(request.text))
 
     def _probe(self) -> Request:
@@ -274,7 +274,12 @@ async def merged(
 
     tasks = [asyncio.create_task(drain(number)) for number in range(len(sources))]
     drained = asyncio.gather(*tasks)
-    drained.add_done_callback(lambda _: come.set())
+
+    def over(_: asyncio.Future) -> None:
+        drained.cancelled() or drained.exception()  # looked at, or Python logs it where the reader went away
+        come.set()
+
+    drained.add_done_callback(over)
     try:
         while events or not drained.done():
             if events:

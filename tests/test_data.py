@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,8 @@ def _float_wav(samples: np.ndarray) -> bytes:
         (b"this is no audio", "not_audio"),
         (encode(np.zeros(0, np.float32), RATE, "WAV"), "no_samples"),
         (_float_wav(np.array([0.0, np.nan], np.float32)), "not_finite"),
+        (_float_wav(np.array([0.0, 1e20], np.float32)), "not_finite"),
+        (_float_wav(np.full((2, 2), 3e38, np.float32)), "not_finite"),
         (encode(tone(3.0), RATE, "WAV"), "too_long"),
         (encode(tone(0.1), 500, "WAV"), "bad_header"),
         (encode(np.zeros((100, 3)), RATE, "WAV"), "bad_header"),
@@ -81,6 +84,15 @@ def test_unusable_audio_is_refused_with_its_reason(data: bytes, reason: str):
     with pytest.raises(AudioError) as error:
         decode(data, RATE, LIMITS)
     assert error.value.reason == reason
+
+
+def test_a_file_may_end_in_the_beginning_of_a_chunk():
+    data = encode(tone(0.1), RATE, "WAV")
+    samples = data[data.index(b"data") :]
+    form = data[12:36]
+    chunks = form + b"LIST" + struct.pack("<I", len(samples)) + samples + form[:8]
+    nested = b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
+    np.testing.assert_array_equal(decode(nested, RATE), decode(data, RATE))
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others():

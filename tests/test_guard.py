@@ -57,6 +57,8 @@ def test_keys_come_and_go_while_the_endpoint_runs(tmp_path: Path, monkeypatch: p
     assert (known.holder("hers"), known.holder("his")) == (None, "bob")
     file.write_text("half a li")  # while it is edited, those who were let in still are
     assert known.holder("his") == "bob"
+    file.write_text("# nobody any more\n")
+    assert known.holder("his") is None
 
 
 async def status_for(client: str, allow_anonymous: bool, path: str = "/v1/models") -> int:

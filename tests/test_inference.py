@@ -373,11 +373,11 @@ def test_one_request_that_fails_disturbs_no_other(engine: Engine, requests, expe
 
 def test_clips_with_nan_are_refused_before_they_reach_the_cache(engine: Engine, clips):
     features = ClipFeatures(np.full((16, 64), np.nan, np.float16), np.zeros(128, np.float16))
-    spoilt = clips[0].copy()
-    spoilt[100] = np.inf
-    for pair in ((clips[0], features), (clips[0], spoilt)):
-        with pytest.raises(ValueError, match="clip 1 holds NaN or infinity"):
-            engine.submit(Request(TEXTS[0], pair))
+    spoilt, loud = clips[0].copy(), clips[0].copy()
+    spoilt[100], loud[100] = np.inf, 1e20
+    for second in (features, spoilt, loud):
+        with pytest.raises(ValueError, match="clip 1 holds NaN, infinity or a value past"):
+            engine.submit(Request(TEXTS[0], (clips[0], second)))
 
 
 def test_a_sampler_that_fails_ends_its_own_answer_only(requests, expected):
@@ -401,19 +401,46 @@ def test_a_closed_engine_says_so_to_those_who_wait_and_those_who_come(clips):
         engine.submit(Request(TEXTS[0], (clips[0],)))
 
 
+def test_a_score_that_nobody_waits_for_any_more_is_left_out_and_the_next_is_made(clips):
+    with Engine(build_model(), build_processor()) as engine:
+        over = threading.Event()
+        hanging = engine._call(over.wait)
+        request = Request(TEXTS[0], (clips[0],))
+        left, waited = (engine.submit_score(request, CHOICES) for _ in range(2))
+        assert left.cancel()
+        over.set()
+        assert hanging.result()
+        assert waited.result() == engine.score(request, CHOICES)
+
+
+def test_answers_are_written_while_others_ask_for_scores_without_pause(clips):
+    with Engine(build_model(), build_processor()) as engine:
+        stream = engine.submit(long_request(engine, clips[0]))
+        calls = [engine._call(lambda: None) for _ in range(200)]
+        next(iter(stream))
+        assert not calls[-1].done()  # a token came before all of them had their turn
+        stream.cancel()
+
+
+def test_a_temperature_next_to_zero_takes_the_most_likely_token(clips):
+    with Engine(build_model(), build_processor()) as engine:
+        greedy, cold = (Request(TEXTS[0], (clips[0],), 8, temperature=value, seed=0) for value in (0.0, 1e-40))
+        assert engine.generate([cold])[0].text == engine.generate([greedy])[0].text
+
+
 def test_a_check_goes_through_the_loop_and_tells_when_it_hangs(clips):
     engine = Engine(build_model(), build_processor())
     engine.check(timeout=10)
     stream = engine.submit(long_request(engine, clips[0]))
     engine.check(timeout=10)  # between two tokens
     stream.cancel()
-    over = threading.Event()
-    hanging = threading.Thread(target=engine._call, args=(over.wait,))
-    hanging.start()
+    begun, over = threading.Event(), threading.Event()
+    hanging = engine._call(lambda: begun.set() or over.wait())
+    begun.wait()
     with pytest.raises(TimeoutError):
         engine.check(timeout=0.1)
     over.set()
-    hanging.join()
+    hanging.result()
     engine.check(timeout=10)
     engine.close()
     with pytest.raises(EngineClosed, match="was closed"):
@@ -532,6 +559,7 @@ def test_windows_of_a_recording_say_what_was_heard():
     recording = np.arange(25, dtype=np.float32)
     (first,) = windows([recording], 10, 1, "first")
     assert first.seconds == ((0.0, 10.0),)
+    assert first.clips[0].base is None  # no view, which would keep all of the recording in memory
     each = windows([recording], 10, 1, "each")
     assert [heard.seconds for heard in each] == [((0.0, 10.0),), ((10.0, 20.0),), ((20.0, 25.0),)]
     assert each[1].clips[0].tolist() == list(range(10, 20))

@@ -22,6 +22,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from mellow_platform import cluster
 from mellow_platform.config import EvaluateConfig, PreprocessConfig, Section, TrainConfig, load
+from serve.guard import RequestLimits
 from tests.conftest import NEEDS_KUBECTL, REPOSITORY, SHARED
 
 Manifest = dict[str, Any]
@@ -186,7 +187,10 @@ def test_jobs_that_wait_in_kueue_are_what_their_kind_allows(tmp_path: Path):
 @pytest.mark.parametrize("place", PLACES)
 def test_the_endpoint_has_the_applications_of_the_serve_configuration(place: str):
     config = yaml.safe_load(one(f"overlays/{place}/endpoint", "RayService")["spec"]["serveConfigV2"])
-    assert config == yaml.safe_load((REPOSITORY / "serve/config.yaml").read_text())
+    expected = yaml.safe_load((REPOSITORY / "serve/config.yaml").read_text())
+    for application in expected["applications"]:
+        application["deployments"][0]["autoscaling_config"]["min_replicas"] = 2  # so that a node can go
+    assert config == expected
     # Ray's schema ignores what it does not know: what it took over tells.
     taken = ServeDeploySchema.model_validate(config).model_dump(exclude_unset=True)
     assert set(config) == set(taken)
@@ -343,7 +347,10 @@ def test_a_node_that_is_to_stop_is_drained_for_as_long_as_replicas_and_proxies_t
         for application in yaml.safe_load((REPOSITORY / "serve/config.yaml").read_text())["applications"]
         for deployment in application["deployments"]
     ]
-    slowest = max(deployment["graceful_shutdown_timeout_s"] for deployment in deployments)
+    (endpoint, model) = (deployment["graceful_shutdown_timeout_s"] for deployment in deployments)
+    limits, slowest = RequestLimits(), max(endpoint, model)
+    assert endpoint > limits.body_seconds + limits.answer_seconds
+    assert model > limits.answer_seconds
     known = {option for parameter in drain_node.params for option in parameter.opts}
     for folder, spec in cluster_specs():
         for name, group in groups(spec).items():

@@ -4,6 +4,7 @@ import base64
 import functools
 import hashlib
 import http.server
+import io
 import json
 import re
 import shutil
@@ -21,6 +22,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import soundfile
 import yaml
 
 from jobs.demo import CLUSTER_LOG, Demo, clear
@@ -60,6 +62,15 @@ def long_header() -> dict[str, Any]:
 
 def many_channels() -> dict[str, Any]:
     return audio_part(encode(np.zeros((RATE, 9), np.float32), RATE, "WAV"))
+
+
+def loud() -> dict[str, Any]:
+    """A clip of float samples, one of which no file has that was recorded."""
+    samples = np.zeros(RATE, np.float32)
+    samples[5] = 1e20
+    file = io.BytesIO()
+    soundfile.write(file, samples, RATE, format="WAV", subtype="FLOAT")
+    return audio_part(file.getvalue())
 
 
 def text_part(text: str = "what is heard?") -> dict[str, Any]:
@@ -335,6 +346,12 @@ def test_a_url_is_refused_where_no_host_is_allowed(client: openai.OpenAI):
         ([text_part(), clip()], {"presence_penalty": 1}, "presence_penalty"),
         ([text_part(), long_header()], {}, "s long: the limit is 600 s"),
         ([text_part(), many_channels()], {}, "9 channels at 32000 Hz: expected 1 to 8"),
+        ([text_part(), loud()], {}, "the samples hold NaN, infinity or a value past 1e+10"),
+        (
+            [text_part(), clip("FLAC", seconds=90)],
+            {"n": 8, "extra_body": {"window": "each"}},
+            "72 answers to 9 windows: at most 64 at once",
+        ),
         ([text_part(), clip()], {"max_tokens": 0}, "max_tokens"),
         ([text_part(), {"type": "image_url", "image_url": {"url": "x"}}], {}, "messages.0.content"),
     ],

@@ -175,7 +175,7 @@ class Engined:
 
     def parts(self, pair: Pair, prefix: int, prompt: int) -> dict[str, float]:
         """Return the seconds of what the engine computes for a request, part by part."""
-        return self.engine._call(lambda: self._parts(pair, prefix, prompt))
+        return self.engine._call(lambda: self._parts(pair, prefix, prompt)).result()
 
     def _parts(self, pair: Pair, prefix: int, prompt: int) -> dict[str, float]:
         decoder, cache, extractor = self.engine._decoder, self.engine._cache, self.engine.processor.feature_extractor

@@ -104,7 +104,7 @@ def answer_of(client: httpx.Client, ask: Ask) -> tuple[str | None, str]:
                         return None, f"error event: {event['error']['message']}"
                     text += event["choices"][0]["delta"].get("content") or ""
         return (text, "") if done else (None, "the stream ended silently")
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, ValueError, KeyError) as error:
         return None, repr(error)
 
 

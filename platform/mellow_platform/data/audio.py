@@ -8,6 +8,10 @@ import numpy as np
 import soundfile
 import soxr
 
+# Full scale is 1, and 2**31 where a file of floats holds integers. The power of samples of more than about 1e15
+# overflows float32, and what a model makes of that is NaN.
+LOUDEST = 1e10
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -76,10 +80,15 @@ def decode(data: bytes, sampling_rate: int, limits: Limits | None = None) -> np.
         rate = file.samplerate
     if len(channels) == 0:
         raise AudioError("no_samples", "0 samples after decoding")
-    if not np.isfinite(channels).all():
-        raise AudioError("not_finite", "the samples hold NaN or infinity")
+    if not is_bounded(channels):
+        raise AudioError("not_finite", f"the samples hold NaN, infinity or a value past {LOUDEST:g}")
     waveform = sum(channels.T) / np.float32(channels.shape[1])  # many times faster than a mean over so short an axis
     return waveform if rate == sampling_rate else soxr.resample(waveform, rate, sampling_rate)
+
+
+def is_bounded(samples: np.ndarray) -> bool:
+    """Whether all samples, of which there is at least one, are numbers of at most `LOUDEST`."""
+    return bool(samples.max() <= LOUDEST and samples.min() >= -LOUDEST)  # NaN is neither
 
 
 def _check_header(file: soundfile.SoundFile, limits: Limits) -> None:
@@ -127,7 +136,7 @@ def _wav_frames(data: bytes, there: int) -> int:
     place, frame_bytes = 12, 0
     while place + 8 <= len(data):
         name, size = data[place : place + 4], struct.unpack_from("<I", data, place + 4)[0]
-        if name == b"fmt ":
+        if name == b"fmt " and place + 22 <= len(data):
             frame_bytes = struct.unpack_from("<H", data, place + 20)[0]
         elif name == b"data":
             whole = size not in (0, 0xFFFFFFFF) and frame_bytes

@@ -19,6 +19,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from mellow_platform.data.audio import LOUDEST, is_bounded
 from mellow_platform.data.partners import second_clip
 from mellow_platform.inference.decoder import Decoder, KeyValueCache
 from mellow_platform.inference.graphs import StepGraphs
@@ -165,7 +166,7 @@ class Engine:
             TimeoutError: it did not get to the end of a step within `timeout` seconds.
             EngineClosed: it was closed, or broke down.
         """
-        self._call(lambda: None, timeout)
+        self._call(lambda: None, ahead=True).result(timeout)
 
     def prompt_tokens(self, text: str) -> int:
         """Return how many tokens the question `text` takes."""
@@ -209,19 +210,31 @@ class Engine:
         Raises:
             ValueError: no choices.
         """
+        return self.submit_score(request, choices).result()
+
+    def submit_score(self, request: Request, choices: Sequence[str]) -> Future[list[ChoiceScore]]:
+        """Queue a request to `score`; cancelled before its turn, it is left out.
+
+        Raises:
+            ValueError: no choices.
+        """
         if not choices:
             raise ValueError("no choices to score: give at least one")
         sequence = self._prepare(request)
         answers = [self.processor.answer_ids(choice) for choice in choices]
-        logprobs = self._call(lambda: self._score(sequence, answers))
-        shares = torch.tensor(logprobs).softmax(dim=0).tolist()
-        scored = [ChoiceScore(*values) for values in zip(choices, logprobs, shares, strict=True)]
-        return sorted(scored, key=lambda score: -score.logprob)
+
+        def ranked() -> list[ChoiceScore]:
+            logprobs = self._score(sequence, answers)
+            shares = torch.tensor(logprobs).softmax(dim=0).tolist()
+            scored = [ChoiceScore(*values) for values in zip(choices, logprobs, shares, strict=True)]
+            return sorted(scored, key=lambda score: -score.logprob)
+
+        return self._call(ranked)
 
     def encode(self, waveforms: Sequence[np.ndarray]) -> list[ClipFeatures]:
         """Return what the encoder makes of waveforms [samples], in fp16 as shards store it."""
         fitted = [self.processor.feature_extractor.fit(waveform) for waveform in waveforms]
-        encoded = self._call(lambda: [self._encode(waveform) for waveform in fitted])
+        encoded = self._call(lambda: [self._encode(waveform) for waveform in fitted]).result()
         return [ClipFeatures(*(part[0].half().cpu().numpy() for part in parts)) for parts in encoded]
 
     def _prepare(self, request: Request) -> _Sequence:
@@ -233,8 +246,10 @@ class Engine:
         clips = [fit(clip) if isinstance(clip, np.ndarray) else clip for clip in request.clips]
         for number, clip in enumerate(clips):
             # In the cache, they would spoil whatever is answered from the same slot later on.
-            if not all(np.isfinite(part).all() for part in parts_of(clip)):
-                raise ValueError(f"clip {number} holds NaN or infinity: check how it was decoded or stored")
+            if not all(map(is_bounded, parts_of(clip))):
+                raise ValueError(
+                    f"clip {number} holds NaN, infinity or a value past {LOUDEST:g}: check how it was decoded or stored"
+                )
         pair: tuple[Clip, Clip] = (clips[0], second_clip(clips, self.processor.partner, self._silence))
         first = content_key(pair[0])
         return _Sequence(
@@ -259,14 +274,14 @@ class Engine:
         if self._closed:
             raise EngineClosed("the engine was closed")
 
-    def _call(self, function: Callable[[], Result], timeout: float | None = None) -> Result:
-        """Run `function` in the engine's thread, between two tokens."""
+    def _call(self, function: Callable[[], Result], ahead: bool = False) -> Future[Result]:
+        """Run `function` in the engine's thread, between two tokens; `ahead` of others that wait for it."""
         future: Future[Result] = Future()
         with self._changed:
             self._check_open()
-            self._calls.append((function, future))
+            (self._calls.appendleft if ahead else self._calls.append)((function, future))
             self._changed.notify_all()
-        return future.result(timeout)
+        return future
 
     # What follows runs in the engine's thread.
 
@@ -326,7 +341,8 @@ class Engine:
             for sequence in left:
                 sequence.stream.put(closed)
             for _, future in self._calls:
-                future.set_exception(closed)
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(closed)
 
     def _wait_for_work(self) -> bool:
         with self._changed:
@@ -336,12 +352,13 @@ class Engine:
     def _step(self) -> None:
         """Let go of what was cancelled, let in what waits, and write the next token of every answer."""
         self._drop_cancelled()
-        while self._calls:
+        if self._calls:  # one, or those who call without pause would keep answers from being written
             function, future = self._calls.popleft()
-            try:
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except Exception as error:
+                    future.set_exception(error)
         read = 0
         while read < POSITIONS_A_STEP and len(self._active) < self._cache.slots and (sequence := self._next()):
             try:
@@ -501,5 +518,8 @@ class Engine:
         if longest > 1:
             known = self._decoder.embed(tokens[:, :-1])
             states = torch.cat([states, self._decoder(known, cache, [sequence.length] * len(answers))], dim=1)
-        logprobs = self._decoder.logits(states).log_softmax(dim=-1).gather(2, tokens[..., None])[..., 0]
-        return [float(row[: len(ids)].sum()) for row, ids in zip(logprobs, answers, strict=True)]
+        # One answer at a time: the logits of 26 long ones would take gigabytes.
+        return [
+            float(self._decoder.logits(row[: len(ids)]).log_softmax(dim=-1).gather(1, known[: len(ids), None]).sum())
+            for row, known, ids in zip(states, tokens, answers, strict=True)
+        ]

@@ -5,6 +5,8 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from mellow_platform.inference.request import Request
 
+COLDEST = 1e-5  # below, tokens are not drawn: logits divided by it leave float32, and one token has all the probability
+
 
 class Sampler:
     """Chooses tokens as a request asks: the most likely, or drawn by temperature and top-p from its own seed."""
@@ -12,7 +14,7 @@ class Sampler:
     def __init__(self, request: Request, device: torch.device | str):
         self._warpers = []
         self._generator = None
-        if request.temperature > 0:
+        if request.temperature > COLDEST:
             self._warpers = [TemperatureLogitsWarper(request.temperature)]
             if request.top_p < 1:
                 self._warpers.append(TopPLogitsWarper(request.top_p))

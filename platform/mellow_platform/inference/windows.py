@@ -54,7 +54,9 @@ def windows(recordings: Sequence[np.ndarray], clip_samples: int, sampling_rate: 
 
 
 def _heard(places: list[tuple[np.ndarray, int]], clip_samples: int, sampling_rate: int) -> Heard:
-    clips = tuple(recording[start : start + clip_samples] for recording, start in places)
+    # Copies, where they are parts: a view would keep the whole recording in memory for as long as it is asked about.
+    parts = ((recording, recording[start : start + clip_samples]) for recording, start in places)
+    clips = tuple(part if len(part) == len(recording) else part.copy() for recording, part in parts)
     seconds = tuple(
         (start / sampling_rate, (start + len(clip)) / sampling_rate)
         for (_, start), clip in zip(places, clips, strict=True)
