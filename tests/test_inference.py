@@ -435,7 +435,12 @@ def test_a_check_goes_through_the_loop_and_tells_when_it_hangs(clips):
     engine.check(timeout=10)  # between two tokens
     stream.cancel()
     begun, over = threading.Event(), threading.Event()
-    hanging = engine._call(lambda: begun.set() or over.wait())
+
+    def hang() -> None:
+        begun.set()
+        over.wait()
+
+    hanging = engine._call(hang)
     begun.wait()
     with pytest.raises(TimeoutError):
         engine.check(timeout=0.1)
