@@ -203,9 +203,7 @@ async def _form(request: Request) -> QuestionForm:
         if name in ("file", *lists):
             continue
         if len(fields.getlist(name)) > 1:
-            times = len(fields.getlist(name))
-            # Escaped: a name that is no valid text could not be sent back.
-            raise RequestError(f"{name!a} stands in the form {times} times: send it once", ascii(name)[1:-1])
+            raise RequestError(f"{name} stands in the form {len(fields.getlist(name))} times: send it once", name)
         if fields[name] != "":
             values[name] = fields[name]
     try:

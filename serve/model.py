@@ -254,9 +254,7 @@ def check_gate(gate: GateSection, engine: Engine, folder: str) -> None:
         )
 
 
-async def merged(
-    sources: Sequence[AsyncGenerator[Event]], pause: float = 0.0
-) -> AsyncGenerator[list[tuple[int, Event]]]:
+async def merged(sources: Sequence[AsyncGenerator[Event]], pause: float) -> AsyncGenerator[list[tuple[int, Event]]]:
     """Yield (number of the source, event) of several sources as they come: all that have come, at a time.
 
     The first error ends all; so does the reader who goes away.

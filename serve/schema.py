@@ -32,15 +32,21 @@ class RequestError(Exception):
         retry_after: int | None = None,
     ):
         super().__init__(message)
-        self.message, self.param, self.status, self.code = message, param, status, code
+        self.message, self.param, self.status, self.code = _sendable(message), param and _sendable(param), status, code
         self.headers = {"Retry-After": str(retry_after)} if retry_after is not None else {}
 
     def body(self) -> dict[str, Any]:
+        """Return what is sent, in OpenAI's shape."""
         if self.status < 500:
             kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, "invalid_request_error")
         else:
             kind = "server_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def _sendable(text: str) -> str:
+    """Return `text` with halves of surrogate pairs escaped, which a request can hold and no response can."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 class ErrorDetail(BaseModel):

@@ -71,6 +71,7 @@ def _float_wav(samples: np.ndarray) -> bytes:
         (_float_wav(np.array([0.0, np.nan], np.float32)), "not_finite"),
         (_float_wav(np.array([0.0, 1e20], np.float32)), "not_finite"),
         (_float_wav(np.full((2, 2), 3e38, np.float32)), "not_finite"),
+        (encode(np.zeros(1, np.float32), 192_000, "WAV"), "no_samples"),
         (encode(tone(3.0), RATE, "WAV"), "too_long"),
         (encode(tone(0.1), 500, "WAV"), "bad_header"),
         (encode(np.zeros((100, 3)), RATE, "WAV"), "bad_header"),

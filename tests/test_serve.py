@@ -247,6 +247,17 @@ def test_a_form_is_answered_as_the_chat_is(client: openai.OpenAI, endpoint: str)
     assert len(two["heard"]) == 2
 
 
+def test_a_form_with_a_field_that_is_no_text_is_refused_with_its_name_escaped(endpoint: str):
+    parts = [("file", sound()), ("question", b"what is heard?"), ("\\ud800", b"1")]
+    lines = [f'--x\r\nContent-Disposition: form-data; name="{name}"' for name, _ in parts]
+    lines[0] += '; filename="a.wav"'
+    body = b"".join(line.encode() + b"\r\n\r\n" + part + b"\r\n" for line, (_, part) in zip(lines, parts, strict=True))
+    headers = {"Content-Type": "multipart/form-data; boundary=x; charset=unicode_escape"}
+    response = httpx.post(f"{endpoint}/v1/audio/questions", content=body + b"--x--\r\n", headers=headers, timeout=60)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "\\ud800"
+
+
 def test_given_choices_come_back_with_probabilities_the_likeliest_first(endpoint: str):
     choices = ["tone", "noise burst", "a loud tone"]
     fields = [("file", sound()), ("question", "which of these is heard?"), *(("choices", choice) for choice in choices)]
@@ -381,6 +392,7 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI):
         b"[" * 100_000,
         b"\xff\xfe",
         b'{"model": "mellow", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"model": "mellow", "messages": [{"role": "user", "content": "what?"}], "\\ud800": 1}',
     ],
 )
 def test_a_body_that_is_no_request_is_refused_in_openais_shape(endpoint: str, body: bytes):

@@ -80,10 +80,16 @@ def decode(data: bytes, sampling_rate: int, limits: Limits | None = None) -> np.
         rate = file.samplerate
     if len(channels) == 0:
         raise AudioError("no_samples", "0 samples after decoding")
-    if not is_bounded(channels):
+    with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+        # Many times faster than a mean over so short an axis.
+        waveform = sum(channels.T) / np.float32(channels.shape[1])
+    if rate != sampling_rate:
+        waveform = soxr.resample(waveform, rate, sampling_rate)
+    if len(waveform) == 0:
+        raise AudioError("no_samples", f"0 samples after resampling from {rate} Hz to {sampling_rate} Hz")
+    if not is_bounded(waveform):
         raise AudioError("not_finite", f"the samples hold NaN, infinity or a value past {LOUDEST:g}")
-    waveform = sum(channels.T) / np.float32(channels.shape[1])  # many times faster than a mean over so short an axis
-    return waveform if rate == sampling_rate else soxr.resample(waveform, rate, sampling_rate)
+    return waveform
 
 
 def is_bounded(samples: np.ndarray) -> bool:
