@@ -248,7 +248,7 @@ def test_a_form_is_answered_as_the_chat_is(client: openai.OpenAI, endpoint: str)
 
 
 def test_a_form_with_a_field_that_is_no_text_is_refused_with_its_name_escaped(endpoint: str):
-    parts = [("file", sound()), ("question", b"what is heard?"), ("\\ud800", b"1")]
+    parts = [("file", sound()), ("question", b"what is heard?"), ("\\ud800", b"1"), ("\\ud800", b"2")]
     lines = [f'--x\r\nContent-Disposition: form-data; name="{name}"' for name, _ in parts]
     lines[0] += '; filename="a.wav"'
     body = b"".join(line.encode() + b"\r\n\r\n" + part + b"\r\n" for line, (_, part) in zip(lines, parts, strict=True))

@@ -182,7 +182,7 @@ class Disturbance:
         rng.shuffle(self.kinds)
         # Two steps that are drawn close together kill a run that is still starting again.
         # None is drawn so late that the run is complete before a notice, which takes seconds, has arrived.
-        self.steps = sorted(rng.randrange(run.steps * 3 // 4) for _ in range(kills))
+        self.steps = sorted(rng.randrange(run.steps * 3 // 5) for _ in range(kills))
         self.killed = self.lost = self.notices = self.saved = 0
 
     def go_through(self) -> None:
