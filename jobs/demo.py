@@ -31,7 +31,7 @@ from mellow_platform.config import DemoConfig, load
 from mellow_platform.data.audio import decode, encode
 from mellow_platform.data.records import Record, read_records
 from mellow_platform.data.shards import Manifest
-from mellow_platform.evaluation.evaluate import markdown
+from mellow_platform.evaluation.report import main_scores, of_main
 from mellow_platform.evaluation.scores import is_right
 from mellow_platform.model.folder import load_model
 
@@ -195,8 +195,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
             )  # fmt: skip
         with demo.stage("evaluate"):
             demo.submit(
-                "evaluate", "--model", demo.uri("model"), "--shards", demo.uri("features"),
-                "--output", demo.uri("evaluation"),
+                "evaluate", "--benchmark", "all", "--model", demo.uri("model"), "--shards", demo.uri("features"),
+                "--mmau", storage.join(corpus, "mmau.json"), "--output", demo.uri("evaluation"),
             )  # fmt: skip
         with demo.stage("deploy"):
             demo.submit("deploy", "--model", demo.uri("model"), "--port", str(config.port))
@@ -211,11 +211,15 @@ def run(config: DemoConfig) -> dict[str, Any]:
         "examples": Manifest.read(demo.uri("features")).counts["records"],
         "final_loss": round(trained["loss"], 4),
         "examples_per_second": round(trained["examples_per_second"], 1),
-        "accuracy": {key: report[key] for key in ("families", "multiple_choice", "overall")},
+        "scores": {
+            name: {"score": each["main"]} | {condition: own["value"] for condition, own in of_main(each).items()}
+            for name, each in report["benchmarks"].items()
+        },
         "served": served,
     }
     storage.write_json(demo.uri("summary.json"), summary)
     print_report(summary, report)
+    print(f"scores by category, and questions to listen to: {demo.uri('evaluation', 'report.html')}")
     return summary
 
 
@@ -262,7 +266,7 @@ def ask(config: DemoConfig, records: list[Record], audio_root: str) -> list[dict
 def print_report(summary: dict[str, Any], report: dict[str, Any]) -> None:
     right = sum(bool(item["right"]) for item in summary["served"])
     print("\n=== report\n")
-    print(markdown(report))
+    print("\n".join(main_scores(report)))
     stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items())
     install = f", installation {summary['install_seconds']:.0f} s" if summary["install_seconds"] else ""
     print(f"stages: {stages}{install}")

@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import ray
 import torch
+from playwright.sync_api import Browser, sync_playwright
 
 from jobs.demo import Demo
 from mellow_platform import storage
@@ -37,6 +38,9 @@ from mellow_platform.model.tokenizer import train_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+# A microphone that beeps, and permission to use it.
+BROWSER_OPTIONS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 NEEDS_KUBECTL = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed: nothing renders")
 
 
@@ -66,6 +70,18 @@ def endpoint(demo: Demo) -> str:
     deployed = demo.submit("deploy", "--model", demo.uri("model"), "--port", str(demo.config.port))
     assert deployed["applications"] == {"endpoint": "RUNNING", "mellow": "RUNNING"}
     return f"http://127.0.0.1:{demo.config.port}"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium."""
+    found = [path for path in (os.environ.get("CHROMIUM"), *map(shutil.which, CHROMIUM)) if path]
+    if not found:
+        pytest.skip(f"no browser: none of {', '.join(CHROMIUM)} is installed, and CHROMIUM names none")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found[0], args=BROWSER_OPTIONS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,17 @@ from mellow_platform.model.tokenizer import train_tokenizer
 REPORT = {
     "records": 1200,
     "split": "test",
-    "families": {"Scenes-Heard-MCQ": {"audio": 0.9, "chance": 0.25}},
-    "overall": {"audio": 0.75, "chance": 0.125},
+    "conditions": ["audio", "chance"],
+    "benchmarks": {
+        "mmau": {"questions": 9000},
+        "mcq": {
+            "main": "accuracy",
+            "scores": {"audio": {"accuracy": {"value": 0.75}}, "chance": {"accuracy": {"value": 0.125}}},
+            "groups": {
+                "family": {"Scenes-Heard-MCQ": {"scores": {"audio": {"value": 0.9}, "chance": {"value": 0.25}}}}
+            },
+        },
+    },
 }
 
 
@@ -77,14 +86,14 @@ def test_scores_licence_and_data_join_the_card_by_command(folder: Path, tmp_path
     report.write_text(json.dumps(REPORT))
     main(["card", str(folder), "--report", str(report), "--license", "mit", "--training-data", "ReasonAQA."])
     card = ModelCard.load(folder / "README.md")
-    assert "| Scenes-Heard-MCQ | 0.900 | 0.250 |\n| mean over families | 0.750 | 0.125 |" in card.text
-    assert "Accuracy on 1,200 questions of the split test" in card.text
+    assert "| mcq | accuracy | 0.750 | 0.125 |\n| Scenes-Heard-MCQ | accuracy | 0.900 | 0.250 |" in card.text
+    assert "On 1,200 questions of the split test" in card.text
     assert card.data.license == "mit"
     assert "ReasonAQA." in card.text
 
 
 def test_something_else_than_a_report_is_refused(folder: Path):
-    with pytest.raises(ValueError, match=r"the report has no families, overall: give the report\.json"):
+    with pytest.raises(ValueError, match=r"the report has no split, conditions, benchmarks: give the report\.json"):
         model_card(*load_model(str(folder)), report={"records": 3})
 
 

@@ -3,9 +3,7 @@
 import base64
 import io
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from playwright.sync_api import (
     Request,
     Route,
     expect,
-    sync_playwright,
 )
 from transformers.audio_utils import hertz_to_mel
 
@@ -36,21 +33,7 @@ CHAT = re.compile("/v1/chat/completions$")
 MODELS = re.compile("/v1/models$")
 QUESTION = "what is heard?"
 GUTTER, FOOT = 36, 20  # pixels of the axes, left of the plots and below the spectrogram
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-# A microphone that beeps, and permission to use it.
-OPTIONS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 Open = Callable[..., Page]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    found = [path for path in (os.environ.get("CHROMIUM"), *map(shutil.which, NAMES)) if path]
-    if not found:
-        pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed, and CHROMIUM names none")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found[0], args=OPTIONS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from mellow_platform.config import EncoderConfig, EvaluateConfig, PreprocessConf
 from mellow_platform.data.records import SPLITS, read_records, write_records
 from mellow_platform.data.shards import Manifest
 from mellow_platform.data.shards import read_records as read_shard_records
-from mellow_platform.evaluation.evaluate import evaluate, markdown
+from mellow_platform.evaluation.evaluate import evaluate
+from mellow_platform.evaluation.report import markdown
 from mellow_platform.features.preprocess import preprocess
 from mellow_platform.features.store import FeatureStore
 from mellow_platform.model import HTSATEncoder, encoder_config
@@ -221,15 +222,16 @@ def test_the_trained_folder_loads_with_plain_transformers_and_keeps_its_encoder(
 def test_the_report_holds_every_family_under_every_condition(path: SimpleNamespace):
     report = json.loads((path.root / "evaluation/report.json").read_text())
     assert report["records"] == 24
-    for scores in report["families"].values():
-        assert set(scores) == {"audio", "noise", "text_only", "chance"}
-        assert all(0 <= value <= 1 for value in scores.values())
+    families = report["benchmarks"]["families"]["groups"]["family"]
+    for family in families.values():
+        assert set(family["scores"]) == {"audio", "noise", "text_only", "chance"}
+        assert all(0 <= own["low"] <= own["value"] <= own["high"] <= 1 for own in family["scores"].values())
     rows = pq.read_table(path.root / "evaluation/predictions.parquet").to_pylist()
-    assert len(rows) == 3 * 24
+    assert len(rows) == 4 * 24
     asked = read_records(str(path.corpus / "test.json"))[:24]
     for condition in ("audio", "noise", "text_only"):
-        assert [row["input"] for row in rows if row["condition"] == condition] == [r.input for r in asked]
-    assert all(family in markdown(report) for family in report["families"])
+        assert [row["question"] for row in rows if row["condition"] == condition] == [r.input for r in asked]
+    assert all(family in markdown(report) for family in families)
 
 
 @pytest.mark.slow

@@ -337,7 +337,7 @@ def test_what_is_asked_comes_from_one_place(fields, message):
         ("t.jsonl", '{"clip": "a", "question": "b"}\n{"clip": "a"}\n', r"row 1 has an empty question"),
         ("t.jsonl", '{"clip": 5, "question": "b"}\n', r"row 0 has 5 in clip, which is no text"),
         ("t.jsonl", "{\n", r"t.jsonl cannot be read as its name says"),
-        ("t.json", "{}", r"expected a list of objects, one a question"),
+        ("t.json", "{}", r"expected a list of objects, one a row"),
         ("t.json", '[{"clip": "foo://a", "question": "b"}]', r"clip foo://a: Protocol not known: foo"),
         ("t.parquet", "PAR", r"t.parquet cannot be read as its name says"),
         ("t.xlsx", "", r"t.xlsx is not a .parquet, .csv, .json or .jsonl file"),

@@ -1,18 +1,24 @@
-"""Scores: what counts as right, and what chance gives."""
+"""Scores: what counts as right, what programs of the field compute, and how sure a score is."""
 
+import numpy as np
 import pytest
+from pycocoevalcap.bleu.bleu import Bleu as PublishedBleu
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from mellow_platform.data.records import Record
 from mellow_platform.evaluation import scores
+from mellow_platform.evaluation.captions import NO_JAVA, CaptionScorer
+from mellow_platform.evaluation.intervals import Resampling, holm
+from mellow_platform.evaluation.measures import Classification, Expected, Mean, MeanOverFamilies, Measure
 
-
-def record(family: str, question: str, answer: str) -> Record:
-    return Record("scenes", "a.wav", "", "", "", question, answer, family)
-
-
-MCQ = record("MCQ.json", "which? a) tone b) horn c) clicks d) sweep", "b) horn")
-BINARY = record("Binary", "is there a horn?", "yes")
-OPEN = record("Caption", "caption the audio.", "a loud horn")
+CHOICES = ("a) rain", "b) heavy rain", "c) a dog barking", "d) wind")
+REFERENCES = [
+    ["a dog barks loudly at a man", "the dog is barking"],
+    ["rain falls on a metal roof"],
+    ["a car drives past at high speed"],
+    ["birds sing in the forest"],
+]
+PREDICTIONS = ["a dog barks at the man", "rain falls on the roof", "", "birds sing"]
 
 
 @pytest.mark.parametrize(
@@ -20,17 +26,171 @@ OPEN = record("Caption", "caption the audio.", "a loud horn")
     [("b) horn", True), ("B) Horn.", True), (" b)  horn ", True), ("a) horn", False), ("b", False), ("", False)],
 )
 def test_an_answer_is_right_word_for_word(answer: str, right: bool):
-    assert scores.is_right(MCQ, answer) is right
+    asked = Record("scenes", "a.wav", "", "", "", "which? a) tone b) horn", "b) horn", "MCQ")
+    assert scores.is_right(asked, answer) is right
 
 
-def test_chance_is_one_in_the_choices_or_the_train_splits_repetition():
-    known = [OPEN, OPEN, record("Caption", "caption the audio.", "silence"), record("Other", "?", "a loud horn")]
-    chance = scores.chance([MCQ, BINARY, OPEN], known)
-    assert chance == pytest.approx({"MCQ": 0.25, "Binary": 0.5, "Caption": 2 / 3})
+@pytest.mark.parametrize(
+    ("prediction", "choice"),
+    [
+        ("c) a dog barking", 2),
+        ("C", 2),
+        ("(c)", 2),
+        ("c) something else", 2),
+        ("A dog barking.", 2),
+        ("it is a dog barking in the yard", 2),
+        ("rain", 0),
+        ("heavy rain", 1),
+        ("one hears heavy rain", 1),
+        ("rain and wind", None),
+        ("winding", None),
+        ("e) snow", None),
+        ("a cat", None),
+        ("", None),
+    ],
+)
+def test_the_choice_that_an_answer_names_is_found(prediction: str, choice: int | None):
+    assert scores.chosen(prediction, CHOICES) == choice
 
 
-def test_accuracy_is_counted_by_family_and_averaged_over_families():
-    accuracy = scores.by_family([MCQ, MCQ, BINARY], [True, False, True])
-    assert accuracy == {"Binary": 1.0, "MCQ": 0.5}
-    assert scores.mean(accuracy) == 0.75
-    assert scores.mean(accuracy, scores.multiple_choice_families([MCQ, BINARY])) == 0.5
+@pytest.mark.parametrize(("prediction", "choice"), [("Yes.", 0), ("no", 1), ("yes, there is", 0), ("yes or no", None)])
+def test_choices_without_letters_are_named_by_their_words(prediction: str, choice: int | None):
+    assert scores.chosen(prediction, ("yes", "no")) == choice
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"), [("b) a tone", "a tone"), ("b", "Two"), ("(b)", "Two"), ("A tone", "A tone"), ("g)", "g)")]
+)
+def test_an_answer_to_lettered_choices_loses_its_letter(answer: str, text: str):
+    assert scores.choice_text(answer, ("One", "Two")) == text
+
+
+def caption_measures() -> dict[str, Measure]:
+    measures, _ = CaptionScorer().score(REFERENCES, PREDICTIONS)
+    return {name: measure for measure in measures for name in measure.names}
+
+
+def all_of(measure: Measure, count: int) -> dict[str, float]:
+    return dict(zip(measure.names, measure(np.ones((1, count)))[0], strict=True))
+
+
+def test_classification_scores_are_those_of_scikit_learn_however_often_an_answer_counts():
+    rng = np.random.default_rng(0)
+    truth, said = rng.integers(0, 3, 200), rng.integers(0, 4, 200)  # 3: no class was named
+    times = rng.integers(0, 4, 200)
+    measure = Classification(truth, said, ["true", "plausible", "false"])
+    got = dict(zip(measure.names, measure(times[None].astype(float))[0], strict=True))
+    truth, said = truth.repeat(times), said.repeat(times)
+    options = {"labels": [0, 1, 2], "zero_division": 0}
+    macro = precision_recall_fscore_support(truth, said, average="macro", **options)
+    assert got["accuracy"] == pytest.approx(accuracy_score(truth, said))
+    assert [got[name] for name in ("precision", "recall", "F1")] == pytest.approx(macro[:3])
+    by_class = [got[f"accuracy of {name!r}"] for name in ("true", "plausible", "false")]
+    assert by_class == pytest.approx([np.mean(said[truth == number] == number) for number in range(3)])
+
+
+def test_bleu_is_that_of_pycocoevalcap_however_often_an_answer_counts():
+    times = [1, 3, 0, 2]
+    measure = caption_measures()["BLEU-1"]
+    order = np.repeat(range(4), times)
+    published, _ = PublishedBleu(4).compute_score(
+        {place: REFERENCES[number] for place, number in enumerate(order)},
+        {place: [PREDICTIONS[number]] for place, number in enumerate(order)},
+        verbose=0,
+    )
+    assert measure(np.array([times], float))[0] == pytest.approx(published)
+
+
+def test_a_description_in_the_words_of_a_reference_scores_highest_and_an_empty_one_nothing():
+    scorer = CaptionScorer()
+    right, main = scorer.score(REFERENCES, [own[-1] for own in REFERENCES])
+    best = {name: value for measure in right for name, value in all_of(measure, 4).items()}
+    assert [best[f"BLEU-{n}"] for n in (1, 2, 3, 4)] == pytest.approx([1, 1, 1, 1], abs=1e-6)
+    assert (best["METEOR"], best["ROUGE-L"]) == (pytest.approx(1), pytest.approx(1))
+    assert main.names == ("CIDEr",)
+    nothing, _ = scorer.score(REFERENCES, [""] * 4)
+    assert all(value < 1e-6 for measure in nothing for value in all_of(measure, 4).values())
+    some, _ = scorer.score(REFERENCES, PREDICTIONS)
+    for name, value in ((name, value) for measure in some for name, value in all_of(measure, 4).items()):
+        assert 0 < value < best[name], name
+
+
+def test_scores_that_cannot_be_computed_here_are_named_with_the_reason(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    scorer = CaptionScorer()
+    measures, _ = scorer.score(REFERENCES, PREDICTIONS)
+    names = {name for measure in measures for name in measure.names}
+    assert names == {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"}
+    assert scorer.unavailable["METEOR"] == scorer.unavailable["SPICE"] == NO_JAVA
+    assert scorer.unavailable["PTB tokenizer"].startswith(f"{NO_JAVA}; words are cut at spaces")
+    assert {"SPIDEr", "FENSE"} <= scorer.unavailable.keys()
+    scorer.score(REFERENCES, PREDICTIONS)
+    assert capsys.readouterr().out.count("no METEOR: Java is not installed") == 1
+
+
+def test_an_interval_is_of_clips_and_not_of_questions():
+    values = np.random.default_rng(1).random(40) < 0.6
+    clips = [str(number) for number in range(40)]
+    once = Resampling(clips, 2000, 0).estimate(Mean("accuracy", values))["accuracy"]
+    # Ten questions a clip, all right or all wrong together, say no more than one.
+    tenfold = Resampling(clips * 10, 2000, 0).estimate(Mean("accuracy", np.tile(values, 10)))["accuracy"]
+    assert tenfold == once
+    apart = Resampling([str(number) for number in range(400)], 2000, 0)
+    narrow = apart.estimate(Mean("accuracy", np.tile(values, 10)))["accuracy"]
+    assert (narrow.high - narrow.low) < 0.5 * (once.high - once.low)
+
+
+def test_intervals_hold_the_true_share_about_95_times_in_a_hundred():
+    rng = np.random.default_rng(2)
+    held = 0
+    for seed in range(200):
+        right = rng.random(150) < 0.7
+        interval = Resampling([str(n) for n in range(150)], 300, seed).estimate(Mean("accuracy", right))["accuracy"]
+        held += interval.low <= 0.7 <= interval.high
+    assert 180 <= held <= 199
+
+
+def test_two_runs_are_compared_on_the_same_draws():
+    rng = np.random.default_rng(3)
+    before = rng.random(300) < 0.7
+    draws = Resampling([str(number) for number in range(300)], 1000, 0)
+    same = draws.compare(Mean("accuracy", before), Mean("accuracy", before))["accuracy"]
+    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
+    worse = before & (rng.random(300) < 0.9)
+    lower = draws.compare(Mean("accuracy", worse), Mean("accuracy", before))["accuracy"]
+    assert lower.high < 0 < lower.p < 0.01
+    # The runs agree on most questions, so their difference is surer than either score.
+    alone = draws.estimate(Mean("accuracy", before))["accuracy"]
+    assert lower.high - lower.low < alone.high - alone.low
+
+
+def test_among_several_differences_only_those_that_stand_together_are_significant():
+    assert holm([0.001, 0.04, 0.03]) == [True, False, False]
+    assert holm([0.01, 0.02]) == [True, True]
+    assert holm([0.2]) == [False]
+
+
+def test_a_family_counts_the_same_however_many_questions_it_has():
+    measure = MeanOverFamilies("mean", np.array([1, 1, 1, 0, 0]), ["a", "a", "a", "b", "b"])
+    assert all_of(measure, 5) == {"mean": 0.5}
+    # A draw without any question of a family is the mean over the others.
+    assert measure(np.array([[1.0, 2, 0, 0, 0], [1, 0, 0, 1, 0]])).tolist() == [[1.0], [0.5]]
+
+
+def test_chance_is_the_mean_over_all_answers_that_could_be_drawn():
+    right = np.array([1, 0, 1, 0, 0, 0])  # of two choices, of one, of three
+    question = np.array([0, 0, 1, 2, 2, 2])
+    measure = Expected(Mean("accuracy", right), question)
+    assert all_of(measure, 3)["accuracy"] == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert measure(np.array([[2.0, 0, 1]]))[0, 0] == pytest.approx((2 * 1 / 2 + 0) / 3)
+    assert all_of(measure.of(np.array([0, 2])), 2)["accuracy"] == pytest.approx((1 / 2 + 0) / 2)
+
+
+def test_some_of_the_answers_are_measured_as_if_they_were_all():
+    rows = np.array([0, 3])
+    some = CaptionScorer().score([REFERENCES[row] for row in rows], [PREDICTIONS[row] for row in rows])[0]
+    whole = caption_measures()
+    assert all_of(whole["BLEU-1"].of(rows), 2) == pytest.approx(all_of(some[0], 2))
+    classes = Classification(np.array([0, 1, 1, 0]), np.array([0, 0, 1, 2]), ["x", "y"])
+    assert all_of(classes.of(rows), 2)["accuracy"] == 0.5
+    assert all_of(Mean("m", np.arange(4.0), scale=2.0).of(rows), 2) == {"m": 3.0}

@@ -24,8 +24,17 @@ def _separated(value: Any) -> Any:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
+def _model(value: str) -> str:
+    """Return what answers: a folder as a URI, anything else as it is."""
+    if value.startswith("predictions:"):
+        return f"predictions:{storage.absolute(value.removeprefix('predictions:'))}"
+    is_no_path = value == "random" or value.startswith(("http://", "https://", "constant:"))
+    return value if is_no_path else storage.absolute(value)
+
+
 Uri = Annotated[str, AfterValidator(storage.absolute)]
 Names = Annotated[list[str], BeforeValidator(_separated)]  # [val, test] or, as one writes it in a shell, val,test
+Model = Annotated[str, AfterValidator(_model)]
 Size = Literal["mellow-v0", "mellow-tiny"]
 Partner = Literal["random", "same", "silence"]
 PartnerDraws = Literal["stored", "clip", "question"]
@@ -305,25 +314,105 @@ class TrainConfig(RunSection):
         return self
 
 
-class EvaluateConfig(Section):
-    """`jobs/evaluate.py`: answer a split and score it."""
+class EndpointSection(Section):
+    """An OpenAI-compatible endpoint that answers questions about audio; its key is OPENAI_API_KEY's."""
 
-    model: Uri = Field(description="folder of the trained model")
-    shards: Uri = Field(description="folder that preprocess wrote with features: encoder")
-    output: Uri = Field(description="folder for predictions and report")
-    split: str = Field("test", description="split to answer")
-    conditions: Annotated[list[Literal["audio", "noise", "text_only"]], BeforeValidator(_separated)] = Field(
-        ["audio", "noise", "text_only"],
-        description="the clips themselves; Gaussian noise in their place; silence in their place",
+    model: str | None = Field(None, description="what it calls the model; default: the first that it lists")
+    concurrency: int = Field(8, ge=1, description="requests that a worker has under way")
+    timeout: float = Field(120.0, gt=0, description="seconds for an answer")
+    retries: int = Field(6, ge=0, description="times that a request is repeated, with growing pauses")
+    formats: Names = Field(
+        ["wav", "mp3"], description="containers of clips that are sent as they are; others are made WAV (PCM, 16 bit)"
     )
-    limit: int | None = Field(None, ge=1, description="answer only the first records")
-    max_new_tokens: int = Field(64, ge=1, description="length an answer is cut to")
-    batch_size: int = Field(64, ge=1, description="questions an actor answers at once")
-    workers: int = Field(2, ge=1, description="actors that hold the model")
-    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each actor")
+    text_only: Literal["omit", "silence"] = Field(
+        "omit", description="what stands for the clips under text_only: nothing, or silence, which Mellow's own needs"
+    )
+
+
+class EvaluateConfig(Section):
+    """`jobs/evaluate.py`: answer the questions of benchmarks and score the answers."""
+
+    benchmark: Names = Field(
+        ["families"],
+        description="one or several of families, mmau, entailment, difference, clotho-aqa, captioning, mcq, detail; "
+        "`all` for every one that there are questions of; `noise` beside them for that condition",
+    )
+    model: Model = Field(
+        description="folder of a Mellow; URL of an OpenAI-compatible endpoint (http://127.0.0.1:8000/v1); "
+        "constant:TEXT; random, a choice or another question's answer; predictions:FILE, answers that exist"
+    )
+    shards: Uri | None = Field(None, description="folder that preprocess wrote with features: encoder")
+    corpus: Uri | None = Field(None, description="folder with <split>.json, in place of shards")
+    audio_root: Uri | dict[str, Uri] | None = Field(
+        None,
+        description="what clips' paths are relative to: a folder, or one for each taskname (mmau is MMAU's); default "
+        "<corpus>/audio, and for MMAU the folder of its file",
+    )
+    mmau: Uri | None = Field(None, description="MMAU's file: mmau-test-mini.json, or mmau-test.json without answers")
+    output: Uri = Field(description="folder for answers, scores and report")
+    split: str = Field("test", description="split to answer")
+    conditions: Annotated[list[Literal["audio", "noise", "text_only", "chance"]], BeforeValidator(_separated)] = Field(
+        ["audio", "noise", "text_only", "chance"],
+        min_length=1,
+        description="the clips themselves; Gaussian noise in their place; nothing that tells of them; a drawn answer",
+    )
+    limit: int | None = Field(None, ge=1, description="ask only the first questions of each benchmark")
+    max_new_tokens: int = Field(256, ge=1, description="length an answer is cut to")
     dtype: Dtype | None = Field(
         None, description="precision: float32 or int8 on CPU, bfloat16 on a GPU; by default the device's own"
     )
+    endpoint: EndpointSection = EndpointSection()
+    limits: LimitsSection = LimitsSection()
+    max_failed_share: float = Field(
+        0.1, ge=0, le=1, description="share of questions without an answer past which the job fails"
+    )
+    against: Uri | None = Field(
+        None, description="output folder of another evaluation: the job fails where a score is significantly lower"
+    )
+    resamples: int = Field(1000, ge=100, description="draws of clips that the intervals come from")
+    seed: int = Field(0, ge=0, description="of what is drawn")
+    examples: int = Field(6, ge=0, description="questions of each benchmark to listen to in the report, worst first")
+    rows_per_part: int = Field(128, ge=1, description="questions in a file of answers, which is written as a whole")
+    batch_size: int = Field(64, ge=1, description="questions an actor answers at once")
+    workers: int = Field(2, ge=1, description="actors that hold the model, or ask the endpoint")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each actor")
+
+    @property
+    def listens(self) -> bool:
+        """Whether the model hears clips, and has not its answer before."""
+        return self.model != "random" and not self.model.startswith(("constant:", "predictions:"))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether an endpoint answers."""
+        return self.model.startswith(("http://", "https://"))
+
+    @property
+    def shaping(self) -> dict[str, Any]:
+        """The fields that the answers, and the files they are in, depend on."""
+        names = "model", "split", "conditions", "max_new_tokens", "dtype", "limits", "seed", "rows_per_part"
+        return self.model_dump(include={*names}) | {
+            "endpoint": self.endpoint.model_dump(include={"model", "formats", "text_only"})
+        }
+
+    @model_validator(mode="after")
+    def _noise_is_a_condition(self) -> "EvaluateConfig":
+        if "noise" in self.benchmark:
+            self.benchmark.remove("noise")
+            self.conditions += [] if "noise" in self.conditions else ["noise"]
+        if not self.benchmark:
+            raise ValueError("benchmark: noise is a control on others: name one of them beside it, as in mcq,noise")
+        return self
+
+    @model_validator(mode="after")
+    def _questions_come_from_one_place(self) -> "EvaluateConfig":
+        if self.shards and self.corpus:
+            raise ValueError("give `shards` or `corpus`, and not both")
+        if not (self.shards or self.corpus or self.mmau):
+            raise ValueError("give `shards`, or `corpus` with `audio_root`, or `mmau`")
+        if self.shards and self.is_remote:
+            raise ValueError("`shards` hold no audio to send to an endpoint: give `corpus` with `audio_root`")
+        return self
 
 
 class PredictConfig(Section):
@@ -387,6 +476,134 @@ class PredictConfig(Section):
             raise ValueError("give `clips`, a folder, with `question` or `questions`; or `table`")
         if not all(text.strip() for text in self.asked):
             raise ValueError("a question is empty: write it, or leave it out")
+        return self
+
+
+class LanguageModelSection(Section):
+    """How `writer: endpoint` asks the model behind OPENAI_BASE_URL; whatever is here changes no question."""
+
+    concurrency: int = Field(16, ge=1, description="requests that an actor has under way")
+    requests_per_minute: float | None = Field(
+        None,
+        gt=0,
+        description="of all actors together, repeated ones counted; default: as many as `concurrency` allows",
+    )
+    retries: int = Field(
+        8, ge=0, description="of a request that met a full server (429), an error (5xx) or a lost connection"
+    )
+    timeout: float = Field(120.0, gt=0, description="seconds that an answer may take")
+    price_input: float = Field(0.0, ge=0, description="USD for a million tokens of prompts, for the report")
+    price_output: float = Field(0.0, ge=0, description="USD for a million tokens of answers, for the report")
+
+
+class VLLMSection(Section):
+    """The engine of `writer: vllm`; its prompts and answers are those of an endpoint."""
+
+    model: str | None = Field(None, description="hub name or folder of the model")
+    batch_size: int = Field(64, ge=1, description="requests handed to an engine at once")
+    engine: dict[str, Any] = Field({}, description="engine arguments of vLLM ({tensor_parallel_size: 2})")
+
+
+class SamplingSection(Section):
+    """What a language model is asked with besides the prompt."""
+
+    temperature: float | None = Field(0.7, ge=0, le=2, description="null leaves it to the server")
+    max_tokens: int | None = Field(2048, ge=1, description="length an answer is cut to; null leaves it to the server")
+    extra: dict[str, Any] = Field({}, description="more of a request's body ({max_completion_tokens: 4096})")
+    response_format: Literal["json_schema", "json_object", "none"] = Field(
+        "json_schema",
+        description="what holds the endpoint to the form of an answer: the schema itself, JSON of any form, or the "
+        "prompt alone, for servers that know no better; answers are checked against the schema in every case",
+    )
+
+
+class FiltersSection(Section):
+    """Which questions are left out of the corpus, besides those whose faults need no number to tell."""
+
+    min_question_words: int = Field(3, ge=1, description="shorter ones are too_short")
+    max_question_words: int = Field(60, ge=1, description="longer ones, choices included, are too_long")
+    max_answer_words: int = Field(120, ge=1, description="longer answers are too_long")
+    similarity: float = Field(
+        0.7, gt=0, le=1, description="share of common word pairs from which questions on one clip are near_duplicate"
+    )
+    languages: Names = Field(["en"], description="codes (ISO 639-1) of the languages to keep")
+
+
+class SynthesizeConfig(Section):
+    """`jobs/synthesize.py`: captions to questions in ReasonAQA's format."""
+
+    captions: Annotated[list[Uri], BeforeValidator(_separated)] = Field(
+        description="files to read, several with commas between: AudioCaps or Clotho .csv; any .parquet, .csv, .json "
+        "or .jsonl with columns clip and caption, and where there are any split and labels; ReasonAQA's .json; "
+        "labels.json"
+    )
+    output: Uri = Field(description="folder to write the corpus to")
+    taskname: str = Field(
+        "captions",
+        pattern=r"^\w+$",
+        description="of captions that are neither AudioCaps nor Clotho, nor bring their own",
+    )
+    clip_name: str = Field(
+        "{youtube_id}.wav", description="path of an AudioCaps clip, from {youtube_id}, {start_time} and {audiocap_id}"
+    )
+    limit: int | None = Field(None, ge=1, description="read only the first captions of each file")
+    kinds: Annotated[
+        list[Literal["detail", "mcq", "difference", "entailment"]], BeforeValidator(_separated), Field(min_length=1)
+    ] = Field(["detail", "mcq", "difference", "entailment"], description="what to ask for about every caption")
+    questions: int = Field(
+        5,
+        ge=1,
+        le=20,
+        description="detail questions, and multiple-choice ones, a caption; the rules write at most these",
+    )
+    writer: Literal["rules", "endpoint", "vllm"] = Field(
+        "rules",
+        description="who writes: rules, which need no model; the model OPENAI_MODEL behind OPENAI_BASE_URL, with "
+        "OPENAI_API_KEY; or one that vLLM runs on the cluster's GPUs",
+    )
+    checks: Annotated[list[Literal["blind", "support"]], BeforeValidator(_separated)] = Field(
+        ["blind", "support"],
+        description="what the writer is asked of its questions: to answer them without the caption, and whether the "
+        "caption supports the answer",
+    )
+    prompts: Uri | None = Field(
+        None, description="folder with prompts (detail.md, mcq.md, ...) in place of those that stand there by default"
+    )
+    attempts: int = Field(3, ge=1, description="answers out of form after which a request counts as failed")
+    max_failed_share: float = Field(0.05, ge=0, le=1, description="share of failed requests past which the job fails")
+    seed: int = Field(0, ge=0, description="of partners, draws and the places of right choices")
+    existing: Uri | None = Field(
+        None, description="folder with train.json, val.json, test.json to mix in, questions that a model wrote excepted"
+    )
+    synthetic_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of synthetic questions in the train split (ReasonAQA: 0.7), of which as many are taken as "
+        "it allows; default: all there are",
+    )
+    sampling: SamplingSection = SamplingSection()
+    filters: FiltersSection = FiltersSection()
+    endpoint: LanguageModelSection = LanguageModelSection()
+    vllm: VLLMSection = VLLMSection()
+    rows_per_part: int = Field(256, ge=1, description="requests in a file of answers, which is written as a whole")
+    workers: int = Field(2, ge=1, description="actors that write")
+
+    @property
+    def shaping(self) -> dict[str, Any]:
+        """The fields that what is written, and the files with it, depend on; of prompts it is their texts."""
+        others = {"output", "prompts", "max_failed_share", "endpoint", "vllm", "workers"}
+        return self.model_dump(exclude=others | set(self.sifting))
+
+    @property
+    def sifting(self) -> dict[str, Any]:
+        """The fields that decide what of it the corpus gets."""
+        return self.model_dump(include={"checks", "filters", "existing", "synthetic_share"})
+
+    @model_validator(mode="after")
+    def _an_engine_has_a_model(self) -> "SynthesizeConfig":
+        if (self.writer == "vllm") != bool(self.vllm.model):
+            raise ValueError("writer: vllm and vllm.model, what it runs, go together")
         return self
 
 

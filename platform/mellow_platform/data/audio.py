@@ -94,7 +94,8 @@ def decode(data: bytes, sampling_rate: int, limits: Limits | None = None) -> np.
 
 def is_bounded(samples: np.ndarray) -> bool:
     """Whether all samples, of which there is at least one, are numbers of at most `LOUDEST`."""
-    return bool(samples.max() <= LOUDEST and samples.min() >= -LOUDEST)  # NaN is neither
+    # As Python's floats, whatever the samples are: half precision has no such bound. NaN is neither.
+    return float(samples.max()) <= LOUDEST and float(samples.min()) >= -LOUDEST
 
 
 def _check_header(file: soundfile.SoundFile, limits: Limits) -> None:

@@ -1,7 +1,8 @@
 """The corpora that need no download: synthetic scenes, and questions about a folder of labelled recordings.
 
 A corpus is a folder with `train.json`, `val.json`, `test.json` (ReasonAQA records whose paths are relative to the
-audio root) and `labels.json` (tags of each clip, for training the encoder). Scenes bring their audio along in `audio/`.
+audio root), `labels.json` (tags of each clip, for training the encoder) and `mmau.json` (questions about test clips, as
+the benchmark MMAU has them). Scenes bring their audio along in `audio/`.
 """
 
 from collections.abc import Sequence
@@ -57,6 +58,8 @@ def write_scene_corpus(output: str, scenes: dict[str, list[Scene]], *, seed: int
         records = scene_records(scenes[split], split, seed, rounds if split == "train" else 1)
         write_records(storage.join(output, f"{split}.json"), records)
         counts[split] = len(records)
+        if split == "test":
+            _write_mmau(output, records, "./audio")
         labels += [ClipLabels(scene_path(split, n), tuple(s.labels)) for n, s in enumerate(scenes[split])]
     write_labels(storage.join(output, "labels.json"), labels)
     return counts
@@ -90,8 +93,39 @@ def recording_corpus(folder: str, output: str, seed: int, rounds: int) -> dict[s
                 records += _recording_questions(clip, names, categories, rng)
         write_records(storage.join(output, f"{split}.json"), records)
         counts[split] = len(records)
+        if split == "test":
+            _write_mmau(output, records, folder)
     write_labels(storage.join(output, "labels.json"), [c for c in clips if c in dealt["train"]])
     return counts
+
+
+def _write_mmau(output: str, records: Sequence[Record], audio_root: str) -> None:
+    """Write `mmau.json`: a multiple-choice question of each clip in turn, in the format of the benchmark MMAU.
+
+    A question with more choices counts as harder.
+    """
+    by_clip: dict[str, list[Record]] = {}
+    for record in records:
+        if record.is_multiple_choice and not record.filepath2:
+            by_clip.setdefault(record.filepath1, []).append(record)
+    entries = []
+    for number, (path, asked) in enumerate(by_clip.items()):
+        record = asked[number % len(asked)]
+        choices = record.choices
+        entries.append(
+            {
+                "id": f"{number:06d}",
+                "audio_id": storage.join(audio_root, path),
+                "question": record.input.removesuffix(" ".join(choices)).strip(),
+                "choices": [choice[len("a) ") :] for choice in choices],
+                "answer": record.answer[len("a) ") :],
+                "task": "sound",
+                "split": "test",
+                "sub-category": record.family,
+                "difficulty": {2: "easy", 3: "medium"}.get(len(choices), "hard"),
+            }
+        )
+    storage.write_json(storage.join(output, "mmau.json"), entries)
 
 
 def _recording_questions(

@@ -146,33 +146,32 @@ def _plan_records(config: PreprocessConfig) -> Plan:
             for path, taskname in zip(table[name].to_pylist(), table["taskname"].to_pylist(), strict=True):
                 if not path:
                     continue
-                clip = Address(path, split, storage.join(audio_root(config, taskname), path), taskname)
+                root = audio_root(config.audio_root, config.corpus, taskname)
+                clip = Address(path, split, storage.join(root, path), taskname)
                 known = clips.setdefault(path, clip)
                 if known.split != split:
                     raise ValueError(f"clip {path} stands in both {known.split} and {split}: keep it in one")
                 if known.uri != clip.uri:
                     raise ValueError(f"clip {path} is {known.uri} for one question and {clip.uri} for another")
     for labelled in read_labels(config.labels)[: config.limit] if config.labels else ():
-        uri = storage.join(audio_root(config, ""), labelled.file)
+        uri = storage.join(audio_root(config.audio_root, config.corpus, ""), labelled.file)
         clips.setdefault(labelled.file, Address(labelled.file, "train", uri))
     if not clips:
         raise ValueError(f"{config.corpus or config.labels}: no question or clip is left to read; see the filters")
     return Plan(_units([clips[path] for path in sorted(clips)]), records)
 
 
-def audio_root(config: PreprocessConfig, taskname: str) -> str:
-    """Return the folder that the paths of a question of `taskname` are relative to.
+def audio_root(roots: str | dict[str, str] | None, corpus: str | None, taskname: str) -> str:
+    """Return the folder that the paths of a question of `taskname` are relative to: by default `<corpus>/audio`.
 
     Raises:
-        ValueError: `audio_root` names folders by task, and not this one's.
+        ValueError: `roots` names folders by task, and not this one's.
     """
-    if isinstance(config.audio_root, dict):
-        if taskname not in config.audio_root:
-            raise ValueError(
-                f"audio_root has no folder for taskname {taskname!r}; it has {', '.join(sorted(config.audio_root))}"
-            )
-        return config.audio_root[taskname]
-    return config.audio_root or storage.join(config.corpus or "", "audio")
+    if isinstance(roots, dict):
+        if taskname not in roots:
+            raise ValueError(f"audio_root has no folder for taskname {taskname!r}; it has {', '.join(sorted(roots))}")
+        return roots[taskname]
+    return roots or storage.join(corpus or "", "audio")
 
 
 def select(table: pa.Table, config: PreprocessConfig) -> pa.Table:

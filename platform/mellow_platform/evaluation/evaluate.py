@@ -1,136 +1,309 @@
-"""Answers a split on Ray Data under each condition and scores it by family.
+"""The evaluation job: the questions of benchmarks are answered under each condition, scored, and reported.
 
-Conditions: the clips themselves (`audio`), Gaussian noise in their place (`noise`), silence in their place
-(`text_only`). A model that listens is right with audio and near chance with the other two.
+Conditions: the clips themselves (`audio`), Gaussian noise in their place (`noise`), no clip (`text_only`: Mellow hears
+the mean of many, an endpoint gets the question alone), and an answer drawn without looking at anything (`chance`, whose
+scores are expected ones: every choice of a question is as likely). A model that listens is right with audio, and near
+chance with the others.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from mellow_platform import storage
 from mellow_platform.config import EvaluateConfig
-from mellow_platform.data.records import Record, from_row
-from mellow_platform.data.shards import Manifest, read_records
-from mellow_platform.evaluation import scores
-from mellow_platform.features.store import FeatureStore
-from mellow_platform.inference.engine import Engine
-from mellow_platform.inference.request import ClipFeatures, Request
+from mellow_platform.data.tables import read_table
+from mellow_platform.evaluation.answerers import Reply
+from mellow_platform.evaluation.answers import Asked, ask
+from mellow_platform.evaluation.benchmarks import BENCHMARKS, MMAU, Benchmark, Description, Scored
+from mellow_platform.evaluation.intervals import Resampling, holm
+from mellow_platform.evaluation.items import Item, Source
+from mellow_platform.evaluation.measures import Expected, Measure
+from mellow_platform.evaluation.report import Example, markdown, page
 
-NOISE_LEVEL = 0.1  # standard deviation, full scale 1
+PREDICTIONS, SUBMISSION = "predictions.parquet", "mmau.json"
+TEXTS = pa.list_(pa.string())
+PREDICTION_SCHEMA = pa.schema(
+    [
+        *(pa.field(name, pa.string(), nullable=False) for name in ("benchmark", "condition", "id")),
+        pa.field("clips", TEXTS, nullable=False),
+        pa.field("question", pa.string(), nullable=False),
+        pa.field("choices", TEXTS, nullable=False),
+        pa.field("answer", TEXTS, nullable=False),  # the right ones; empty where they are not public
+        pa.field("prediction", pa.string(), nullable=False),  # empty where there is none
+        pa.field("score", pa.float64()),  # 1 or 0, or of a description the score that they are compared by
+        pa.field("seconds", pa.float64()),  # null of an answer that no model gave
+        pa.field("error", pa.string()),
+        pa.field("detail", pa.string()),
+        pa.field("groups", pa.map_(pa.string(), pa.string()), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A benchmark with what was answered under each condition, and what that scores.
+
+    Attributes:
+        known: rows of the items whose right answers are public, which scores are of.
+        scored: by condition; empty where there are none.
+    """
+
+    benchmark: Benchmark
+    items: list[Item]
+    replies: dict[str, list[Reply]]
+    known: np.ndarray
+    scored: dict[str, Scored]
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Answer and score the split; write `predictions.parquet`, `report.json` and `report.md`; return the report.
+    """Answer and score; write `predictions.parquet`, `report.json`, `report.md` and `report.html`; return the report.
 
     Raises:
-        ValueError: the shards hold no encoder features, or the split is empty.
+        FileNotFoundError: questions, clips, shards or model are absent.
+        ValueError: there are no questions of a benchmark, too many have no answer, or `output` holds other answers.
     """
-    Manifest.read_with(config.shards, "encoder")
-    table = read_records(config.shards, config.split)
-    table = table.slice(0, config.limit)
-    if not len(table):
-        raise ValueError(f"split {config.split!r} of {config.shards} has no records")
-    table = table.drop_columns(["prompt_ids", "answer_ids"]).append_column("row", pa.array(range(len(table))))
-    conditions = [table.append_column("condition", pa.array([name] * len(table))) for name in config.conditions]
-    questions = pa.concat_tables(conditions)
-    store = ray.put(FeatureStore.load(config.shards))
-    blocks = max(config.workers, len(questions) // (4 * config.batch_size))
-    answered = ray.data.from_arrow(questions, override_num_blocks=blocks).map_batches(
-        AnswerBatch,
-        fn_constructor_args=(config.model, store, config.max_new_tokens, config.batch_size, config.dtype),
-        batch_size=config.batch_size,
-        concurrency=config.workers,
-        num_gpus=config.gpus_per_worker or None,
-    )
-    rows = sorted(answered.take_all(), key=lambda row: (config.conditions.index(row["condition"]), row["row"]))
-    for row in rows:
-        row["right"] = scores.is_right(from_row(row), row["prediction"])
-    storage.write_table(storage.join(config.output, "predictions.parquet"), pa.Table.from_pylist(rows))
-    known = [from_row(row) for row in read_records(config.shards, "train").to_pylist()]
-    report = score(rows, config.conditions, known) | {"model": config.model, "split": config.split}
-    storage.write_json(storage.join(config.output, "report.json"), report)
-    storage.write_bytes(storage.join(config.output, "report.md"), markdown(report).encode())
+    source = Source(config)
+    questions = select(config, source)
+    asked = {
+        (item.id, benchmark.prompt(item)): Asked(item, benchmark.prompt(item))
+        for benchmark, items in questions
+        for item in items
+    }
+    places = {key: row for row, key in enumerate(asked)}
+    replies = ask(config, list(asked.values()), source)
+    answered = []
+    for benchmark, items in questions:
+        rows = [places[item.id, benchmark.prompt(item)] for item in items]
+        own = {condition: [of_all[row] for row in rows] for condition, of_all in replies.items()}
+        if config.listens:  # what was written to a prompt, and not drawn or given
+            own |= {name: _as_answers(benchmark, items, own[name]) for name in own if name != "chance"}
+        answered.append(score(benchmark, items, own))
+    report = {
+        "model": config.model,
+        "split": config.split,
+        "records": len(asked),
+        "conditions": list(replies),
+        "benchmarks": {each.benchmark.name: summarise(each, config) for each in answered},
+        "no_answer": {
+            name: dict(Counter(reply.error for reply in own if reply.error)) for name, own in replies.items()
+        },
+        "cut": {name: _cut(own) for name, own in replies.items()},
+        "seconds_an_answer": {name: _quantiles(own) for name, own in replies.items()},
+    }
+    if config.against:
+        report["comparison"] = compare(answered, config)
+    write(config, answered, report)
+    for each in answered:
+        if isinstance(each.benchmark, MMAU) and "audio" in each.replies:
+            write_submission(config, source, each)
     return report
 
 
-class AnswerBatch:
-    """Ray Data actor that answers batches of questions from stored features."""
-
-    def __init__(self, model: str, store: ray.ObjectRef, max_new_tokens: int, batch_size: int, dtype: str | None):
-        self.engine = Engine.load(
-            model, dtype=dtype, slots=batch_size, max_new_tokens=max_new_tokens, max_waiting=batch_size, cpu_threads=1
-        )
-        self.store: FeatureStore = ray.get(store)
-        self.max_new_tokens = max_new_tokens
-        self.samples = self.engine.processor.feature_extractor.clip_samples
-        self.silence = self.engine.encode([np.zeros(self.samples, np.float32)])[0]
-        self.noise: dict[str, ClipFeatures] = {}  # by clip: drawn and encoded once, asked about many times
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        requests = [
-            Request(row["input"], (self._clip(row, "clip1"), self._clip(row, "clip2")), self.max_new_tokens)
-            for row in rows
-        ]
-        batch["prediction"] = np.array([answer.text for answer in self.engine.generate(requests)], object)
-        return batch
-
-    def _clip(self, row: dict[str, Any], side: str) -> ClipFeatures:
-        if row["condition"] == "audio":
-            place = self.store.rows[row[side]]
-            arrays = self.store.arrays
-            return ClipFeatures(arrays["frames"][place], arrays["latent"][place])
-        if row["condition"] == "text_only":
-            return self.silence
-        clip_id = row[side]
-        if clip_id not in self.noise:
-            noise = np.random.default_rng(zlib.crc32(clip_id.encode())).normal(0.0, NOISE_LEVEL, self.samples)
-            self.noise[clip_id] = self.engine.encode([noise.astype(np.float32)])[0]
-        return self.noise[clip_id]
+def _cut(replies: Sequence[Reply]) -> dict[str, int]:
+    return dict(Counter(reply.detail for reply in replies if reply.detail and not reply.error))
 
 
-def score(rows: list[dict[str, Any]], conditions: Sequence[str], known: list[Record]) -> dict[str, Any]:
-    """Return accuracy by family, over all multiple-choice families, and overall, for each condition and for chance."""
-    accuracy: dict[str, dict[str, float]] = {}
-    records: list[Record] = []
-    for condition in conditions:
-        own = [row for row in rows if row["condition"] == condition]
-        records = [from_row(row) for row in own]
-        accuracy[condition] = scores.by_family(records, [row["right"] for row in own])
-    accuracy["chance"] = scores.chance(records, known)
-    choice = scores.multiple_choice_families(records)
-    return {
-        "records": len(records),
-        "families": {
-            family: {name: round(values[family], 4) for name, values in accuracy.items()}
-            for family in sorted(accuracy["chance"])
-        },
-        "multiple_choice_families": choice,
-        "multiple_choice": {name: round(scores.mean(values, choice), 4) for name, values in accuracy.items()},
-        "overall": {name: round(scores.mean(values), 4) for name, values in accuracy.items()},
+def _quantiles(replies: Sequence[Reply]) -> dict[str, float]:
+    """Return how long answers took, of those whose time was taken."""
+    seconds = [reply.seconds for reply in replies if reply.seconds is not None]
+    shares = {"median": 0.5, "p95": 0.95, "max": 1.0} if seconds else {}
+    return {name: round(float(np.quantile(seconds, share)), 4) for name, share in shares.items()}
+
+
+def select(config: EvaluateConfig, source: Source) -> list[tuple[Benchmark, list[Item]]]:
+    """Return the benchmarks that are asked for with their questions; of `all`, those that there are questions of.
+
+    Raises:
+        ValueError: there is no such benchmark, or there are no questions of one that was named.
+    """
+    every = "all" in config.benchmark
+    unknown = [name for name in config.benchmark if name not in BENCHMARKS and name != "all"]
+    if unknown:
+        raise ValueError(f"benchmark {unknown[0]!r} does not exist; there are {', '.join(BENCHMARKS)}, and all")
+    chosen = []
+    for name in BENCHMARKS if every else dict.fromkeys(config.benchmark):
+        benchmark = BENCHMARKS[name]()
+        # MMAU's file alone is enough for MMAU.
+        there = benchmark.records(source) if not every or name == "mmau" or config.shards or config.corpus else []
+        if there:
+            chosen.append((benchmark, there[: config.limit]))
+        elif not every:
+            families = Counter(item.family for item in source.records) if config.shards or config.corpus else {}
+            found = ", ".join(sorted(families)) or "none"
+            raise ValueError(
+                f"benchmark {name}: split {config.split!r} has no such questions; families there: {found}"
+                + ("; give `mmau`, the benchmark's file" if name == "mmau" else "")
+            )
+    if not chosen:
+        raise ValueError(f"split {config.split!r} has no questions of any benchmark")
+    return chosen
+
+
+def _as_answers(benchmark: Benchmark, items: Sequence[Item], replies: Sequence[Reply]) -> list[Reply]:
+    return [replace(reply, text=benchmark.reply(item, reply.text)) for item, reply in zip(items, replies, strict=True)]
+
+
+def score(benchmark: Benchmark, items: list[Item], replies: dict[str, list[Reply]]) -> Answered:
+    """Score what was answered to a benchmark's items."""
+    known = [row for row, item in enumerate(items) if item.references]
+    own = [items[row] for row in known]
+    texts = {name: [of[row].text for row in known] for name, of in replies.items() if known}
+    scored = {
+        name: score_chance(benchmark, own, drawn) if name == "chance" else benchmark.score(own, drawn)
+        for name, drawn in texts.items()
     }
+    return Answered(benchmark, items, replies, np.array(known, np.int64), scored)
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """Return the report's table."""
-    names = list(report["overall"])
-    rows = [(family, values) for family, values in report["families"].items()]
-    rows += [
-        ("**multiple choice, mean**", report["multiple_choice"]),
-        ("**all families, mean**", report["overall"]),
+def score_chance(benchmark: Benchmark, items: Sequence[Item], drawn: Sequence[str]) -> Scored:
+    """Return what drawn answers are expected to score: over every choice alike, where a question has choices."""
+    answers = [item.choices or (text,) for item, text in zip(items, drawn, strict=True)]
+    question = np.repeat(np.arange(len(items)), [len(own) for own in answers])
+    every = benchmark.score([items[int(row)] for row in question], [text for own in answers for text in own])
+    each = np.bincount(question, weights=every.each) / np.bincount(question)
+    return Scored([Expected(measure, question) for measure in every.measures], every.main, each)
+
+
+def summarise(answered: Answered, config: EvaluateConfig) -> dict[str, Any]:
+    """Return a benchmark's scores with their intervals, over all and by category, and how they fall without audio."""
+    benchmark, known = answered.benchmark, [answered.items[row] for row in answered.known]
+    summary: dict[str, Any] = {
+        "title": benchmark.title,
+        "questions": len(answered.items),
+        "scored": len(known),
+        "unavailable": benchmark.scorer.unavailable if isinstance(benchmark, Description) else {},
+    }
+    if not known:
+        return summary
+    draws = Resampling([item.clips[0] for item in known], config.resamples, config.seed)
+    summary["main"] = answered.scored["audio" if "audio" in answered.scored else next(iter(answered.scored))].main
+    summary["scores"] = {name: _estimates(draws, scored.measures) for name, scored in answered.scored.items()}
+    summary["groups"] = {}
+    for axis in dict.fromkeys(axis for item in known for axis in item.groups):
+        values = np.array([item.groups.get(axis, "") for item in known])
+        if len(set(values)) > 1:
+            summary["groups"][axis] = {
+                str(value): _of_group(answered, draws, np.flatnonzero(values == value)) for value in sorted(set(values))
+            }
+    heard = answered.scored.get("audio")
+    summary["control"] = {
+        name: asdict(draws.compare(_main(heard), _main(scored))[summary["main"]])
+        for name, scored in answered.scored.items()
+        if heard and name in ("noise", "text_only")
+    }
+    return summary
+
+
+def _estimates(draws: Resampling, measures: Sequence[Measure]) -> dict[str, dict[str, float]]:
+    return {name: asdict(value) for measure in measures for name, value in draws.estimate(measure).items()}
+
+
+def _main(scored: Scored) -> Measure:
+    return next(measure for measure in scored.measures if scored.main in measure.names)
+
+
+def _of_group(answered: Answered, draws: Resampling, rows: np.ndarray) -> dict[str, Any]:
+    """Return the main score of some of the items, under each condition."""
+    own = draws.of(rows)
+    scores = {name: own.estimate(_main(scored).of(rows))[scored.main] for name, scored in answered.scored.items()}
+    return {"questions": len(rows), "scores": {name: asdict(value) for name, value in scores.items()}}
+
+
+def compare(answered: Sequence[Answered], config: EvaluateConfig) -> dict[str, Any]:
+    """Compare with another evaluation on the questions that both answered, with audio.
+
+    A score counts as lower where its difference is significant among all that are compared (Holm, 5 %).
+
+    Raises:
+        ValueError: the other evaluation has none of the questions.
+    """
+    assert config.against
+    table = read_table(storage.join(config.against, PREDICTIONS))
+    rows = [row for row in table.to_pylist() if row["condition"] == "audio"]
+    others = {(row["benchmark"], row["id"], row["question"]): row["prediction"] for row in rows}
+    compared: list[dict[str, Any]] = []
+    for each in answered:
+        name = each.benchmark.name
+        both = [row for row in each.known if (name, each.items[row].id, each.items[row].question) in others]
+        if not both or "audio" not in each.replies:
+            continue
+        items = [each.items[row] for row in both]
+        now = each.benchmark.score(items, [each.replies["audio"][row].text for row in both])
+        before = each.benchmark.score(items, [others[name, item.id, item.question] for item in items])
+        draws = Resampling([item.clips[0] for item in items], config.resamples, config.seed)
+        for measure, other in zip(now.measures, before.measures, strict=True):
+            for score_name, difference in draws.compare(measure, other).items():
+                compared.append({"benchmark": name, "score": score_name, "questions": len(both), **asdict(difference)})
+    if not compared:
+        raise ValueError(f"against {config.against}: it has none of the questions that were answered here, with audio")
+    for row, significant in zip(compared, holm([row["p"] for row in compared]), strict=True):
+        row["significant"] = significant
+    lower = [f"{row['benchmark']} {row['score']}" for row in compared if row["significant"] and row["value"] < 0]
+    return {"against": config.against, "differences": compared, "lower": lower}
+
+
+def write(config: EvaluateConfig, answered: Sequence[Answered], report: dict[str, Any]) -> None:
+    """Write predictions and report."""
+    rows = [row for each in answered for row in _prediction_rows(each)]
+    storage.write_table(storage.join(config.output, PREDICTIONS), pa.Table.from_pylist(rows, schema=PREDICTION_SCHEMA))
+    storage.write_json(storage.join(config.output, "report.json"), report)
+    storage.write_bytes(storage.join(config.output, "report.md"), markdown(report).encode())
+    examples = {each.benchmark.name: _worst(each, config.examples) for each in answered}
+    storage.write_bytes(storage.join(config.output, "report.html"), page(report, examples).encode())
+
+
+def _prediction_rows(answered: Answered) -> Iterator[dict[str, Any]]:
+    scores = {name: dict(zip(answered.known, scored.each, strict=True)) for name, scored in answered.scored.items()}
+    for condition, replies in answered.replies.items():
+        for row, (item, reply) in enumerate(zip(answered.items, replies, strict=True)):
+            yield {
+                "benchmark": answered.benchmark.name,
+                "condition": condition,
+                "id": item.id,
+                "clips": item.files or item.clips,
+                "question": item.question,
+                "choices": item.choices,
+                "answer": item.references,
+                "prediction": reply.text,
+                "score": scores[condition].get(row) if scores else None,
+                "seconds": reply.seconds,
+                "error": reply.error,
+                "detail": reply.detail,
+                "groups": list(item.groups.items()),
+            }
+
+
+def _worst(answered: Answered, count: int) -> list[Example]:
+    """Return the questions with the lowest scores with audio; of equal ones any, but the same each time."""
+    if "audio" not in answered.scored:
+        return []
+    each = answered.scored["audio"].each
+    draw = [zlib.crc32(answered.items[row].id.encode()) for row in answered.known]
+    order = sorted(range(len(each)), key=lambda place: (each[place], draw[place]))[:count]
+    rows = [(int(answered.known[place]), float(each[place])) for place in order]
+    return [
+        Example(
+            item=answered.items[row],
+            score=value,
+            predictions={condition: replies[row] for condition, replies in answered.replies.items()},
+        )
+        for row, value in rows
     ]
-    width = max(len(family) for family, _ in rows)
-    lines = [
-        f"| {'family':{width}} | " + " | ".join(f"{name:>9}" for name in names) + " |",
-        f"|{'-' * (width + 2)}|" + "|".join(f"{'-' * 10}:" for _ in names) + "|",
+
+
+def write_submission(config: EvaluateConfig, source: Source, answered: Answered) -> None:
+    """Write MMAU's file with `model_output` in every entry that was asked, for its own script or its leaderboard."""
+    replies = answered.replies["audio"]
+    output = {item.id: reply.text for item, reply in zip(answered.items, replies, strict=True)}
+    entries = [
+        entry | {"model_output": output[f"mmau/{entry['id']}"]}
+        for entry in source.mmau_entries
+        if f"mmau/{entry['id']}" in output
     ]
-    lines += [
-        f"| {family:{width}} | " + " | ".join(f"{values[name]:9.3f}" for name in names) + " |"
-        for family, values in rows
-    ]
-    return "\n".join(lines) + "\n"
+    storage.write_json(storage.join(config.output, SUBMISSION), entries)

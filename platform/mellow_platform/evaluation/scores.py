@@ -1,9 +1,13 @@
-"""Scores of answers by question family, and what chance gives."""
+"""What counts as right: word for word, by the choice that an answer names, or by MMAU's matching of words."""
 
-from collections import Counter, defaultdict
+import re
 from collections.abc import Sequence
 
 from mellow_platform.data.records import Record
+
+_WORD = re.compile(r"\w+")
+_LETTERED = re.compile(r"\(?([a-h])[).:]\s*(.*)", re.DOTALL | re.IGNORECASE)
+_LETTER = re.compile(r"\(?([a-h])[).:]?", re.IGNORECASE)
 
 
 def normal(text: str) -> str:
@@ -16,42 +20,61 @@ def is_right(record: Record, answer: str) -> bool:
     return normal(answer) == normal(record.answer)
 
 
-def by_family(records: Sequence[Record], right: Sequence[bool]) -> dict[str, float]:
-    """Return the share of right answers in each family."""
-    groups: dict[str, list[bool]] = defaultdict(list)
-    for record, hit in zip(records, right, strict=True):
-        groups[record.family].append(hit)
-    return {family: sum(hits) / len(hits) for family, hits in sorted(groups.items())}
+def words(text: str) -> frozenset[str]:
+    """Return the words of a text, lower-cased: maximal runs of letters, digits and underscores."""
+    return frozenset(_WORD.findall(text.lower()))
 
 
-def chance(records: Sequence[Record], known: Sequence[Record]) -> dict[str, float]:
-    """Return the expected accuracy, by family, of answering without the question's audio or text.
+def matches(prediction: str, answer: str, choices: Sequence[str]) -> bool:
+    """Tell whether a prediction is right by MMAU's official matching.
 
-    Among given choices each is equally likely; an open question gets an answer drawn from those of its family in
-    `known` (the train split).
+    It holds every word of the answer, and no word that stands only in wrong choices.
     """
-    answers: dict[str, Counter] = defaultdict(Counter)
-    for record in known:
-        answers[record.family][normal(record.answer)] += 1
-
-    def expected(record: Record) -> float:
-        if record.choices:
-            return 1 / len(record.choices)
-        drawn = answers[record.family]
-        return drawn[normal(record.answer)] / drawn.total() if drawn else 0.0
-
-    groups: dict[str, list[float]] = defaultdict(list)
-    for record in records:
-        groups[record.family].append(expected(record))
-    return {family: sum(values) / len(values) for family, values in sorted(groups.items())}
+    said, right = words(prediction), words(answer)
+    wrong = frozenset().union(*map(words, choices)) - right
+    return bool(said) and right <= said and said.isdisjoint(wrong)
 
 
-def multiple_choice_families(records: Sequence[Record]) -> list[str]:
-    """Return the families whose questions bring lettered choices."""
-    return sorted({record.family for record in records if record.is_multiple_choice})
+def chosen(prediction: str, choices: Sequence[str]) -> int | None:
+    """Return the number of the choice that a prediction names, or None where it names none or several.
+
+    The letter decides where the answer begins with one, as lettered choices do (`b) chirping birds`), else the one
+    choice whose words stand in the answer, one after another. A choice within another that is named (`rain` in `heavy
+    rain`) does not count.
+    """
+    said = normal(unlettered(prediction))
+    texts = [normal(unlettered(choice)) for choice in choices]
+    letter = _letter(prediction) if all(map(_LETTERED.match, choices)) else None
+    if letter is not None:
+        return letter if letter < len(choices) else None
+    if said in texts:
+        return texts.index(said)
+    named = [place for place, text in enumerate(texts) if text and _holds(said, text)]
+    within = {part for part in named for whole in named if part != whole and _holds(texts[whole], texts[part])}
+    left = [place for place in named if place not in within]
+    return left[0] if len(left) == 1 else None
 
 
-def mean(values: dict[str, float], families: Sequence[str] | None = None) -> float:
-    """Return the mean over families (all by default)."""
-    chosen = [values[family] for family in (values if families is None else families)]
-    return sum(chosen) / len(chosen) if chosen else 0.0
+def unlettered(text: str) -> str:
+    """Return an answer or a choice without the letter before it."""
+    found = _LETTERED.fullmatch(text.strip())
+    return found[2] if found and found[2] else text.strip()
+
+
+def choice_text(answer: str, choices: Sequence[str]) -> str:
+    """Return what an answer to lettered `choices` says without the letter; a letter alone stands for its choice."""
+    letter = _letter(answer)
+    if _LETTER.fullmatch(answer.strip()) and letter is not None and letter < len(choices):
+        return choices[letter]
+    return unlettered(answer)
+
+
+def _letter(text: str) -> int | None:
+    """Return the number of the letter that a text begins with or is."""
+    found = _LETTERED.fullmatch(text.strip()) or _LETTER.fullmatch(text.strip())
+    return ord(found[1].lower()) - ord("a") if found else None
+
+
+def _holds(text: str, part: str) -> bool:
+    """Tell whether the words of `part` stand in `text`, one after another."""
+    return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None

@@ -1,19 +1,17 @@
 """What is asked about which clips: the same questions about every clip of a folder, or the rows of a table."""
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
 
 from mellow_platform import storage
 from mellow_platform.config import PredictConfig
 from mellow_platform.data.sources import AUDIO_SUFFIXES
+from mellow_platform.data.tables import read_table
 
 TEXT_COLUMNS = ("clip", "clip2", "question")
 # What the answers stand in: a table to be answered cannot have these columns.
@@ -102,10 +100,7 @@ def read_asked(config: PredictConfig) -> Asked:
 
 
 def _read_table(config: PredictConfig, uri: str) -> Asked:
-    try:
-        table = _parse(uri, storage.read_bytes(uri))
-    except (pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{uri} cannot be read as its name says: {error}") from error
+    table = read_table(uri, text_columns=(*TEXT_COLUMNS, "choices"))
     names = table.column_names
     if missing := [name for name in ("clip", "question") if name not in names]:
         raise ValueError(f"{uri} has no column {' and no column '.join(missing)}; it has {', '.join(names)}")
@@ -121,30 +116,6 @@ def _read_table(config: PredictConfig, uri: str) -> Asked:
     asked = Asked(table.take(_order(table)), config.clips)
     _check(asked, uri, config.window)
     return asked
-
-
-def _parse(uri: str, data: bytes) -> pa.Table:
-    suffix = uri.rpartition(".")[2].lower()
-    if suffix == "parquet":
-        # What pandas left in the metadata speaks of columns that the answers do not have.
-        return pq.read_table(io.BytesIO(data)).replace_schema_metadata(None)
-    if suffix == "csv":
-        text = dict.fromkeys((*TEXT_COLUMNS, "choices"), pa.string())  # a clip may be called 001
-        return pa.csv.read_csv(
-            io.BytesIO(data),
-            parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-            convert_options=pa.csv.ConvertOptions(column_types=text),
-        )
-    if suffix == "json":
-        rows = json.loads(data)
-    elif suffix == "jsonl":
-        rows = [json.loads(line) for line in data.decode().splitlines() if line.strip()]
-    else:
-        raise ValueError(f"table {uri} is not a .parquet, .csv, .json or .jsonl file")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{uri}: expected a list of objects, one a question")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
 
 
 def _texts(uri: str, column: str, values: list[Any]) -> pa.Array:

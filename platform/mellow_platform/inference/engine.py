@@ -8,6 +8,7 @@ has to offer the same.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -491,6 +492,7 @@ class Engine:
                 sequence.prompt_tokens,
                 "stop" if stopped else "length",
                 tuple(sequence.logprobs) if sequence.request.logprobs else None,
+                time.monotonic() - sequence.stream.created,
             )
             sequence.stream.put(answer)
             self._release(slot)

@@ -243,14 +243,15 @@ def decode_groups(groups: pa.Table, extractor: MellowFeatureExtractor, limits: L
     decoded: dict[str, np.ndarray | AudioError] = {}
     for row in rows:
         decoded = {
-            uri: decoded[uri] if uri in decoded else _decoded(next(files)[1], extractor.sampling_rate, limits)
+            uri: decoded[uri] if uri in decoded else decode_or_reason(next(files)[1], extractor.sampling_rate, limits)
             for uri in dict.fromkeys(row["uris"])
         }
         heard = {name: row[name] for name in ("row", "questions", "choices")} | _heard(decoded, row, extractor, rule)
         yield pa.Table.from_pylist([heard], schema=HEARD_SCHEMA)
 
 
-def _decoded(data: bytes | AudioError, rate: int, limits: Limits) -> np.ndarray | AudioError:
+def decode_or_reason(data: bytes | AudioError, rate: int, limits: Limits) -> np.ndarray | AudioError:
+    """Return a recording's waveform [samples] at `rate` Hz, or why there is none."""
     if isinstance(data, AudioError):
         return data
     try:

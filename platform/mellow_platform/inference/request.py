@@ -5,7 +5,7 @@ import hashlib
 import queue
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -81,6 +81,7 @@ class Answer:
         prompt_tokens: of the question, the end marker included.
         finish_reason: `stop` (end marker or stop string) or `length` (`max_new_tokens`).
         logprobs: of each token, when asked for.
+        seconds: from the request to the whole answer, waiting for a slot included.
     """
 
     text: str
@@ -88,6 +89,7 @@ class Answer:
     prompt_tokens: int
     finish_reason: Literal["stop", "length"]
     logprobs: tuple[float, ...] | None = None
+    seconds: float = field(default=0.0, compare=False)  # equal answers may take different times
 
 
 @dataclass(frozen=True)

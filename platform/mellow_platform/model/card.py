@@ -127,22 +127,31 @@ def model_card(
 
 
 def score_table(report: dict[str, Any]) -> str:
-    """Return the accuracies of an evaluation report, a row a question family, as Markdown.
+    """Return the main scores of an evaluation report, a row a benchmark and question family, as Markdown.
 
     Raises:
-        ValueError: it has no `families`, `overall` and `records`.
+        ValueError: it has no `benchmarks`, `conditions`, `records` or `split`.
     """
-    absent = [name for name in ("records", "families", "overall") if name not in report]
+    absent = [name for name in ("records", "split", "conditions", "benchmarks") if name not in report]
     if absent:
         raise ValueError(f"the report has no {', '.join(absent)}: give the report.json that jobs/evaluate.py wrote")
-    conditions = list(report["overall"])
-    rows = [*report["families"].items(), ("mean over families", report["overall"])]
+    conditions = report["conditions"]
+    rows: list[tuple[str, str, dict[str, Any]]] = []
+    for name, summary in report["benchmarks"].items():
+        if "scores" not in summary:
+            continue  # right answers are not public
+        main = summary["main"]
+        rows.append((name, main, {condition: own[main] for condition, own in summary["scores"].items()}))
+        rows += [(family, main, own["scores"]) for family, own in summary["groups"].get("family", {}).items()]
     lines = [
-        f"Accuracy on {report['records']:,} questions of the split {report.get('split', 'test')}:",
+        f"On {report['records']:,} questions of the split {report['split']}:",
         "",
-        f"| family | {' | '.join(conditions)} |",
-        f"|---|{'---:|' * len(conditions)}",
-        *(f"| {family} | {' | '.join(f'{values[name]:.3f}' for name in conditions)} |" for family, values in rows),
+        f"| questions | score | {' | '.join(conditions)} |",
+        f"|---|---|{'---:|' * len(conditions)}",
+        *(
+            f"| {name} | {score} | {' | '.join(format(values[each]['value'], '.3f') for each in conditions)} |"
+            for name, score, values in rows
+        ),
     ]
     return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from ray import tune
 from mellow_platform import storage
 from mellow_platform.config import AblationConfig, EvaluateConfig, PreprocessConfig, TrainConfig
 from mellow_platform.evaluation.evaluate import evaluate
+from mellow_platform.evaluation.report import of_main
 from mellow_platform.features.preprocess import preprocess
 from mellow_platform.model.folder import load_processor
 from mellow_platform.training.ablation_report import Outcome, report, write_report
@@ -176,9 +177,12 @@ def train_and_score(values: dict[str, str], runs: dict[str, Run]) -> None:
     scores = {"steps": result["step"]} | {name: validated[name] for name in ("val_accuracy", "val_loss")}
     if run.evaluate:
         condition = run.evaluate.conditions[0]
-        answered = evaluate(run.evaluate)
-        scores["accuracy"] = answered["overall"][condition]
-        scores |= {family: values[condition] for family, values in answered["families"].items()}
+        benchmarks = evaluate(run.evaluate)["benchmarks"]
+        mains = {name: of_main(benchmark)[condition]["value"] for name, benchmark in benchmarks.items()}
+        scores |= {"accuracy" if name == next(iter(mains)) else name: value for name, value in mains.items()}
+        for benchmark in benchmarks.values():
+            families = benchmark["groups"].get("family", {})
+            scores |= {family: own["scores"][condition]["value"] for family, own in families.items()}
     run.write_scores(scores)
     tune.report(scores)
 

@@ -1,0 +1,285 @@
+"""What can be judged: a Mellow folder, an endpoint that hears, and answers that need no ears to compare with."""
+
+import base64
+import os
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Protocol
+
+import numpy as np
+import openai
+import pyarrow as pa
+
+from mellow_platform import storage
+from mellow_platform.config import EvaluateConfig
+from mellow_platform.data.audio import AudioError, Limits, decode, encode
+from mellow_platform.data.sources import Address, read_clips
+from mellow_platform.data.tables import read_table
+from mellow_platform.evaluation.items import Item
+from mellow_platform.features.store import FeatureStore
+from mellow_platform.inference.engine import Engine
+from mellow_platform.inference.predict import decode_or_reason
+from mellow_platform.inference.request import Answer, Clip, ClipFeatures, Request
+from mellow_platform.inference.windows import windows
+
+NOISE_LEVEL = 0.1  # standard deviation, full scale 1
+RATE = 32_000  # Hz, of clips that are made WAV
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: the prompt, and keys of the clips (ids in the shards, or URIs)."""
+
+    prompt: str
+    clips: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back.
+
+    Attributes:
+        text: the answer; empty where there is none.
+        seconds: that it took.
+        error: short name to count by of why there is no answer.
+        detail: the reason in words; of an answer, what was cut, in words to count by.
+    """
+
+    text: str = ""
+    seconds: float | None = None
+    error: str | None = None
+    detail: str | None = None
+
+
+class Answerer(Protocol):
+    """A model that hears; made once in each actor. Several of its calls may run at a time."""
+
+    def answer(self, questions: Sequence[Question], condition: str) -> list[Reply]:
+        """Answer questions about their clips (`audio`), with `noise` in their place, or without them (`text_only`)."""
+
+
+def noise_for(clip: str, samples: int) -> np.ndarray:
+    """Return the Gaussian noise [samples] that stands for a clip: the same every time."""
+    rng = np.random.default_rng(zlib.crc32(clip.encode()))
+    return rng.normal(0.0, NOISE_LEVEL, samples).astype(np.float32)
+
+
+class MellowAnswerer:
+    """A Mellow folder in the engine; clips that the shards hold are not encoded again.
+
+    Under `text_only` it hears the mean of what the encoder makes of clips, which tells nothing about any one. Silence
+    would: it is a sound that there are right answers to.
+
+    Args:
+        among: clips to take the mean of.
+    """
+
+    def __init__(self, config: EvaluateConfig, store: FeatureStore | None, among: Sequence[str]):
+        self.config, self.store = config, store
+        self.engine = Engine.load(
+            config.model,
+            dtype=config.dtype,
+            slots=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+            max_waiting=config.batch_size,
+            cpu_threads=1,
+        )
+        self.extractor = self.engine.processor.feature_extractor
+        self.mean = self._mean(among) if "text_only" in config.conditions else None
+        self.noise: dict[str, ClipFeatures] = {}  # by clip: drawn and encoded once, asked about many times
+
+    def answer(self, questions: Sequence[Question], condition: str) -> list[Reply]:
+        heard = self._heard({clip for question in questions for clip in question.clips}, condition)
+        replies: list[Reply | None] = []
+        requests = []
+        for question in questions:
+            sounds = [heard[clip] for clip in question.clips]
+            clips = tuple(sound for sound in sounds if not isinstance(sound, AudioError))
+            errors = [sound for sound in sounds if isinstance(sound, AudioError)]
+            replies.append(Reply(error=errors[0].reason, detail=str(errors[0])) if errors else None)
+            if not errors:
+                requests.append(Request(question.prompt, clips, self.config.max_new_tokens))
+        answers = iter(self.engine.generate(requests))
+        return [reply or self._reply(next(answers)) for reply in replies]
+
+    def _reply(self, answer: Answer) -> Reply:
+        length = self.engine.processor.prompt_length
+        cut = [f"prompt cut to {length} tokens"] if answer.prompt_tokens > length else []
+        cut += [f"answer cut to {self.config.max_new_tokens} tokens"] if answer.finish_reason == "length" else []
+        return Reply(answer.text, answer.seconds, detail=", ".join(cut) or None)
+
+    def _heard(self, clips: set[str], condition: str) -> dict[str, Clip | AudioError]:
+        if condition == "text_only":
+            assert self.mean
+            return dict.fromkeys(clips, self.mean)
+        if condition == "noise":
+            samples = self.extractor.clip_samples
+            for clip in sorted(clips - self.noise.keys()):
+                self.noise[clip] = self.engine.encode([noise_for(clip, samples)])[0]
+            return {clip: self.noise[clip] for clip in clips}
+        places = {clip: self.store.rows[clip] for clip in clips if clip in self.store.rows} if self.store else {}
+        heard: dict[str, Clip | AudioError] = {clip: self._stored(place) for clip, place in places.items()}
+        limits = Limits(**self.config.limits.model_dump())
+        rate = self.extractor.sampling_rate
+        for address, data in read_clips([Address(clip, "", clip) for clip in sorted(clips - places.keys())], limits):
+            waveform = decode_or_reason(data, rate, limits)
+            if not isinstance(waveform, AudioError):
+                waveform = windows([waveform], self.extractor.clip_samples, rate, "first")[0].clips[0]
+            heard[address.uri] = waveform
+        return heard
+
+    def _mean(self, clips: Sequence[str]) -> ClipFeatures:
+        heard = [clip for clip in self._heard(set(clips), "audio").values() if not isinstance(clip, AudioError)]
+        features = [clip if isinstance(clip, ClipFeatures) else self.engine.encode([clip])[0] for clip in heard]
+        if not features:  # nothing can be heard under the condition audio either
+            return self.engine.encode([np.zeros(self.extractor.clip_samples, np.float32)])[0]
+        frames, latent = ([getattr(clip, name) for clip in features] for name in ("frames", "latent"))
+        return ClipFeatures(_mean_of(frames), _mean_of(latent))
+
+    def _stored(self, place: int) -> ClipFeatures:
+        assert self.store
+        return ClipFeatures(self.store.arrays["frames"][place], self.store.arrays["latent"][place])
+
+
+def _mean_of(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.stack(arrays).mean(axis=0, dtype=np.float64).astype(np.float16)
+
+
+class EndpointAnswerer:
+    """An endpoint that speaks OpenAI's chat completions and takes `input_audio` parts.
+
+    Raises:
+        ConnectionError: it cannot be reached, or refuses the key, the model or the address.
+    """
+
+    def __init__(self, config: EvaluateConfig, key: str):
+        self.config = config
+        section = config.endpoint
+        self.client = openai.OpenAI(
+            base_url=config.model, api_key=key, max_retries=section.retries, timeout=section.timeout
+        )
+        self.model = section.model or self._first_model()
+        self.pool = ThreadPoolExecutor(section.concurrency)
+
+    def _first_model(self) -> str:
+        try:
+            listed = self.client.models.list().data
+        except openai.OpenAIError as error:
+            raise ConnectionError(
+                f"{self.config.model} does not list its models: {error}; give endpoint.model"
+            ) from error
+        if not listed:
+            raise ConnectionError(f"{self.config.model} lists no model: give endpoint.model")
+        return listed[0].id
+
+    def answer(self, questions: Sequence[Question], condition: str) -> list[Reply]:
+        sounds = self._sounds({clip for question in questions for clip in question.clips}, condition)
+        return list(self.pool.map(lambda question: self._ask(question, sounds), questions))
+
+    def _ask(self, question: Question, sounds: dict[str, dict[str, str] | AudioError]) -> Reply:
+        content: list[Any] = [{"type": "text", "text": question.prompt}]
+        for clip in question.clips:
+            sound = sounds.get(clip)
+            if isinstance(sound, AudioError):
+                return Reply(error=sound.reason, detail=str(sound))
+            if sound:
+                content.append({"type": "input_audio", "input_audio": sound})
+        start = time.monotonic()
+        try:
+            completion = self.client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": content}],
+                max_tokens=self.config.max_new_tokens,
+                temperature=0.0,
+            )
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            return Reply(error="refused", detail=str(error))
+        except openai.OpenAIError as error:
+            raise ConnectionError(
+                f"{self.config.model} does not answer: {error}; answers so far are kept, submit the job again to go on"
+            ) from error
+        text = completion.choices[0].message.content if completion.choices else None
+        return Reply(text or "", time.monotonic() - start)
+
+    def _sounds(self, clips: set[str], condition: str) -> dict[str, dict[str, str] | AudioError]:
+        """Return the clips as parts of a message."""
+        if condition == "text_only" and self.config.endpoint.text_only == "omit":
+            return {}
+        if condition != "audio":
+            samples = 10 * RATE
+            silence = np.zeros(samples, np.float32)
+            return {
+                clip: _part(encode(noise_for(clip, samples) if condition == "noise" else silence, RATE, "WAV"), "wav")
+                for clip in sorted(clips)
+            }
+        limits = Limits(**self.config.limits.model_dump())
+        sounds: dict[str, dict[str, str] | AudioError] = {}
+        for address, data in read_clips([Address(clip, "", clip) for clip in sorted(clips)], limits):
+            sounds[address.uri] = data if isinstance(data, AudioError) else self._as_sent(address.uri, data, limits)
+        return sounds
+
+    def _as_sent(self, uri: str, data: bytes, limits: Limits) -> dict[str, str] | AudioError:
+        container = PurePosixPath(uri).suffix.removeprefix(".").lower()
+        try:
+            waveform = decode(data, RATE, limits)
+        except AudioError as error:
+            return error
+        if container in self.config.endpoint.formats:
+            return _part(data, container)
+        return _part(encode(np.clip(waveform, -1.0, 1.0), RATE, "WAV"), "wav")
+
+
+def _part(data: bytes, container: str) -> dict[str, str]:
+    return {"data": base64.b64encode(data).decode(), "format": container}
+
+
+def endpoint_key() -> str:
+    """Return the key for an endpoint; one on the same machine may need none."""
+    return os.environ.get("OPENAI_API_KEY", "none")
+
+
+def draw(items: Sequence[Item], seed: int) -> list[Reply]:
+    """Answer by chance: one of the choices, or to an open question the answer to another one of its family."""
+    answers: dict[str, dict[str, str]] = defaultdict(dict)
+    for item in items:
+        if item.references:
+            answers[item.family][item.id] = item.references[0]
+    replies = []
+    for item in items:
+        rng = np.random.default_rng([seed, zlib.crc32(item.id.encode())])
+        among: Sequence[str] = item.choices
+        if not among:
+            among = [text for id, text in answers[item.family].items() if id != item.id]
+        replies.append(Reply(among[int(rng.integers(len(among)))] if among else ""))
+    return replies
+
+
+def given(items: Iterable[Item], uri: str) -> list[Reply]:
+    """Return the answers in a file to items by their id; an item that it leaves out gets none, which is said.
+
+    The file is MMAU's with `model_output` added to each entry, a table with columns `id` and `prediction`, or the
+    folder of another evaluation.
+
+    Raises:
+        ValueError: it has no such columns, or an id twice.
+    """
+    file = uri if "." in PurePosixPath(uri).name else storage.join(uri, "predictions.parquet")
+    table = read_table(file, columns=("id", "prediction", "model_output", "condition"))
+    if "condition" in table.column_names:
+        table = table.filter(pa.compute.equal(table["condition"], "audio"))
+    text = next((name for name in ("prediction", "model_output") if name in table.column_names), "")
+    if not text or "id" not in table.column_names:
+        raise ValueError(f"{file} has no columns id, and prediction or model_output: they are needed")
+    found: dict[str, str] = {}
+    for id, answer in zip(table["id"].to_pylist(), table[text].to_pylist(), strict=True):
+        if found.setdefault(str(id), answer or "") != (answer or ""):
+            raise ValueError(f"{uri} has two answers to question {id}: keep one")
+    missing = "no_prediction", f"{uri} has no answer to it"
+    ids = [(item.id, item.id.partition("/")[2]) for item in items]
+    answers = [found.get(whole, found.get(short)) for whole, short in ids]
+    return [Reply(text) if text is not None else Reply(error=missing[0], detail=missing[1]) for text in answers]

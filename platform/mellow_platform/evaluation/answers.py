@@ -1,0 +1,201 @@
+"""Asking on Ray Data: answers to fixed ranges of the questions, each written as a whole, so that a killed job goes on.
+
+The output folder gets
+
+    configuration.json     what is asked, of which model; written first
+    answers/*.parquet      a row an answer; each file is a range of the questions under one condition
+    receipts/answers/      one JSON file a part, written after it: the part is done
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from mellow_platform import storage
+from mellow_platform.config import EvaluateConfig
+from mellow_platform.data import shards
+from mellow_platform.evaluation.answerers import (
+    Answerer,
+    EndpointAnswerer,
+    MellowAnswerer,
+    Question,
+    Reply,
+    draw,
+    endpoint_key,
+    given,
+)
+from mellow_platform.evaluation.items import Item, Source
+from mellow_platform.features.progress import Progress
+from mellow_platform.features.store import FeatureStore
+from mellow_platform.inference.predict import model_digest
+
+ANSWERS = "answers"
+# Parts that an actor answers at the same time: while the last answers of one are written, slots of the engine would
+# stand empty.
+PARTS_AT_ONCE = 2
+# Clips, the first that are asked about, whose mean stands for any of them where a model hears nothing.
+CLIPS_OF_THE_MEAN = 64
+
+ANSWER_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("seconds", pa.float64()),
+        pa.field("error", pa.string()),
+        pa.field("detail", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as it is put to a model; the same in every benchmark that it belongs to."""
+
+    item: Item
+    prompt: str
+
+
+def ask(config: EvaluateConfig, asked: Sequence[Asked], source: Source) -> dict[str, list[Reply]]:
+    """Return the replies to every question, in order, by condition; what is answered already is not asked again.
+
+    Raises:
+        ValueError: more than the allowed share of the questions has no answer, or `output` holds other answers.
+    """
+    items = [question.item for question in asked]
+    replies: dict[str, list[Reply]] = {}
+    if config.listens:
+        replies |= _listen(config, asked, [name for name in config.conditions if name != "chance"], source)
+    elif config.model == "random":
+        replies["audio"] = draw(items, config.seed)
+    elif config.model.startswith("constant:"):
+        replies["audio"] = [Reply(config.model.removeprefix("constant:"))] * len(items)
+    else:
+        replies["audio"] = given(items, config.model.removeprefix("predictions:"))
+    if "chance" in config.conditions:
+        replies["chance"] = draw(items, config.seed)
+    return replies
+
+
+def _listen(
+    config: EvaluateConfig, asked: Sequence[Asked], conditions: Sequence[str], source: Source
+) -> dict[str, list[Reply]]:
+    # Questions about the same clips stand together: they are read once, and found in the engine's caches.
+    order = sorted(range(len(asked)), key=lambda row: (asked[row].item.clips, row))
+    columns = {"row": order, "prompt": [asked[row].prompt for row in order]}
+    questions = pa.table(columns | {"clips": [list(asked[row].item.clips) for row in order]})
+    shards.claim(config.output, config.shaping, _digest(config, questions, source), holds="answers")
+    done = shards.receipts(config.output, ANSWERS)
+    there = sum(receipt["questions"] for receipt in done.values())
+    progress = Progress("questions", len(asked) * len(conditions), there, rejected_are="without an answer")
+    failed = sum((Counter(receipt["failed"]) for receipt in done.values()), Counter())
+    parts = [
+        {"name": f"{condition}-{start // config.rows_per_part:06d}", "condition": condition, "start": start}
+        for condition in conditions
+        for start in range(0, len(questions), config.rows_per_part)
+    ]
+    missing = [part for part in parts if part["name"] not in done]
+    clips = list(dict.fromkeys(clip for question in asked for clip in question.item.clips))[:CLIPS_OF_THE_MEAN]
+    for receipt in _answer_parts(config, questions, missing, clips):
+        failed += Counter(receipt["failed"])
+        progress.add(receipt["questions"], sum(receipt["failed"].values()))
+        _stop_if_too_many(failed, progress.total, config)
+    _stop_if_too_many(failed, progress.total, config)
+    storage.remove_partial(config.output)
+    return {name: _read(config, [part for part in parts if part["condition"] == name]) for name in conditions}
+
+
+def _digest(config: EvaluateConfig, questions: pa.Table, source: Source) -> str:
+    """Return the SHA-256 of all that the answers depend on."""
+    asked = json.dumps(questions.to_pydict())
+    depends_on = {
+        "fields": config.shaping,
+        "asked": hashlib.sha256(asked.encode()).hexdigest(),
+        "model": model_digest(storage.local_copy(config.model)) if not config.is_remote else "",
+        "shards": source.manifest.content_hash if source.manifest else "",
+    }
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+
+
+def _answer_parts(
+    config: EvaluateConfig, questions: pa.Table, parts: list[dict[str, Any]], clips: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Have parts answered and written, and yield their receipts as they come."""
+    if not parts:
+        return
+    store = ray.put(FeatureStore.load(config.shards)) if config.shards else None
+    dataset = ray.data.from_items(parts, override_num_blocks=len(parts))
+    dataset.context.enable_progress_bars = False  # the job prints lines of its own, for a log
+    written = dataset.map_batches(
+        AnswerPart,
+        fn_constructor_args=(config, ray.put(questions), store, clips, endpoint_key()),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1,
+            max_size=config.workers,
+            max_concurrent_calls_per_actor=PARTS_AT_ONCE,
+            enable_true_multi_threading=True,
+        ),
+        num_gpus=config.gpus_per_worker or None,
+    )
+    for row in written.iter_rows():
+        yield json.loads(row["receipt"])
+
+
+class AnswerPart:
+    """Ray Data actor that answers ranges of the questions and writes them."""
+
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        questions: ray.ObjectRef,
+        store: ray.ObjectRef | None,
+        clips: Sequence[str],
+        key: str,
+    ):
+        self.config = config
+        self.questions: pa.Table = ray.get(questions)
+        self.answerer: Answerer = (
+            EndpointAnswerer(config, key)
+            if config.is_remote
+            else MellowAnswerer(config, ray.get(store) if store else None, clips)
+        )
+
+    def __call__(self, parts: pa.Table) -> pa.Table:
+        receipts = [json.dumps(self._write(**part)) for part in parts.to_pylist()]
+        return pa.table({"receipt": pa.array(receipts, pa.string())})
+
+    def _write(self, name: str, condition: str, start: int) -> dict[str, Any]:
+        """Answer one part, write it, and return its receipt."""
+        rows = self.questions.slice(start, self.config.rows_per_part).to_pylist()
+        replies = self.answerer.answer([Question(row["prompt"], tuple(row["clips"])) for row in rows], condition)
+        answers = [{"row": row["row"]} | asdict(reply) for row, reply in zip(rows, replies, strict=True)]
+        receipt = {
+            "questions": len(rows),
+            "failed": dict(Counter(reply.error for reply in replies if reply.error)),
+        }
+        table = pa.Table.from_pylist(answers, schema=ANSWER_SCHEMA)
+        return shards.write_shard(self.config.output, ANSWERS, name, table, receipt)
+
+
+def _stop_if_too_many(failed: Counter[str], questions: int, config: EvaluateConfig) -> None:
+    if failed.total() <= config.max_failed_share * questions:
+        return
+    counts = ", ".join(f"{reason} {count}" for reason, count in sorted(failed.items()))
+    raise ValueError(
+        f"{failed.total()} of {questions} questions have no answer ({counts}) so far; {config.output}/{ANSWERS} says "
+        f"why: mend them and delete it, or raise max_failed_share (now {config.max_failed_share:g})"
+    )
+
+
+def _read(config: EvaluateConfig, parts: list[dict[str, Any]]) -> list[Reply]:
+    """Return the replies of one condition in the order of the questions."""
+    uris = [storage.join(config.output, ANSWERS, f"{part['name']}.parquet") for part in parts]
+    rows = storage.read_tables(uris).sort_by("row").drop_columns("row").to_pylist()
+    return [Reply(**row) for row in rows]

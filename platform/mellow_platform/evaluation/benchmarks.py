@@ -1,0 +1,209 @@
+"""The benchmarks of the paper: which questions each asks, how it puts them, and what its scores are.
+
+To add one, write a class with `records` and `score`, and `prompt` where questions are not put as they stand, and add it
+to `BENCHMARKS`.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mellow_platform.data.questions import VERDICTS
+from mellow_platform.data.records import lettered
+from mellow_platform.evaluation.captions import CaptionScorer
+from mellow_platform.evaluation.items import Item, Source, merged
+from mellow_platform.evaluation.measures import Classification, Mean, MeanOverFamilies, Measure
+from mellow_platform.evaluation.scores import choice_text, chosen, matches, normal
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What answers to a benchmark's items came to.
+
+    Attributes:
+        measures: of the answers.
+        main: name of the score that stands for the benchmark.
+        each: [N] the score of every answer, to sort by.
+    """
+
+    measures: list[Measure]
+    main: str
+    each: np.ndarray
+
+
+class Benchmark(ABC):
+    """One benchmark.
+
+    Attributes:
+        name: as it is asked for.
+        title: what it tests.
+    """
+
+    name: str
+    title: str
+
+    @abstractmethod
+    def records(self, source: Source) -> list[Item]:
+        """Return the questions; none where the source has none of this kind."""
+
+    def prompt(self, item: Item) -> str:
+        """Return what a model is asked."""
+        return item.question
+
+    def reply(self, item: Item, text: str) -> str:
+        """Return what counts as the answer of what a model wrote to `prompt`."""
+        return text
+
+    @abstractmethod
+    def score(self, items: Sequence[Item], predictions: Sequence[str]) -> Scored:
+        """Score predictions, one an item; an item without an answer has an empty one."""
+
+
+class OfFamilies(Benchmark):
+    """A benchmark of the records whose family has a name like this."""
+
+    families: re.Pattern[str]
+
+    def records(self, source: Source) -> list[Item]:
+        return [item for item in source.records if self.families.fullmatch(item.family)]
+
+
+class Families(OfFamilies):
+    """Every question of the split, right word for word."""
+
+    name, title = "families", "all questions of the split, right word for word"
+    families = re.compile(r".*", re.DOTALL)
+
+    def score(self, items: Sequence[Item], predictions: Sequence[str]) -> Scored:
+        right = [normal(text) in map(normal, item.references) for item, text in zip(items, predictions, strict=True)]
+        family = [item.family for item in items]
+        mean = MeanOverFamilies("accuracy (mean over families)", np.array(right), family)
+        every = Mean("accuracy (all questions)", np.array(right))
+        return Scored([mean, every], mean.names[0], every.values)
+
+
+class Choice(OfFamilies):
+    """Accuracy of the choice that an answer names; word for word, where the right answer is none of the choices."""
+
+    def score(self, items: Sequence[Item], predictions: Sequence[str]) -> Scored:
+        right = [_names_the_same(item, text) for item, text in zip(items, predictions, strict=True)]
+        accuracy = Mean("accuracy", np.array(right))
+        return Scored([accuracy], "accuracy", accuracy.values)
+
+
+def _names_the_same(item: Item, text: str) -> bool:
+    right = chosen(item.references[0], item.choices)
+    if right is None:
+        return normal(text) == normal(item.references[0])
+    return chosen(text, item.choices) == right
+
+
+class MultipleChoice(Choice):
+    name, title = "mcq", "multiple choice about what is heard"
+    families = re.compile(r".*-MCQ")
+
+
+class ClothoAQA(Choice):
+    name, title = "clotho-aqa", "yes or no"
+    families = re.compile(r"ClothoAQA.*|.*-Presence")
+
+    def records(self, source: Source) -> list[Item]:
+        return [item for item in super().records(source) if item.references[0] in ("yes", "no")]
+
+
+class Entailment(OfFamilies):
+    """Whether a hypothesis follows from what is heard (CLE, ACE)."""
+
+    name, title = "entailment", "hypotheses that are true, plausible or false of what is heard"
+    families = re.compile(r"CLE|ACE|.*-Entailment")
+
+    def records(self, source: Source) -> list[Item]:
+        found = super().records(source)
+        for item in found:
+            if _verdict(item, item.references[0]) is None:
+                raise ValueError(
+                    f"question {item.id} of {item.family} has the answer {item.references[0]!r}, which is no verdict: "
+                    f"expected one of {', '.join(VERDICTS)}"
+                )
+        return found
+
+    def score(self, items: Sequence[Item], predictions: Sequence[str]) -> Scored:
+        none = len(VERDICTS)
+        truth = np.array([_verdict(item, item.references[0]) for item in items])
+        said = [_verdict(item, text) for item, text in zip(items, predictions, strict=True)]
+        predicted = np.array([none if verdict is None else verdict for verdict in said])
+        measure = Classification(truth, predicted, VERDICTS)
+        return Scored([measure], "accuracy", np.equal(truth, predicted).astype(np.float64))
+
+
+VERDICT_WORDS = tuple(map(re.compile, (r"true|entail", r"plausible|neutral|possib", r"false|contradict")))
+
+
+def _verdict(item: Item, text: str) -> int | None:
+    """Return the number in `VERDICTS` of the verdict that an answer names, or None where it names none or several."""
+    place = chosen(text, item.choices)
+    said = text.lower() if place is None else item.choices[place].lower()
+    found = [number for number, word in enumerate(VERDICT_WORDS) if word.search(said)]
+    return found[0] if len(found) == 1 else None
+
+
+class Description(OfFamilies):
+    """Descriptions in words of one's own, scored against references."""
+
+    scorer = CaptionScorer()  # of all of them: what cannot be computed is said once
+
+    def records(self, source: Source) -> list[Item]:
+        return merged(super().records(source))
+
+    def score(self, items: Sequence[Item], predictions: Sequence[str]) -> Scored:
+        measures, main = self.scorer.score([item.references for item in items], predictions)
+        return Scored(measures, main.names[0], main.values)
+
+
+class Captioning(Description):
+    name, title = "captioning", "captions, against all of a clip's"
+    families = re.compile(r"Clotho|AudioCaps|.*-Caption")
+
+
+class AudioDifference(Description):
+    name, title = "difference", "what tells two clips apart (CLD, ACD)"
+    families = re.compile(r"(CLD|ACD|.*-Difference)(-\d)?")
+
+
+class Detail(Description):
+    name, title = "detail", "detailed questions about what is heard"
+    families = re.compile(r".*-Detail")
+
+
+class MMAU(Benchmark):
+    """Understanding and reasoning out of domain (https://sakshi113.github.io/mmau_homepage), by its official matching.
+
+    Entries without an answer, as in its test split, are asked for the submission file alone.
+    """
+
+    name, title = "mmau", "understanding and reasoning about sound, music and speech"
+
+    def records(self, source: Source) -> list[Item]:
+        return source.mmau if source.config.mmau else []
+
+    def prompt(self, item: Item) -> str:
+        return " ".join([item.question, *lettered(item.choices)]).lower()
+
+    def reply(self, item: Item, text: str) -> str:
+        return choice_text(text, item.choices)
+
+    def score(self, items: Sequence[Item], predictions: Sequence[str]) -> Scored:
+        right = [matches(text, item.references[0], item.choices) for item, text in zip(items, predictions, strict=True)]
+        accuracy = Mean("accuracy", np.array(right))
+        return Scored([accuracy], "accuracy", accuracy.values)
+
+
+BENCHMARKS: dict[str, type[Benchmark]] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Families, MMAU, Entailment, AudioDifference, ClothoAQA, Captioning, MultipleChoice, Detail,
+    )
+}  # fmt: skip

@@ -1,0 +1,97 @@
+"""How sure a score is: bootstrap intervals over clips, and paired comparison of two runs.
+
+Questions about one clip are right or wrong together more often than chance would have it, so clips are drawn and not
+questions (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 8: the unit that was sampled).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mellow_platform.evaluation.measures import Measure
+
+LEVEL = 0.95
+WEIGHTS_AT_ONCE = 1 << 22  # 32 MB of them
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score with the ends of its interval of 95 %."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """How much higher the first of two runs scores on the same questions, and how likely so much is by chance."""
+
+    p: float
+
+
+class Resampling:
+    """Draws of the clips that answers are about.
+
+    Args:
+        clips: [N] the clip of each answer.
+        draws: how many.
+    """
+
+    def __init__(self, clips: Sequence[str], draws: int, seed: int):
+        self.clips, self.draws, self.seed = np.asarray(clips), draws, seed
+
+    def estimate(self, measure: Measure) -> dict[str, Estimate]:
+        """Return the scores of a measure with their intervals (percentiles)."""
+        point, drawn = self._scores(measure)
+        low, high = self._ends(drawn)
+        rows = zip(measure.names, point, low, high, strict=True)
+        return {name: Estimate(*map(float, values)) for name, *values in rows}
+
+    def compare(self, first: Measure, second: Measure) -> dict[str, Difference]:
+        """Return how two runs' scores on the same questions differ; both are measured on the same draws.
+
+        p is two-sided: twice the share of draws in which the difference has the other sign, or is none.
+        """
+        (point, drawn), (other, other_drawn) = self._scores(first), self._scores(second)
+        difference = drawn - other_drawn
+        low, high = self._ends(difference)
+        beyond = np.minimum((difference <= 0).sum(axis=0), (difference >= 0).sum(axis=0))
+        p = np.minimum(1.0, 2 * (1 + beyond) / (1 + self.draws))
+        rows = zip(first.names, point - other, low, high, p, strict=True)
+        return {name: Difference(*map(float, values)) for name, *values in rows}
+
+    def of(self, rows: np.ndarray) -> "Resampling":
+        """Return draws among the clips of the answers `rows`."""
+        return Resampling(self.clips[rows], self.draws, self.seed)
+
+    def _scores(self, measure: Measure) -> tuple[np.ndarray, np.ndarray]:
+        """Return the scores [names] of all answers, and those of every draw [draws, names]."""
+        point = measure(np.ones((1, len(self.clips))))[0]
+        return point, np.concatenate([measure(weights) for weights in self._weights()])
+
+    def _weights(self) -> Iterator[np.ndarray]:
+        """Yield how often every answer counts in each draw: the same arrays every time."""
+        rng = np.random.default_rng(self.seed)
+        names, number = np.unique(self.clips, return_inverse=True)
+        share = np.full(len(names), 1 / len(names))
+        step = max(1, WEIGHTS_AT_ONCE // len(self.clips))
+        for start in range(0, self.draws, step):
+            counts = rng.multinomial(len(names), share, size=min(step, self.draws - start))
+            yield counts[:, number].astype(np.float64)
+
+    @staticmethod
+    def _ends(drawn: np.ndarray) -> np.ndarray:
+        return np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+
+
+def holm(p: Sequence[float], level: float = 1 - LEVEL) -> list[bool]:
+    """Return which of several differences are significant together, at `level` in all (Holm's step-down rule)."""
+    order = np.argsort(p)
+    significant = [False] * len(p)
+    for rank, place in enumerate(order):
+        if p[place] > level / (len(p) - rank):
+            break
+        significant[place] = True
+    return significant

@@ -1,0 +1,117 @@
+"""Scores as functions of how often each answer counts, so that what gives a score gives its interval too."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import sklearn
+from sklearn.metrics import precision_recall_fscore_support
+
+
+class Measure(ABC):
+    """One score, or several that are computed together, of a fixed list of N answers.
+
+    Attributes:
+        names: of the scores.
+    """
+
+    names: tuple[str, ...]
+
+    @abstractmethod
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        """Return the scores [B, names] of the answers where each counts as often as `weights` [B, N] say."""
+
+    @abstractmethod
+    def of(self, rows: np.ndarray) -> "Measure":
+        """Return the measure of the answers `rows` alone."""
+
+
+class Mean(Measure):
+    """The mean of a value of every answer, such as 1 where it is right.
+
+    Args:
+        scale: what the mean is multiplied with.
+    """
+
+    def __init__(self, name: str, values: np.ndarray, scale: float = 1.0):
+        self.names = (name,)
+        self.values = np.asarray(values, np.float64)
+        self.scale = scale
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        return (self.scale * (weights @ self.values) / weights.sum(axis=1))[:, None]
+
+    def of(self, rows: np.ndarray) -> "Mean":
+        return Mean(self.names[0], self.values[rows], self.scale)
+
+
+class MeanOverFamilies(Measure):
+    """The mean over families of the mean in each: a family counts the same, however many questions it has."""
+
+    def __init__(self, name: str, values: np.ndarray, families: Sequence[str]):
+        self.names = (name,)
+        self.values, self.families = np.asarray(values, np.float64), np.asarray(families)
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        _, number = np.unique(self.families, return_inverse=True)
+        member = np.eye(number.max() + 1)[number]
+        counts = weights @ member
+        sums = (weights * self.values) @ member
+        # A family that none of the drawn clips has questions of is left out of that draw's mean.
+        means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
+        return (means.sum(axis=1) / (counts > 0).sum(axis=1))[:, None]
+
+    def of(self, rows: np.ndarray) -> "MeanOverFamilies":
+        return MeanOverFamilies(self.names[0], self.values[rows], self.families[rows])
+
+
+class Expected(Measure):
+    """What a measure comes to where each question's answer is drawn from several, all of them as likely.
+
+    Args:
+        measure: of all answers that can be drawn, one after another.
+        question: [answers] the number of the question that each is an answer to.
+    """
+
+    def __init__(self, measure: Measure, question: np.ndarray):
+        self.names, self.measure, self.question = measure.names, measure, question
+        self.share = 1 / np.bincount(question)[question]
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        return self.measure(weights[:, self.question] * self.share)
+
+    def of(self, rows: np.ndarray) -> "Expected":
+        kept = np.concatenate([np.flatnonzero(self.question == row) for row in rows])
+        return Expected(self.measure.of(kept), np.repeat(np.arange(len(rows)), np.bincount(self.question)[rows]))
+
+
+class Classification(Measure):
+    """Accuracy, macro precision, recall and F1, and the accuracy of every class, by scikit-learn.
+
+    Args:
+        truth: [N] number of each answer's class in `classes`.
+        predicted: [N] number of the class that was answered; `len(classes)` for an answer that names none.
+    """
+
+    def __init__(self, truth: np.ndarray, predicted: np.ndarray, classes: Sequence[str]):
+        self.truth, self.predicted, self.classes = np.asarray(truth), np.asarray(predicted), tuple(classes)
+        self.names = ("accuracy", "precision", "recall", "F1", *(f"accuracy of {name!r}" for name in classes))
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        # Answers of the same class to questions of the same class are one answer that counts as often.
+        pairs, number = np.unique(np.stack([self.truth, self.predicted]), axis=1, return_inverse=True)
+        counts = weights @ np.eye(pairs.shape[1])[number.ravel()]
+        with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
+            return np.array([self._scores(pairs[0], pairs[1], row) for row in counts])
+
+    def _scores(self, truth: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> list[float]:
+        labels = np.arange(len(self.classes))
+        precision, recall, f1, _ = precision_recall_fscore_support(
+            truth, predicted, labels=labels, sample_weight=counts, zero_division=0
+        )
+        accuracy = counts[truth == predicted].sum() / counts.sum()
+        # The share of a class's questions that are answered right is its recall.
+        return [accuracy, precision.mean(), recall.mean(), f1.mean(), *recall]
+
+    def of(self, rows: np.ndarray) -> "Classification":
+        return Classification(self.truth[rows], self.predicted[rows], self.classes)

@@ -1,0 +1,299 @@
+"""Evaluation on Ray Data: a Mellow folder, an endpoint that hears, conditions, failures, and going on when killed."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from mellow_platform import storage
+from mellow_platform.config import EvaluateConfig
+from mellow_platform.data.audio import decode, encode
+from mellow_platform.data.records import Record, read_records, write_records
+from mellow_platform.evaluation.answerers import noise_for
+from mellow_platform.evaluation.evaluate import evaluate
+from mellow_platform.features.store import FeatureStore
+from mellow_platform.inference.engine import Engine
+from mellow_platform.inference.request import Clip, ClipFeatures, Request
+from mellow_platform.model import HTSATEncoder
+from mellow_platform.model.folder import load_model, save_pretrained
+from tests.conftest import REPOSITORY, write_features, write_tiny_model
+
+FIELDS = {"split": "train", "max_new_tokens": 6, "batch_size": 16, "workers": 1, "rows_per_part": 8, "resamples": 100}
+
+
+@pytest.fixture(scope="module")
+def made(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A corpus, its features, and an untrained model with the encoder that made them."""
+    root = tmp_path_factory.mktemp("evaluate")
+    write_features(root)
+    write_tiny_model(str(root / "model"))
+    model, _ = load_model(str(root / "model"))
+    model.audio_encoder.load_state_dict(HTSATEncoder.from_pretrained(str(root / "encoder")).state_dict())
+    save_pretrained(model, str(root / "model"))
+    return SimpleNamespace(root=root, model=str(root / "model"), corpus=str(root / "corpus"))
+
+
+def configured(made: SimpleNamespace, name: str, **fields: Any) -> EvaluateConfig:
+    return EvaluateConfig(**FIELDS | {"model": made.model, "output": str(made.root / name)} | fields)
+
+
+@pytest.fixture(scope="module")
+def whole(made: SimpleNamespace) -> EvaluateConfig:
+    """An evaluation from shards that nobody disturbed."""
+    config = configured(made, "whole", shards=str(made.root / "features"))
+    evaluate(config)
+    return config
+
+
+def rows_of(config: EvaluateConfig, condition: str = "audio") -> list[dict[str, Any]]:
+    rows = pq.read_table(storage.join(config.output, "predictions.parquet")).to_pylist()
+    return [row for row in rows if row["condition"] == condition]
+
+
+def test_answers_are_the_engines_to_the_clips_to_noise_and_to_the_mean_clip(
+    made: SimpleNamespace, whole: EvaluateConfig
+):
+    records = read_records(f"{made.corpus}/train.json")
+    by_file = {path: f"{made.corpus}/audio/{path}" for record in records for path in record.filepaths}
+    with Engine.load(made.model, max_new_tokens=6, cpu_threads=1) as engine:
+        samples = engine.processor.feature_extractor.clip_samples
+        waveforms = {path: decode(Path(uri).read_bytes(), 32_000)[:samples] for path, uri in by_file.items()}
+        ids = FeatureStore.load(str(made.root / "features"))
+        id_of = dict(zip(ids.filepaths, ids.rows, strict=True))
+        noise = {path: noise_for(id_of[path], samples) for path in by_file}
+        rows = [ids.rows[id_of[path]] for path in by_file]
+        mean = ClipFeatures(
+            *(ids.arrays[name][rows].astype(float).mean(0).astype("f2") for name in ("frames", "latent"))
+        )
+        by_condition: list[tuple[str, dict[str, Clip]]] = [
+            ("audio", {**waveforms}), ("noise", {**noise}), ("text_only", dict.fromkeys(by_file, mean)),
+        ]  # fmt: skip
+        for condition, clips in by_condition:
+            requests = [Request(record.input, tuple(clips[path] for path in record.filepaths), 6) for record in records]
+            expected = [answer.text for answer in engine.generate(requests)]
+            answered = rows_of(whole, condition)
+            assert [row["prediction"] for row in answered] == expected, condition
+            assert [row["question"] for row in answered] == [record.input for record in records]
+            assert all(row["seconds"] > 0 for row in answered)
+    assert {row["prediction"] for row in rows_of(whole)} != {row["prediction"] for row in rows_of(whole, "noise")}
+
+
+def test_clips_from_files_are_answered_as_clips_from_shards(made: SimpleNamespace, whole: EvaluateConfig):
+    files = configured(made, "files", corpus=made.corpus, conditions=["audio"])
+    evaluate(files)
+    assert [row["prediction"] for row in rows_of(files)] == [row["prediction"] for row in rows_of(whole)]
+    assert [row["clips"] for row in rows_of(files)] == [row["clips"] for row in rows_of(whole)]
+
+
+def test_a_cut_question_or_answer_is_counted(whole: EvaluateConfig):
+    report = storage.read_json(storage.join(whole.output, "report.json"))
+    cut = [row["detail"] for row in rows_of(whole) if row["detail"]]
+    assert report["cut"]["audio"] == dict(Counter(cut))
+    assert any("answer cut to 6 tokens" in detail for detail in cut)
+    assert any("prompt cut to 24 tokens" in detail for detail in cut)
+    assert report["seconds_an_answer"]["audio"]["max"] >= report["seconds_an_answer"]["audio"]["median"] > 0
+
+
+def test_a_job_that_was_killed_goes_on_with_what_is_missing(whole: EvaluateConfig, tmp_path: Path, capsys):
+    job = whole.model_copy(update={"output": str(tmp_path / "out")})
+    (tmp_path / "job.yaml").write_text(json.dumps(job.model_dump()))
+    command = [sys.executable, str(REPOSITORY / "jobs/evaluate.py"), "--config", str(tmp_path / "job.yaml")]
+    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    receipts, answers = tmp_path / "out/receipts/answers", tmp_path / "out/answers"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + 300
+            while not (receipts.exists() and any(receipts.glob("*.json"))):
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.01)
+        finally:
+            process.kill()
+            process.wait()
+    assert not (tmp_path / "out/report.json").exists()
+    done = {file.stem: (answers / f"{file.stem}.parquet").stat().st_mtime_ns for file in receipts.glob("[a-z]*.json")}
+    capsys.readouterr()
+    report = evaluate(job)
+    assert "are done already" in capsys.readouterr().out
+    assert {name: (answers / f"{name}.parquet").stat().st_mtime_ns for name in done} == done
+    for condition in ("audio", "noise", "text_only", "chance"):
+        again, before = rows_of(job, condition), rows_of(whole, condition)
+        assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in before]
+    # A finished job asks nothing, and scores anew.
+    files = {file: file.stat().st_mtime_ns for file in answers.iterdir()}
+    compared = evaluate(job.model_copy(update={"against": whole.output}))
+    assert {file: file.stat().st_mtime_ns for file in answers.iterdir()} == files
+    assert compared["benchmarks"] == report["benchmarks"]
+    assert all(row["p"] == 1 for row in compared["comparison"]["differences"])
+
+
+def test_answers_of_another_configuration_or_to_other_questions_are_refused(whole: EvaluateConfig):
+    with pytest.raises(ValueError, match=r"holds answers of another configuration \(differing: max_new_tokens\)"):
+        evaluate(whole.model_copy(update={"max_new_tokens": 7}))
+    with pytest.raises(ValueError, match=r"holds answers of another configuration \(differing: the input itself\)"):
+        evaluate(whole.model_copy(update={"limit": 3}))
+
+
+def test_a_clip_that_cannot_be_heard_is_wrong_counted_and_past_the_allowed_share_ends_the_job(made: SimpleNamespace):
+    records = [
+        Record("c", clip, "", "", "", "is there a tone?", "yes", "X-Presence")
+        for clip in ("train/000000.flac", "gone.flac", "train/000001.flac", "text.flac")
+    ]
+    folder = made.root / "failing"
+    write_records(str(folder / "train.json"), records)
+    (Path(made.corpus) / "audio/text.flac").write_text("not a sound")
+    fields = {"corpus": str(folder), "audio_root": f"{made.corpus}/audio", "benchmark": ["clotho-aqa"]}
+    config = configured(made, "some-failed", **fields, conditions=["audio", "noise"], max_failed_share=0.25)
+    report = evaluate(config)
+    assert report["no_answer"] == {"audio": {"missing": 1, "not_audio": 1}, "noise": {}}
+    rows = rows_of(config)
+    assert [row["error"] for row in rows] == [None, "missing", None, "not_audio"]
+    assert [rows[number]["prediction"] for number in (1, 3)] == ["", ""]
+    assert rows[1]["detail"] == f"{made.corpus}/audio/gone.flac does not exist"
+    strict = configured(made, "too-many-failed", **fields, conditions=["audio"], max_failed_share=0.25)
+    with pytest.raises(ValueError, match=r"2 of 4 questions have no answer \(missing 1, not_audio 1\) so far"):
+        evaluate(strict)
+
+
+class Listener(ThreadingHTTPServer):
+    """An endpoint in OpenAI's shape that hears: it says `yes` where a clip's level is that of a loud sound.
+
+    Every request fails at first, once with 429 and once with 500.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answering)
+        self.requests: list[dict[str, Any]] = []
+        self.tries: Counter[str] = Counter()
+        self.keys: set[str] = set()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Answering(BaseHTTPRequestHandler):
+    server: Listener
+
+    def do_GET(self) -> None:
+        self._send(200, {"object": "list", "data": [{"id": "ears", "object": "model", "created": 0, "owned_by": "x"}]})
+
+    def do_POST(self) -> None:
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.loads(data)
+        self.server.keys.add(self.headers["Authorization"])
+        self.server.tries[data.decode()] += 1
+        tries = self.server.tries[data.decode()]
+        if tries < 3:
+            return self._send(429 if tries == 1 else 500, {"error": {"message": "later"}}, {"retry-after-ms": "5"})
+        self.server.requests.append(body)
+        parts = body["messages"][0]["content"]
+        if "forbidden" in parts[0]["text"]:
+            return self._send(400, {"error": {"message": "this is not answered"}})
+        sounds = [part["input_audio"] for part in parts if part["type"] == "input_audio"]
+        levels = [np.abs(decode(base64.b64decode(sound["data"]), 32_000)).max() for sound in sounds]
+        text = "yes" if levels and max(levels) > 0.3 else "no"
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        self._send(
+            200, {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
+        )
+
+    def _send(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in (
+            {"Content-Type": "application/json", "Content-Length": str(len(data))} | (headers or {})
+        ).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def listener() -> Iterator[Listener]:
+    server = Listener()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def loud_and_soft(made: SimpleNamespace) -> Path:
+    """Questions about a loud and a soft clip, in two containers, and a pair; one that the endpoint refuses."""
+    folder = made.root / "levels"
+    time_line = np.arange(32_000) / 32_000
+    for name, level in (("loud.wav", 0.8), ("soft.flac", 0.05)):
+        waveform = (level * np.sin(2 * np.pi * 440 * time_line)).astype(np.float32)
+        data = encode(waveform, 32_000, name.partition(".")[2].upper())
+        storage.write_bytes(str(folder / "audio" / name), data)
+    asked = [
+        ("loud.wav", "", "is it loud?", "yes"),
+        ("soft.flac", "", "is it loud?", "no"),
+        ("soft.flac", "loud.wav", "is one of them loud?", "yes"),
+        ("loud.wav", "", "forbidden?", "yes"),
+    ]
+    records = [Record("c", one, two, "", "", text, answer, "Levels-Presence") for one, two, text, answer in asked]
+    write_records(str(folder / "test.json"), records)
+    return folder
+
+
+def test_an_endpoint_that_hears_is_judged_by_the_same_job(
+    made: SimpleNamespace, listener: Listener, loud_and_soft: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-of-the-test")
+    config = EvaluateConfig(
+        benchmark=["clotho-aqa"], model=listener.url, corpus=str(loud_and_soft), output=str(made.root / "listened"),
+        max_failed_share=0.5, resamples=100, workers=1,
+    )  # fmt: skip
+    report = evaluate(config)
+    summary = report["benchmarks"]["clotho-aqa"]["scores"]
+    assert [row["prediction"] for row in rows_of(config)] == ["yes", "no", "yes", ""]
+    assert summary["audio"]["accuracy"]["value"] == 0.75
+    assert summary["text_only"]["accuracy"]["value"] == 0.25
+    assert [row["error"] for row in rows_of(config)] == [None, None, None, "refused"]
+    assert "this is not answered" in rows_of(config)[3]["detail"]
+    assert listener.keys == {"Bearer secret-of-the-test"}
+    # Each was repeated until it was answered, and asked no more than that: four questions under three conditions.
+    assert len(listener.requests) == 12
+    assert listener.tries.total() == 12 + 2 * len(listener.tries)
+    sent = Counter(
+        tuple(part["input_audio"]["format"] for part in body["messages"][0]["content"][1:])
+        for body in listener.requests
+    )
+    assert sent[("wav",)] + sent[("wav", "wav")] == 8  # FLAC is sent as WAV; noise is, too
+    assert sent[()] == 4  # text only
+    assert {(body["model"], body["temperature"]) for body in listener.requests} == {("ears", 0.0)}
+    files = [file for file in (made.root / "listened").rglob("*") if file.is_file()]
+    assert not any(b"secret-of-the-test" in file.read_bytes() for file in files)
+
+
+def test_an_endpoint_that_is_not_there_is_named(made: SimpleNamespace, loud_and_soft: Path):
+    config = EvaluateConfig(
+        model="http://127.0.0.1:9/v1", corpus=str(loud_and_soft), output=str(made.root / "nobody"),
+        endpoint={"retries": 0}, workers=1,
+    )  # fmt: skip
+    with pytest.raises(Exception, match=r"http://127.0.0.1:9/v1 does not list its models: Connection error"):
+        evaluate(config)
+
+
+def test_shards_are_refused_for_an_endpoint():
+    with pytest.raises(ValueError, match="`shards` hold no audio to send to an endpoint: give `corpus`"):
+        EvaluateConfig(model="https://api.example.org/v1", shards="/s", output="/o")
