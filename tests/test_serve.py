@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import httpx
 import numpy as np
 import openai
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 import yaml
@@ -517,6 +518,26 @@ def test_a_version_takes_over_without_a_failed_request_and_one_that_fails_the_ga
             done.result()  # raises what any request raised
     assert after != before
     assert set(answers) == {before, after}
+
+
+def test_the_endpoint_is_judged_as_the_folder_that_it_serves_is(demo: Demo, client: openai.OpenAI, tmp_path: Path):
+    records = []
+    for seed in range(3):
+        (tmp_path / f"{seed}.wav").write_bytes(sound(seed))
+        records.append(Record("t", f"{seed}.wav", "", "", "", "is there a tone?", "yes", "Served-Presence"))
+    write_records(str(tmp_path / "test.json"), records)
+    write_tiny_model(demo.uri("judged"), seed=3)
+    deploy(demo, "--model", demo.uri("judged"))
+    fields = ["--benchmark", "clotho-aqa", "--corpus", str(tmp_path), "--audio-root", str(tmp_path), "--workers", "1"]
+    fields += ["--max-new-tokens", "16", "--conditions", "audio,noise,text_only", "--endpoint.text-only", "silence"]
+    said = {}
+    for name, model in (("folder", demo.uri("judged")), ("endpoint", f"http://127.0.0.1:{demo.config.port}/v1")):
+        demo.submit("evaluate", *fields, "--model", model, "--output", demo.uri("judged-by", name))
+        table = pq.read_table(demo.uri("judged-by", name, "predictions.parquet"))
+        rows = table.select(["condition", "prediction", "error"]).to_pylist()
+        said[name] = [row for row in rows if row["condition"] == "audio"]
+        assert len(rows) == 9
+    assert said["folder"] == said["endpoint"]
 
 
 def test_another_name_is_served_beside(demo: Demo, client: openai.OpenAI):

@@ -29,7 +29,7 @@ from mellow_platform import storage
 from mellow_platform.config import PreprocessConfig
 from mellow_platform.data.shards import Manifest
 from mellow_platform.features.preprocess import preprocess
-from mellow_platform.features.progress import Progress
+from mellow_platform.progress import Progress
 from tests.chaos.cluster import DRIVER, NODE, WORKER, ChaosCluster
 from tests.conftest import write_corpus
 from tests.object_storage import ObjectStore, object_store

@@ -31,9 +31,9 @@ from mellow_platform.evaluation.answerers import (
     given,
 )
 from mellow_platform.evaluation.items import Item, Source
-from mellow_platform.features.progress import Progress
 from mellow_platform.features.store import FeatureStore
 from mellow_platform.inference.predict import model_digest
+from mellow_platform.progress import Progress
 
 ANSWERS = "answers"
 # Parts that an actor answers at the same time: while the last answers of one are written, slots of the engine would

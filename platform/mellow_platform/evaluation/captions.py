@@ -7,6 +7,7 @@ here is named with the reason, and nothing stands in its place.
 import importlib.util
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,11 +19,13 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.spice import spice
-from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+from pycocoevalcap.tokenizer import ptbtokenizer
 
 from mellow_platform.evaluation.measures import Mean, Measure
 
 ORDERS = 4  # BLEU-1 to BLEU-4
+JAR = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
+PLAIN_WORDS = "words are cut at spaces and punctuation, and the other scores differ a little from published ones"
 NO_JAVA = "Java is not installed (no `java` on PATH)"
 NO_SPICE = (
     "its models are not installed: run pycocoevalcap.spice.get_stanford_models.get_stanford_models() once, online"
@@ -129,25 +132,13 @@ class CaptionScorer:
 
         METEOR reads a line a text, with `|||` between texts.
         """
-        lines = {
-            number: [" ".join(text.replace("|||", " ").split()) for text in own] for number, own in enumerate(texts)
-        }
+        lines = [" ".join(text.replace("|||", " ").split()) for own in texts for text in own]
         if shutil.which("java"):
-            try:
-                return PTBTokenizer().tokenize(
-                    {number: [{"caption": line} for line in own] for number, own in lines.items()}
-                )
-            except OSError as error:  # it writes beside its own files
-                reason = f"it failed: {error}"
+            tokens = iter(_ptb_tokens(lines))
         else:
-            reason = NO_JAVA
-        consequence = (
-            "words are cut at spaces and punctuation, and the other scores differ a little from published ones"
-        )
-        self._leave_out("PTB tokenizer", f"{reason}; {consequence}")
-        return {
-            number: [" ".join(re.findall(r"[\w']+", line.lower())) for line in own] for number, own in lines.items()
-        }
+            self._leave_out("PTB tokenizer", f"{NO_JAVA}; {PLAIN_WORDS}")
+            tokens = iter([" ".join(re.findall(r"[\w']+", line.lower())) for line in lines])
+        return {number: [next(tokens) for _ in own] for number, own in enumerate(texts)}
 
     def _meteor(self, references: Texts, predictions: Texts) -> Mean:
         """Return METEOR of the corpus, which is of its summed counts and not the mean over answers.
@@ -166,6 +157,19 @@ class CaptionScorer:
             raise
         mean = float(np.mean(own))
         return Mean("METEOR", own, scale=total / mean if mean else 1.0)
+
+
+def _ptb_tokens(lines: list[str]) -> list[str]:
+    """Return lines of text as tokens without punctuation, as pycocoevalcap does.
+
+    Its own wrapper of the program writes beside the program's files, which an image does not allow.
+    """
+    command = ["java", "-cp", str(JAR), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    done = subprocess.run(command, input="\n".join([*lines, ""]), capture_output=True, text=True)
+    tokenized = done.stdout.removesuffix("\n").split("\n")
+    if done.returncode or len(tokenized) != len(lines):
+        raise RuntimeError(f"the PTB tokenizer failed with status {done.returncode}: {done.stderr.strip()[-500:]}")
+    return [" ".join(word for word in line.split() if word not in ptbtokenizer.PUNCTUATIONS) for line in tokenized]
 
 
 @cache

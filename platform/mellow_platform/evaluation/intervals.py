@@ -4,6 +4,7 @@ Questions about one clip are right or wrong together more often than chance woul
 questions (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 8: the unit that was sampled).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -52,13 +53,13 @@ class Resampling:
     def compare(self, first: Measure, second: Measure) -> dict[str, Difference]:
         """Return how two runs' scores on the same questions differ; both are measured on the same draws.
 
-        p is two-sided: twice the share of draws in which the difference has the other sign, or is none.
+        p is two-sided, of a normal distribution as wide as the draws' differences: counts of draws could not tell
+        probabilities as small as many comparisons together need.
         """
         (point, drawn), (other, other_drawn) = self._scores(first), self._scores(second)
         difference = drawn - other_drawn
         low, high = self._ends(difference)
-        beyond = np.minimum((difference <= 0).sum(axis=0), (difference >= 0).sum(axis=0))
-        p = np.minimum(1.0, 2 * (1 + beyond) / (1 + self.draws))
+        p = [_two_sided(*pair) for pair in zip(point - other, difference.std(axis=0, ddof=1), strict=True)]
         rows = zip(first.names, point - other, low, high, p, strict=True)
         return {name: Difference(*map(float, values)) for name, *values in rows}
 
@@ -84,6 +85,13 @@ class Resampling:
     @staticmethod
     def _ends(drawn: np.ndarray) -> np.ndarray:
         return np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+
+
+def _two_sided(difference: float, spread: float) -> float:
+    """Return how likely a difference so far from 0 is, where that is the mean."""
+    if spread == 0:
+        return float(difference == 0)
+    return math.erfc(abs(difference) / spread / math.sqrt(2))
 
 
 def holm(p: Sequence[float], level: float = 1 - LEVEL) -> list[bool]:

@@ -20,7 +20,6 @@ from mellow_platform.data import shards
 from mellow_platform.data.partners import SILENCE
 from mellow_platform.data.sources import Address, Plan, plan_source, stocked_records
 from mellow_platform.features.clips import SILENCE_ID, feature_shapes, shard_rows, write_clip_shards
-from mellow_platform.features.progress import Progress
 from mellow_platform.features.questions import build_processor, with_clips, write_record_shards
 from mellow_platform.features.statistics import describe, draw
 from mellow_platform.features.stock import Stock, write_stock
@@ -32,6 +31,7 @@ from mellow_platform.model import (
     load_encoder_config,
 )
 from mellow_platform.model.folder import save_pretrained
+from mellow_platform.progress import Progress
 
 
 def preprocess(config: PreprocessConfig) -> shards.Manifest:

@@ -17,7 +17,7 @@ from mellow_platform.config import PreprocessConfig
 from mellow_platform.data import shards
 from mellow_platform.data.audio import Limits
 from mellow_platform.data.sources import Address, Unit, take_stock
-from mellow_platform.features.progress import Progress
+from mellow_platform.progress import Progress
 
 
 @dataclass(frozen=True)

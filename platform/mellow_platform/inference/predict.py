@@ -38,7 +38,6 @@ from mellow_platform.data import shards
 from mellow_platform.data.audio import AudioError, Limits, decode
 from mellow_platform.data.sources import Address, read_clips
 from mellow_platform.features.clips import RETRIED
-from mellow_platform.features.progress import Progress
 from mellow_platform.inference.asked import TEXT_COLUMNS, Asked, read_asked
 from mellow_platform.inference.engine import Engine
 from mellow_platform.inference.request import Request
@@ -46,6 +45,7 @@ from mellow_platform.inference.windows import windows
 from mellow_platform.model import MellowFeatureExtractor
 from mellow_platform.model.card import CARD
 from mellow_platform.model.folder import load_processor
+from mellow_platform.progress import Progress
 
 ANSWERS, REPORT = "answers", "report.json"
 # Blocks that an actor answers at the same time: while the last answers of one are written, slots of the engine would

@@ -1,0 +1,79 @@
+"""The check passes: questions given back to the writer, without what it wrote them from, or to be judged by it."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from mellow_platform.synthesis.asked import Request, request_id
+from mellow_platform.synthesis.candidates import Candidate
+from mellow_platform.synthesis.filters import given_away
+
+BLIND_AT_ONCE = 10  # questions in a request that is answered without audio
+
+
+@dataclass(frozen=True)
+class Check:
+    """The requests of a check pass, the questions that each is about, and what an answer means for one of these.
+
+    `failing` returns the reason to leave a question out, or "".
+    """
+
+    requests: list[Request]
+    members: list[list[Candidate]]
+    items: str  # the key of the list in an answer
+    failing: Callable[[Candidate, dict[str, Any]], str]
+
+
+def blind(candidates: list[Candidate], seed: int) -> Check:
+    """Return the check that a question needs the audio.
+
+    Questions on one clip tell of each other's answers, so that a request holds questions on different clips: they are
+    dealt out in turn. Differences are left out: their question is always the same, and tells nothing.
+    """
+    asked = [candidate for candidate in candidates if candidate["kind"] != "difference"]
+    count = -(-len(asked) // BLIND_AT_ONCE)
+    members = [asked[place::count] for place in range(count)]
+    requests = [_request("blind", n, group, [_hidden(c, seed) for c in group]) for n, group in enumerate(members)]
+    return Check(requests, members, "answers", lambda c, a: "answerable_without_audio" if given_away(c, a) else "")
+
+
+def support(candidates: list[Candidate], seed: int) -> Check:
+    """Return the check that the captions support an answer; the questions of one request are judged together."""
+    members = [list(group) for _, group in groupby(candidates, key=lambda candidate: candidate["request"])]
+    requests = [_request("support", n, group, [_shown(c) for c in group]) for n, group in enumerate(members)]
+    return Check(requests, members, "verdicts", lambda _, answer: "" if answer["supported"] else "not_supported")
+
+
+CHECKS: dict[str, Callable[[list[Candidate], int], Check]] = {"blind": blind, "support": support}
+
+
+def _request(kind: str, number: int, group: list[Candidate], questions: list[dict[str, Any]]) -> Request:
+    material: dict[str, Any] = {"questions": questions}
+    if kind == "support":
+        material["captions"] = group[0]["captions"]
+    return Request(request_id(kind, number, kind, material), kind, len(group), material)
+
+
+def _shown(candidate: Candidate) -> dict[str, Any]:
+    return {name: candidate[name] for name in ("question", "choices", "answer")}
+
+
+def _hidden(candidate: Candidate, seed: int) -> dict[str, Any]:
+    """Return what one without audio sees; writers tend to put the right choice first, which is not to help."""
+    choices = list(candidate["choices"])
+    if candidate["kind"] == "mcq":
+        random.Random(f"{seed} {candidate['id']}").shuffle(choices)
+    return {"question": candidate["question"], "choices": choices}
+
+
+def apply(check: Check, contents: list[dict[str, Any] | None]) -> None:
+    """Write the reasons to leave questions out into them, given the answers to the check's requests, in order.
+
+    A question whose request got no answer is left out as `not_checked`.
+    """
+    for group, content in zip(check.members, contents, strict=True):
+        judged = {item["number"]: item for item in content[check.items]} if content else {}
+        for number, candidate in enumerate(group, 1):
+            candidate["reason"] = check.failing(candidate, judged[number]) if judged else "not_checked"

