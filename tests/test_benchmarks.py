@@ -16,7 +16,9 @@ from playwright.sync_api import Browser
 from mellow_platform import storage
 from mellow_platform.config import EvaluateConfig
 from mellow_platform.data.records import Record, write_records
+from mellow_platform.evaluation.benchmarks import MMAU
 from mellow_platform.evaluation.evaluate import evaluate
+from mellow_platform.evaluation.items import Source
 from mellow_platform.evaluation.report import markdown
 from tests.conftest import REPOSITORY, SHARED, write_corpus
 
@@ -105,6 +107,21 @@ def test_made_up_answers_to_mmau_score_as_its_official_matching_has_it(mmau: lis
     assert seen["empty"] == seen["blank"] == {False}
     # A wrong choice of the answer's words in another order is right by this rule.
     assert seen["wrong"] == seen["several"] == {True, False}
+
+
+def test_what_a_model_writes_to_mmaus_prompt_is_as_right_as_what_it_means(mmau: list[dict[str, Any]]):
+    source = Source(EvaluateConfig(benchmark=["mmau"], mmau=str(MMAU_FILE), model="random", output="/o"))
+    benchmark = MMAU()
+    items = benchmark.records(source)
+    for entry, item in zip(mmau, items, strict=True):
+        letters = dict(zip(item.choices, "abcdefgh", strict=False))
+        for choice in item.choices:
+            right = officially_right(entry, choice)
+            lettered = f"{letters[choice]}) {choice}"
+            assert lettered in benchmark.prompt(item)
+            for text in (choice, lettered, lettered.lower(), f"({letters[choice]}) {choice}"):
+                said = benchmark.reply(item, text)
+                assert benchmark.score([item], [said]).each[0] == right, (item.id, text, said)
 
 
 def test_mmau_without_answers_is_written_to_be_submitted(mmau: list[dict[str, Any]], tmp_path: Path):
@@ -329,7 +346,51 @@ def test_what_cannot_be_judged_is_refused_with_its_name(
         name: value.format(root=corpus.root) if isinstance(value, str) else value for name, value in fields.items()
     }
     with pytest.raises(ValueError, match=message):
-        judged(corpus, "refused", **({"model": "random"} | fields))
+        judged(corpus, f"refused {message}".replace("/", "-"), **({"model": "random"} | fields))
+
+
+def test_another_models_scores_are_not_overwritten(corpus: SimpleNamespace, truth: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"holds answers of another configuration \(differing: model\)"):
+        judged(corpus, "truth", "random")
+    with pytest.raises(ValueError, match="that is `output`, give the folder of another evaluation"):
+        judged(corpus, "truth", "random", against=str(corpus.root / "truth"))
+
+
+def test_data_sets_are_scored_alone_too(tmp_path: Path):
+    texts = {"Clotho": ["a dog barks", "rain on a roof"], "AudioCaps": ["a man speaks", "a car passes", "wind blows"]}
+    records = [
+        Record("c", f"{name}-{number}.wav", "", text, "", "caption the audio.", text, f"{name}.json")
+        for name, own in texts.items()
+        for number, text in enumerate(own)
+    ]
+    write_records(str(tmp_path / "test.json"), records)
+
+    def scores(kept: list[Record], name: str) -> dict[str, Any]:
+        write_records(str(tmp_path / "test.json"), kept)
+        config = EvaluateConfig(
+            benchmark=["captioning"], corpus=str(tmp_path), model="constant:a dog barks on a roof", resamples=100,
+            output=str(tmp_path / name),
+        )  # fmt: skip
+        return evaluate(config)["benchmarks"]["captioning"]
+
+    both = scores(records, "both")
+    assert both["data_sets"].keys() == texts.keys()
+    for name in texts:
+        alone = scores([record for record in records if record.family == name], name)
+        # Chance draws among the answers of a family, which are the same ones; each draw depends on the question's id.
+        assert both["data_sets"][name]["scores"]["audio"] == alone["scores"]["audio"]
+
+
+def test_a_tier_of_explanation_is_a_category(tmp_path: Path):
+    records = [
+        Record("c", "a.wav", "b.wav", "", "", f"explain {tier}", f"the first barks {tier}", f"ACD-{tier}.json")
+        for tier in (1, 2, 3)
+    ]
+    write_records(str(tmp_path / "test.json"), records)
+    config = EvaluateConfig(benchmark=["difference"], corpus=str(tmp_path), model="random", output=str(tmp_path / "o"))
+    groups = evaluate(config)["benchmarks"]["difference"]["groups"]
+    assert groups.keys() == {"tier"}
+    assert groups["tier"].keys() == {"1", "2", "3"}
 
 
 def test_a_hypothesis_without_a_verdict_is_refused(tmp_path: Path):

@@ -157,14 +157,14 @@ def test_a_clip_that_cannot_be_heard_is_wrong_counted_and_past_the_allowed_share
     write_records(str(folder / "train.json"), records)
     (Path(made.corpus) / "audio/text.flac").write_text("not a sound")
     fields = {"corpus": str(folder), "audio_root": f"{made.corpus}/audio", "benchmark": ["clotho-aqa"]}
-    config = configured(made, "some-failed", **fields, conditions=["audio", "noise"], max_failed_share=0.25)
+    config = configured(made, "some-failed", **fields, conditions=["audio", "noise"], max_failed_share=0.5)
     report = evaluate(config)
     assert report["no_answer"] == {"audio": {"missing": 1, "not_audio": 1}, "noise": {}}
     rows = rows_of(config)
     assert [row["error"] for row in rows] == [None, "missing", None, "not_audio"]
     assert [rows[number]["prediction"] for number in (1, 3)] == ["", ""]
     assert rows[1]["detail"] == f"{made.corpus}/audio/gone.flac does not exist"
-    strict = configured(made, "too-many-failed", **fields, conditions=["audio"], max_failed_share=0.25)
+    strict = configured(made, "too-many-failed", **fields, conditions=["audio", "noise"], max_failed_share=0.25)
     with pytest.raises(ValueError, match=r"2 of 4 questions have no answer \(missing 1, not_audio 1\) so far"):
         evaluate(strict)
 
@@ -205,10 +205,14 @@ class Answering(BaseHTTPRequestHandler):
         parts = body["messages"][0]["content"]
         if "forbidden" in parts[0]["text"]:
             return self._send(400, {"error": {"message": "this is not answered"}})
+        if "poison" in parts[0]["text"]:
+            return self._send(500, {"error": {"message": "tripped"}}, {"retry-after-ms": "5"})
         sounds = [part["input_audio"] for part in parts if part["type"] == "input_audio"]
         levels = [np.abs(decode(base64.b64decode(sound["data"]), 32_000)).max() for sound in sounds]
         text = "yes" if levels and max(levels) > 0.3 else "no"
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        text, reason = ("y", "length") if "length" in parts[0]["text"] else (text, "stop")
+        text = "" if "silent" in parts[0]["text"] else text
+        choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
         self._send(
             200, {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
         )
@@ -285,13 +289,49 @@ def test_an_endpoint_that_hears_is_judged_by_the_same_job(
     assert not any(b"secret-of-the-test" in file.read_bytes() for file in files)
 
 
+def test_a_question_that_an_endpoint_trips_over_is_wrong_and_the_others_are_answered(
+    made: SimpleNamespace, listener: Listener, loud_and_soft: Path
+):
+    texts = ["is it loud?", "poison?", "silent?", "length?"]
+    records = [Record("c", "loud.wav", "", "", "", text, "yes", "Levels-Presence") for text in texts]
+    folder = made.root / "tripping"
+    write_records(str(folder / "test.json"), records)
+    fields = {"audio_root": str(loud_and_soft / "audio"), "workers": 1, "conditions": ["audio"], "resamples": 100}
+    config = EvaluateConfig(
+        model=listener.url, corpus=str(folder), output=str(made.root / "tripped"), endpoint={"retries": 3},
+        max_failed_share=0.5, **fields,
+    )  # fmt: skip
+    report = evaluate(config)
+    rows = rows_of(config)
+    assert [row["error"] for row in rows] == [None, "unanswered", "empty", None]
+    assert rows[3]["detail"] == "answer cut to 256 tokens"
+    assert report["no_answer"]["audio"] == {"unanswered": 1, "empty": 1}
+    # Where nothing is answered, nothing is written, and the next run asks again.
+    write_records(str(folder / "test.json"), [records[1]])
+    with pytest.raises(Exception, match=r"answers nothing: .*tripped.* submit the job again to go on"):
+        evaluate(config.model_copy(update={"output": str(made.root / "all-tripped")}))
+    assert not list((made.root / "all-tripped/answers").glob("*"))
+
+
+def test_shards_of_another_encoder_are_refused(made: SimpleNamespace):
+    write_tiny_model(str(made.root / "stranger"), seed=9)
+    config = configured(made, "strange", shards=str(made.root / "features"), model=str(made.root / "stranger"))
+    with pytest.raises(ValueError, match=r"was written by an encoder with other weights than .*stranger has"):
+        evaluate(config)
+
+
 def test_an_endpoint_that_is_not_there_is_named(made: SimpleNamespace, loud_and_soft: Path):
     config = EvaluateConfig(
         model="http://127.0.0.1:9/v1", corpus=str(loud_and_soft), output=str(made.root / "nobody"),
         endpoint={"retries": 0}, workers=1,
     )  # fmt: skip
-    with pytest.raises(Exception, match=r"http://127.0.0.1:9/v1 does not list its models: Connection error"):
+    with pytest.raises(ConnectionError, match=r"http://127.0.0.1:9/v1 does not list its models: Connection error"):
         evaluate(config)
+
+
+def test_an_address_with_a_password_is_refused():
+    with pytest.raises(ValueError, match="an address without name, password or query"):
+        EvaluateConfig(model="http://me:secret@127.0.0.1/v1", corpus="/c", output="/o")
 
 
 def test_shards_are_refused_for_an_endpoint():

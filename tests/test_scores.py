@@ -60,10 +60,14 @@ def test_choices_without_letters_are_named_by_their_words(prediction: str, choic
 
 
 @pytest.mark.parametrize(
-    ("answer", "text"), [("b) a tone", "a tone"), ("b", "Two"), ("(b)", "Two"), ("A tone", "A tone"), ("g)", "g)")]
-)
-def test_an_answer_to_lettered_choices_loses_its_letter(answer: str, text: str):
-    assert scores.choice_text(answer, ("One", "Two")) == text
+    ("answer", "text"),
+    [
+        ("b) Two", "Two"), ("b) two.", "two."), ("b", "Two"), ("(b)", "Two"), ("b) it is two", "it is two"),
+        ("a) Two", "a) Two"), ("A tone", "A tone"), ("g)", "g)"), ("D", "D"), ("D:maj", "D:maj"),
+    ],
+)  # fmt: skip
+def test_an_answer_to_lettered_choices_loses_the_letter_of_its_own_choice(answer: str, text: str):
+    assert scores.choice_text(answer, ("One", "Two", "D", "E", "D:maj")) == text
 
 
 def caption_measures() -> dict[str, Measure]:
@@ -161,14 +165,27 @@ def test_two_runs_are_compared_on_the_same_draws():
     rng = np.random.default_rng(3)
     before = rng.random(300) < 0.7
     draws = Resampling([str(number) for number in range(300)], 1000, 0)
-    same = draws.compare(Mean("accuracy", before), Mean("accuracy", before))["accuracy"]
+    same = draws.compare(Mean("accuracy", before), Mean("accuracy", before), before != before)["accuracy"]
     assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
     worse = before & (rng.random(300) < 0.9)
-    lower = draws.compare(Mean("accuracy", worse), Mean("accuracy", before))["accuracy"]
+    lower = draws.compare(Mean("accuracy", worse), Mean("accuracy", before), worse != before)["accuracy"]
     assert lower.high < 0 < lower.p < 1e-3
     # The runs agree on most questions, so their difference is surer than either score.
     alone = draws.estimate(Mean("accuracy", before))["accuracy"]
     assert lower.high - lower.low < alone.high - alone.low
+
+
+@pytest.mark.parametrize(("differing", "p"), [(1, 1.0), (2, 0.5), (5, 0.0625)])
+def test_few_clips_that_differ_are_no_more_significant_than_by_a_sign_test(differing: int, p: float):
+    before = np.ones(40, bool)
+    worse = before.copy()
+    worse[:differing] = False
+    draws = Resampling([str(number) for number in range(40)], 1000, 0)
+    lower = draws.compare(Mean("accuracy", worse), Mean("accuracy", before), worse != before)["accuracy"]
+    assert lower.p == pytest.approx(p)
+    only = Resampling(["a"] * 5, 1000, 0)  # one clip: no draw differs from another
+    whole = only.compare(Mean("accuracy", np.zeros(5)), Mean("accuracy", np.ones(5)), np.ones(5, bool))["accuracy"]
+    assert whole.p == 1
 
 
 def test_among_several_differences_only_those_that_stand_together_are_significant():

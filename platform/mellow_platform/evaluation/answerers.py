@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import openai
 import pyarrow as pa
+from pydantic import SecretStr
 
 from mellow_platform import storage
 from mellow_platform.config import EvaluateConfig
@@ -29,6 +30,9 @@ from mellow_platform.inference.windows import windows
 
 NOISE_LEVEL = 0.1  # standard deviation, full scale 1
 RATE = 32_000  # Hz, of clips that are made WAV
+UNANSWERED = "unanswered"  # after all retries
+KEPT = "answers so far are kept: submit the job again to go on"
+HOPELESS = {401: "check OPENAI_API_KEY", 403: "check OPENAI_API_KEY", 404: "check the URL and endpoint.model"}
 
 
 @dataclass(frozen=True)
@@ -150,36 +154,56 @@ def _mean_of(arrays: list[np.ndarray]) -> np.ndarray:
     return np.stack(arrays).mean(axis=0, dtype=np.float64).astype(np.float16)
 
 
+def _client(config: EvaluateConfig, key: SecretStr) -> openai.OpenAI:
+    section = config.endpoint
+    return openai.OpenAI(
+        base_url=config.model, api_key=key.get_secret_value(), max_retries=section.retries, timeout=section.timeout
+    )
+
+
+def endpoint_model(config: EvaluateConfig, key: SecretStr) -> str:
+    """Return what the endpoint calls the model that is judged.
+
+    Raises:
+        ConnectionError: it is not named, and the endpoint lists none.
+    """
+    if config.endpoint.model:
+        return config.endpoint.model
+    try:
+        listed = _client(config, key).models.list().data
+    except openai.OpenAIError as error:
+        raise ConnectionError(f"{config.model} does not list its models: {error}; give endpoint.model") from error
+    if not listed:
+        raise ConnectionError(f"{config.model} lists no model: give endpoint.model")
+    return listed[0].id
+
+
 class EndpointAnswerer:
     """An endpoint that speaks OpenAI's chat completions and takes `input_audio` parts.
+
+    A question that it trips over, or that takes too long, has no answer; where every one of a part fares so, the job
+    ends and can be submitted again.
+
+    Args:
+        key: hides itself, lest it stand in what Ray and errors print.
+        model: what the endpoint calls it.
 
     Raises:
         ConnectionError: it cannot be reached, or refuses the key, the model or the address.
     """
 
-    def __init__(self, config: EvaluateConfig, key: str):
-        self.config = config
-        section = config.endpoint
-        self.client = openai.OpenAI(
-            base_url=config.model, api_key=key, max_retries=section.retries, timeout=section.timeout
-        )
-        self.model = section.model or self._first_model()
-        self.pool = ThreadPoolExecutor(section.concurrency)
-
-    def _first_model(self) -> str:
-        try:
-            listed = self.client.models.list().data
-        except openai.OpenAIError as error:
-            raise ConnectionError(
-                f"{self.config.model} does not list its models: {error}; give endpoint.model"
-            ) from error
-        if not listed:
-            raise ConnectionError(f"{self.config.model} lists no model: give endpoint.model")
-        return listed[0].id
+    def __init__(self, config: EvaluateConfig, key: SecretStr, model: str):
+        self.config, self.model = config, model
+        self.client = _client(config, key)
+        self.pool = ThreadPoolExecutor(config.endpoint.concurrency)
 
     def answer(self, questions: Sequence[Question], condition: str) -> list[Reply]:
         sounds = self._sounds({clip for question in questions for clip in question.clips}, condition)
-        return list(self.pool.map(lambda question: self._ask(question, sounds), questions))
+        replies = list(self.pool.map(lambda question: self._ask(question, sounds), questions))
+        if all(reply.error == UNANSWERED for reply in replies):
+            # Not of these questions alone, most likely: they are left for the next run.
+            raise ConnectionError(f"{self.config.model} answers nothing: {replies[-1].detail}; {KEPT}")
+        return replies
 
     def _ask(self, question: Question, sounds: dict[str, dict[str, str] | AudioError]) -> Reply:
         content: list[Any] = [{"type": "text", "text": question.prompt}]
@@ -197,14 +221,24 @@ class EndpointAnswerer:
                 max_tokens=self.config.max_new_tokens,
                 temperature=0.0,
             )
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            return Reply(error="refused", detail=str(error))
+        except openai.APITimeoutError as error:
+            return Reply(error=UNANSWERED, detail=str(error))
+        except openai.APIStatusError as error:
+            if error.status_code in HOPELESS:
+                raise ConnectionError(f"{self.config.model} refuses: {error}; {HOPELESS[error.status_code]}") from error
+            return Reply(
+                error=UNANSWERED if error.status_code in (408, 429) or error.status_code >= 500 else "refused",
+                detail=str(error),
+            )
         except openai.OpenAIError as error:
-            raise ConnectionError(
-                f"{self.config.model} does not answer: {error}; answers so far are kept, submit the job again to go on"
-            ) from error
-        text = completion.choices[0].message.content if completion.choices else None
-        return Reply(text or "", time.monotonic() - start)
+            raise ConnectionError(f"{self.config.model} does not answer: {error}; {KEPT}") from error
+        seconds = time.monotonic() - start
+        choice = completion.choices[0] if completion.choices else None
+        if choice is None or not choice.message.content:
+            reason = choice.finish_reason if choice else "no choices"
+            return Reply(error="empty", detail=f"an answer without text ({reason})", seconds=seconds)
+        cut = f"answer cut to {self.config.max_new_tokens} tokens" if choice.finish_reason == "length" else None
+        return Reply(choice.message.content, seconds, detail=cut)
 
     def _sounds(self, clips: set[str], condition: str) -> dict[str, dict[str, str] | AudioError]:
         """Return the clips as parts of a message."""
@@ -238,24 +272,30 @@ def _part(data: bytes, container: str) -> dict[str, str]:
     return {"data": base64.b64encode(data).decode(), "format": container}
 
 
-def endpoint_key() -> str:
+def endpoint_key() -> SecretStr:
     """Return the key for an endpoint; one on the same machine may need none."""
-    return os.environ.get("OPENAI_API_KEY", "none")
+    return SecretStr(os.environ.get("OPENAI_API_KEY") or "none")
 
 
 def draw(items: Sequence[Item], seed: int) -> list[Reply]:
     """Answer by chance: one of the choices, or to an open question the answer to another one of its family."""
-    answers: dict[str, dict[str, str]] = defaultdict(dict)
+    families: dict[str, list[Item]] = defaultdict(list)
+    places: dict[str, int] = {}  # of an item in its family
     for item in items:
-        if item.references:
-            answers[item.family][item.id] = item.references[0]
+        if item.references and not item.choices:
+            places[item.id] = len(families[item.family])
+            families[item.family].append(item)
     replies = []
     for item in items:
         rng = np.random.default_rng([seed, zlib.crc32(item.id.encode())])
-        among: Sequence[str] = item.choices
-        if not among:
-            among = [text for id, text in answers[item.family].items() if id != item.id]
-        replies.append(Reply(among[int(rng.integers(len(among)))] if among else ""))
+        alike = families[item.family]
+        if item.choices:
+            replies.append(Reply(item.choices[int(rng.integers(len(item.choices)))]))
+        elif item.id in places and len(alike) > 1:
+            other = (places[item.id] + int(rng.integers(1, len(alike)))) % len(alike)
+            replies.append(Reply(alike[other].references[0]))
+        else:
+            replies.append(Reply())
     return replies
 
 
@@ -268,8 +308,9 @@ def given(items: Iterable[Item], uri: str) -> list[Reply]:
     Raises:
         ValueError: it has no such columns, or an id twice.
     """
-    file = uri if "." in PurePosixPath(uri).name else storage.join(uri, "predictions.parquet")
-    table = read_table(file, columns=("id", "prediction", "model_output", "condition"))
+    file = uri if uri.endswith((".parquet", ".csv", ".json", ".jsonl")) else storage.join(uri, "predictions.parquet")
+    texts = "id", "prediction", "model_output", "condition"
+    table = read_table(file, text_columns=texts, columns=texts)
     if "condition" in table.column_names:
         table = table.filter(pa.compute.equal(table["condition"], "audio"))
     text = next((name for name in ("prediction", "model_output") if name in table.column_names), "")
@@ -280,6 +321,6 @@ def given(items: Iterable[Item], uri: str) -> list[Reply]:
         if found.setdefault(str(id), answer or "") != (answer or ""):
             raise ValueError(f"{uri} has two answers to question {id}: keep one")
     missing = "no_prediction", f"{uri} has no answer to it"
-    ids = [(item.id, item.id.partition("/")[2]) for item in items]
-    answers = [found.get(whole, found.get(short)) for whole, short in ids]
+    # MMAU's own ids come without the benchmark's name.
+    answers = [found.get(item.id, found.get(item.id.removeprefix("mmau/"))) for item in items]
     return [Reply(text) if text is not None else Reply(error=missing[0], detail=missing[1]) for text in answers]

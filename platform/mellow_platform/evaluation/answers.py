@@ -11,11 +11,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 import ray
+from pydantic import SecretStr
 
 from mellow_platform import storage
 from mellow_platform.config import EvaluateConfig
@@ -26,13 +27,13 @@ from mellow_platform.evaluation.answerers import (
     MellowAnswerer,
     Question,
     Reply,
-    draw,
     endpoint_key,
-    given,
+    endpoint_model,
 )
-from mellow_platform.evaluation.items import Item, Source
+from mellow_platform.evaluation.items import Source
 from mellow_platform.features.store import FeatureStore
 from mellow_platform.inference.predict import model_digest
+from mellow_platform.model import encoder_digest, load_encoder
 from mellow_platform.progress import Progress
 
 ANSWERS = "answers"
@@ -53,77 +54,75 @@ ANSWER_SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A question as it is put to a model; the same in every benchmark that it belongs to."""
-
-    item: Item
-    prompt: str
-
-
-def ask(config: EvaluateConfig, asked: Sequence[Asked], source: Source) -> dict[str, list[Reply]]:
-    """Return the replies to every question, in order, by condition; what is answered already is not asked again.
+def listen(config: EvaluateConfig, asked: Sequence[Question], source: Source) -> dict[str, list[Reply]]:
+    """Return a model's replies to every question, in order, by condition; what is answered already is not asked again.
 
     Raises:
-        ValueError: more than the allowed share of the questions has no answer, or `output` holds other answers.
+        ValueError: under a condition more than the allowed share of the questions has no answer, the shards were
+            written by another encoder, or `output` holds other answers.
+        ConnectionError: the endpoint cannot be asked; what it has answered is kept for the next run.
     """
-    items = [question.item for question in asked]
-    replies: dict[str, list[Reply]] = {}
-    if config.listens:
-        replies |= _listen(config, asked, [name for name in config.conditions if name != "chance"], source)
-    elif config.model == "random":
-        replies["audio"] = draw(items, config.seed)
-    elif config.model.startswith("constant:"):
-        replies["audio"] = [Reply(config.model.removeprefix("constant:"))] * len(items)
-    else:
-        replies["audio"] = given(items, config.model.removeprefix("predictions:"))
-    if "chance" in config.conditions:
-        replies["chance"] = draw(items, config.seed)
-    return replies
-
-
-def _listen(
-    config: EvaluateConfig, asked: Sequence[Asked], conditions: Sequence[str], source: Source
-) -> dict[str, list[Reply]]:
+    conditions = [name for name in config.conditions if name != "chance"]
     # Questions about the same clips stand together: they are read once, and found in the engine's caches.
-    order = sorted(range(len(asked)), key=lambda row: (asked[row].item.clips, row))
+    order = sorted(range(len(asked)), key=lambda row: (asked[row].clips, row))
     columns = {"row": order, "prompt": [asked[row].prompt for row in order]}
-    questions = pa.table(columns | {"clips": [list(asked[row].item.clips) for row in order]})
-    shards.claim(config.output, config.shaping, _digest(config, questions, source), holds="answers")
+    questions = pa.table(columns | {"clips": [list(asked[row].clips) for row in order]})
+    key = endpoint_key()
+    model = endpoint_model(config, key) if config.is_remote else _model_of(config, source)
+    claim(config, asked, model, source)
     done = shards.receipts(config.output, ANSWERS)
     there = sum(receipt["questions"] for receipt in done.values())
     progress = Progress("questions", len(asked) * len(conditions), there, rejected_are="without an answer")
-    failed = sum((Counter(receipt["failed"]) for receipt in done.values()), Counter())
     parts = [
         {"name": f"{condition}-{start // config.rows_per_part:06d}", "condition": condition, "start": start}
         for condition in conditions
         for start in range(0, len(questions), config.rows_per_part)
     ]
+    failed: dict[str, Counter[str]] = {condition: Counter() for condition in conditions}
+    for receipt in done.values():
+        failed[receipt["condition"]].update(receipt["failed"])
     missing = [part for part in parts if part["name"] not in done]
-    clips = list(dict.fromkeys(clip for question in asked for clip in question.item.clips))[:CLIPS_OF_THE_MEAN]
-    for receipt in _answer_parts(config, questions, missing, clips):
-        failed += Counter(receipt["failed"])
+    clips = list(dict.fromkeys(clip for question in asked for clip in question.clips))[:CLIPS_OF_THE_MEAN]
+    for receipt in _answer_parts(config, questions, missing, clips, key, model):
+        failed[receipt["condition"]].update(receipt["failed"])
         progress.add(receipt["questions"], sum(receipt["failed"].values()))
-        _stop_if_too_many(failed, progress.total, config)
-    _stop_if_too_many(failed, progress.total, config)
+        stop_if_too_many(failed[receipt["condition"]], len(asked), config)
+    for counts in failed.values():
+        stop_if_too_many(counts, len(asked), config)
     storage.remove_partial(config.output)
     return {name: _read(config, [part for part in parts if part["condition"] == name]) for name in conditions}
 
 
-def _digest(config: EvaluateConfig, questions: pa.Table, source: Source) -> str:
-    """Return the SHA-256 of all that the answers depend on."""
-    asked = json.dumps(questions.to_pydict())
-    depends_on = {
-        "fields": config.shaping,
-        "asked": hashlib.sha256(asked.encode()).hexdigest(),
-        "model": model_digest(storage.local_copy(config.model)) if not config.is_remote else "",
-        "shards": source.manifest.content_hash if source.manifest else "",
-    }
-    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+def _model_of(config: EvaluateConfig, source: Source) -> str:
+    """Return the SHA-256 of the model's folder, having made sure that its encoder wrote the shards."""
+    if source.manifest and source.manifest.encoder != encoder_digest(load_encoder(config.model)):
+        raise ValueError(
+            f"{config.shards} was written by an encoder with other weights than {config.model} has: give shards of its "
+            "own (jobs/preprocess.py --encoder), or `corpus` with `audio_root`"
+        )
+    return model_digest(storage.local_copy(config.model))
+
+
+def claim(config: EvaluateConfig, asked: Sequence[Question], model: str, source: Source) -> None:
+    """Make `output` the folder of what `model` answers to these questions, or make sure that it is.
+
+    Raises:
+        ValueError: it holds others.
+    """
+    digest = hashlib.sha256(f"{model} {source.manifest.content_hash if source.manifest else ''}".encode())
+    digest.update(json.dumps(config.shaping, sort_keys=True).encode())
+    for question in asked:
+        digest.update(json.dumps(asdict(question)).encode())
+    shards.claim(config.output, config.shaping, digest.hexdigest(), holds="answers")
 
 
 def _answer_parts(
-    config: EvaluateConfig, questions: pa.Table, parts: list[dict[str, Any]], clips: Sequence[str]
+    config: EvaluateConfig,
+    questions: pa.Table,
+    parts: list[dict[str, Any]],
+    clips: Sequence[str],
+    key: SecretStr,
+    model: str,
 ) -> Iterator[dict[str, Any]]:
     """Have parts answered and written, and yield their receipts as they come."""
     if not parts:
@@ -133,7 +132,7 @@ def _answer_parts(
     dataset.context.enable_progress_bars = False  # the job prints lines of its own, for a log
     written = dataset.map_batches(
         AnswerPart,
-        fn_constructor_args=(config, ray.put(questions), store, clips, endpoint_key()),
+        fn_constructor_args=(config, ray.put(questions), store, clips, key, model),
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
@@ -157,12 +156,13 @@ class AnswerPart:
         questions: ray.ObjectRef,
         store: ray.ObjectRef | None,
         clips: Sequence[str],
-        key: str,
+        key: SecretStr,
+        model: str,
     ):
         self.config = config
         self.questions: pa.Table = ray.get(questions)
         self.answerer: Answerer = (
-            EndpointAnswerer(config, key)
+            EndpointAnswerer(config, key, model)
             if config.is_remote
             else MellowAnswerer(config, ray.get(store) if store else None, clips)
         )
@@ -177,6 +177,7 @@ class AnswerPart:
         replies = self.answerer.answer([Question(row["prompt"], tuple(row["clips"])) for row in rows], condition)
         answers = [{"row": row["row"]} | asdict(reply) for row, reply in zip(rows, replies, strict=True)]
         receipt = {
+            "condition": condition,
             "questions": len(rows),
             "failed": dict(Counter(reply.error for reply in replies if reply.error)),
         }
@@ -184,13 +185,14 @@ class AnswerPart:
         return shards.write_shard(self.config.output, ANSWERS, name, table, receipt)
 
 
-def _stop_if_too_many(failed: Counter[str], questions: int, config: EvaluateConfig) -> None:
+def stop_if_too_many(failed: Counter[str], questions: int, config: EvaluateConfig) -> None:
+    """Raise ValueError where more than the allowed share of the questions has no answer."""
     if failed.total() <= config.max_failed_share * questions:
         return
     counts = ", ".join(f"{reason} {count}" for reason, count in sorted(failed.items()))
     raise ValueError(
-        f"{failed.total()} of {questions} questions have no answer ({counts}) so far; {config.output}/{ANSWERS} says "
-        f"why: mend them and delete it, or raise max_failed_share (now {config.max_failed_share:g})"
+        f"{failed.total()} of {questions} questions have no answer ({counts}) so far; what there is of {config.output}/"
+        f"{ANSWERS} says why: mend them and delete it, or raise max_failed_share (now {config.max_failed_share:g})"
     )
 
 

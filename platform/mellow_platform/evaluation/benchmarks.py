@@ -4,6 +4,7 @@ To add one, write a class with `records` and `score`, and `prompt` where questio
 to `BENCHMARKS`.
 """
 
+import dataclasses
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -111,7 +112,7 @@ class ClothoAQA(Choice):
     families = re.compile(r"ClothoAQA.*|.*-Presence")
 
     def records(self, source: Source) -> list[Item]:
-        return [item for item in super().records(source) if item.references[0] in ("yes", "no")]
+        return [item for item in super().records(source) if normal(item.references[0]) in ("yes", "no")]
 
 
 class Entailment(OfFamilies):
@@ -139,15 +140,16 @@ class Entailment(OfFamilies):
         return Scored([measure], "accuracy", np.equal(truth, predicted).astype(np.float64))
 
 
-VERDICT_WORDS = tuple(map(re.compile, (r"true|entail", r"plausible|neutral|possib", r"false|contradict")))
+VERDICT_WORDS = (r"true|entailed|entailment", r"plausible|neutral|possible", r"false|contradicted|contradiction")
+NEGATED = re.compile(r"\b(not|never|\w+n't)\b")
 
 
 def _verdict(item: Item, text: str) -> int | None:
     """Return the number in `VERDICTS` of the verdict that an answer names, or None where it names none or several."""
     place = chosen(text, item.choices)
     said = text.lower() if place is None else item.choices[place].lower()
-    found = [number for number, word in enumerate(VERDICT_WORDS) if word.search(said)]
-    return found[0] if len(found) == 1 else None
+    found = [number for number, word in enumerate(VERDICT_WORDS) if re.search(rf"\b({word})\b", said)]
+    return found[0] if len(found) == 1 and not NEGATED.search(said) else None
 
 
 class Description(OfFamilies):
@@ -172,6 +174,15 @@ class AudioDifference(Description):
     name, title = "difference", "what tells two clips apart (CLD, ACD)"
     families = re.compile(r"(CLD|ACD|.*-Difference)(-\d)?")
 
+    def records(self, source: Source) -> list[Item]:
+        return [_with_tier(item) for item in super().records(source)]
+
+
+def _with_tier(item: Item) -> Item:
+    """Return an item of one of the three tiers of explanation with the tier as a category of its own."""
+    family, _, tier = item.family.rpartition("-")
+    return dataclasses.replace(item, groups={"family": family, "tier": tier}) if tier.isdigit() else item
+
 
 class Detail(Description):
     name, title = "detail", "detailed questions about what is heard"
@@ -190,7 +201,7 @@ class MMAU(Benchmark):
         return source.mmau if source.config.mmau else []
 
     def prompt(self, item: Item) -> str:
-        return " ".join([item.question, *lettered(item.choices)]).lower()
+        return " ".join([item.question, *lettered(item.choices)])
 
     def reply(self, item: Item, text: str) -> str:
         return choice_text(text, item.choices)

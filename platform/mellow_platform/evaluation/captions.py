@@ -133,10 +133,10 @@ class CaptionScorer:
         METEOR reads a line a text, with `|||` between texts.
         """
         lines = [" ".join(text.replace("|||", " ").split()) for own in texts for text in own]
-        if shutil.which("java"):
+        try:
             tokens = iter(_ptb_tokens(lines))
-        else:
-            self._leave_out("PTB tokenizer", f"{NO_JAVA}; {PLAIN_WORDS}")
+        except Unavailable as error:
+            self._leave_out("PTB tokenizer", f"{error}; {PLAIN_WORDS}")
             tokens = iter([" ".join(re.findall(r"[\w']+", line.lower())) for line in lines])
         return {number: [next(tokens) for _ in own] for number, own in enumerate(texts)}
 
@@ -164,11 +164,14 @@ def _ptb_tokens(lines: list[str]) -> list[str]:
 
     Its own wrapper of the program writes beside the program's files, which an image does not allow.
     """
+    if not shutil.which("java"):
+        raise Unavailable(NO_JAVA)
     command = ["java", "-cp", str(JAR), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
-    done = subprocess.run(command, input="\n".join([*lines, ""]), capture_output=True, text=True)
+    command[1:1] = ["-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8"]
+    done = subprocess.run(command, input="\n".join([*lines, ""]), capture_output=True, encoding="utf-8")
     tokenized = done.stdout.removesuffix("\n").split("\n")
     if done.returncode or len(tokenized) != len(lines):
-        raise RuntimeError(f"the PTB tokenizer failed with status {done.returncode}: {done.stderr.strip()[-500:]}")
+        raise Unavailable(f"it failed with status {done.returncode}: {done.stderr.strip()[-500:]}")
     return [" ".join(word for word in line.split() if word not in ptbtokenizer.PUNCTUATIONS) for line in tokenized]
 
 

@@ -18,9 +18,9 @@ import pyarrow as pa
 from mellow_platform import storage
 from mellow_platform.config import EvaluateConfig
 from mellow_platform.data.tables import read_table
-from mellow_platform.evaluation.answerers import Reply
-from mellow_platform.evaluation.answers import Asked, ask
-from mellow_platform.evaluation.benchmarks import BENCHMARKS, MMAU, Benchmark, Description, Scored
+from mellow_platform.evaluation.answerers import Question, Reply, draw, given
+from mellow_platform.evaluation.answers import claim, listen, stop_if_too_many
+from mellow_platform.evaluation.benchmarks import BENCHMARKS, MMAU, Benchmark, Choice, Description, Families, Scored
 from mellow_platform.evaluation.intervals import Resampling, holm
 from mellow_platform.evaluation.items import Item, Source
 from mellow_platform.evaluation.measures import Expected, Measure
@@ -66,43 +66,81 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: questions, clips, shards or model are absent.
-        ValueError: there are no questions of a benchmark, too many have no answer, or `output` holds other answers.
+        ValueError: there are no questions of a benchmark, too many have no answer, `output` holds other answers, or
+            the evaluation to compare with has none of the questions.
+        ConnectionError: the endpoint cannot be asked.
     """
     source = Source(config)
     questions = select(config, source)
-    asked = {
-        (item.id, benchmark.prompt(item)): Asked(item, benchmark.prompt(item))
-        for benchmark, items in questions
-        for item in items
-    }
-    places = {key: row for row, key in enumerate(asked)}
-    replies = ask(config, list(asked.values()), source)
-    answered = []
-    for benchmark, items in questions:
-        rows = [places[item.id, benchmark.prompt(item)] for item in items]
-        own = {condition: [of_all[row] for row in rows] for condition, of_all in replies.items()}
-        if config.listens:  # what was written to a prompt, and not drawn or given
-            own |= {name: _as_answers(benchmark, items, own[name]) for name in own if name != "chance"}
-        answered.append(score(benchmark, items, own))
+    before = read_baseline(config, questions)
+    # What several benchmarks ask alike is asked once.
+    asked = list(dict.fromkeys(Question(b.prompt(item), item.clips) for b, items in questions for item in items))
+    if config.listens:
+        said = dict(zip(asked, _by_question(listen(config, asked, source)), strict=True))
+    else:
+        claim(config, asked, "", source)
+        said = {}
+    answered = [score(b, items, _replies_to(b, items, said, config)) for b, items in questions]
+    if config.model.startswith("predictions:"):
+        replies = [reply for each in answered for reply in each.replies["audio"]]
+        stop_if_too_many(Counter(reply.error for reply in replies if reply.error), len(replies), config)
     report = {
         "model": config.model,
         "split": config.split,
         "records": len(asked),
-        "conditions": list(replies),
+        "conditions": list(answered[0].replies),
         "benchmarks": {each.benchmark.name: summarise(each, config) for each in answered},
+        **_asking(answered),
+        # Questions of all splits that the shards do not have, as their clips cannot be used.
+        "dropped": source.manifest.counts["records_dropped"] if source.manifest else 0,
+    }
+    if config.against:
+        report["comparison"] = compare(answered, before, config)
+    write(config, answered, report)
+    for each in answered:
+        if isinstance(each.benchmark, MMAU) and "audio" in each.replies:
+            write_submission(config, source, each)
+    return report
+
+
+def _by_question(replies: dict[str, list[Reply]]) -> list[dict[str, Reply]]:
+    return [dict(zip(replies, of_one, strict=True)) for of_one in zip(*replies.values(), strict=True)]
+
+
+def _replies_to(
+    benchmark: Benchmark, items: list[Item], said: dict[Question, dict[str, Reply]], config: EvaluateConfig
+) -> dict[str, list[Reply]]:
+    """Return the replies to a benchmark's items by condition: what a model said, or what is answered without one."""
+    own: dict[str, list[Reply]] = {}
+    if config.listens:
+        for condition in (name for name in config.conditions if name != "chance"):
+            replies = [said[Question(benchmark.prompt(item), item.clips)][condition] for item in items]
+            pairs = zip(items, replies, strict=True)
+            own[condition] = [replace(reply, text=benchmark.reply(item, reply.text)) for item, reply in pairs]
+    elif config.model == "random":
+        own["audio"] = draw(items, config.seed)
+    elif config.model.startswith("constant:"):
+        own["audio"] = [Reply(config.model.removeprefix("constant:"))] * len(items)
+    else:
+        own["audio"] = given(items, config.model.removeprefix("predictions:"))
+    if "chance" in config.conditions:
+        own["chance"] = draw(items, config.seed)
+    return own
+
+
+def _asking(answered: Sequence[Answered]) -> dict[str, Any]:
+    """Return by condition what was not answered as it was asked, and how long answers took."""
+    replies: dict[str, list[Reply]] = {}
+    for each in answered:
+        for condition, own in each.replies.items():
+            replies.setdefault(condition, []).extend(own)
+    return {
         "no_answer": {
             name: dict(Counter(reply.error for reply in own if reply.error)) for name, own in replies.items()
         },
         "cut": {name: _cut(own) for name, own in replies.items()},
         "seconds_an_answer": {name: _quantiles(own) for name, own in replies.items()},
     }
-    if config.against:
-        report["comparison"] = compare(answered, config)
-    write(config, answered, report)
-    for each in answered:
-        if isinstance(each.benchmark, MMAU) and "audio" in each.replies:
-            write_submission(config, source, each)
-    return report
 
 
 def _cut(replies: Sequence[Reply]) -> dict[str, int]:
@@ -145,10 +183,6 @@ def select(config: EvaluateConfig, source: Source) -> list[tuple[Benchmark, list
     return chosen
 
 
-def _as_answers(benchmark: Benchmark, items: Sequence[Item], replies: Sequence[Reply]) -> list[Reply]:
-    return [replace(reply, text=benchmark.reply(item, reply.text)) for item, reply in zip(items, replies, strict=True)]
-
-
 def score(benchmark: Benchmark, items: list[Item], replies: dict[str, list[Reply]]) -> Answered:
     """Score what was answered to a benchmark's items."""
     known = [row for row, item in enumerate(items) if item.references]
@@ -158,7 +192,22 @@ def score(benchmark: Benchmark, items: list[Item], replies: dict[str, list[Reply
         name: score_chance(benchmark, own, drawn) if name == "chance" else benchmark.score(own, drawn)
         for name, drawn in texts.items()
     }
-    return Answered(benchmark, items, replies, np.array(known, np.int64), scored)
+    return Answered(benchmark, items, replies, np.array(known, np.int64), _alike(scored))
+
+
+def _alike(scored: dict[str, Scored]) -> dict[str, Scored]:
+    """Return what was scored with the measures that all conditions have: a program may have failed for one of them."""
+    names = [{name for measure in own.measures for name in measure.names} for own in scored.values()]
+    common = set.intersection(*names) if names else set()
+    mains = {own.main for own in scored.values()} & common
+    return {
+        condition: Scored(
+            [measure for measure in own.measures if common.issuperset(measure.names)],
+            own.main if mains == {own.main} else next(iter(mains)),
+            own.each,
+        )
+        for condition, own in scored.items()
+    }
 
 
 def score_chance(benchmark: Benchmark, items: Sequence[Item], drawn: Sequence[str]) -> Scored:
@@ -191,9 +240,11 @@ def summarise(answered: Answered, config: EvaluateConfig) -> dict[str, Any]:
             summary["groups"][axis] = {
                 str(value): _of_group(answered, draws, np.flatnonzero(values == value)) for value in sorted(set(values))
             }
+    if len(summary["groups"].get("family", {})) > 1 and not isinstance(benchmark, Choice | Families):
+        summary["data_sets"] = _data_sets(answered, draws)
     heard = answered.scored.get("audio")
     summary["control"] = {
-        name: asdict(draws.compare(_main(heard), _main(scored))[summary["main"]])
+        name: asdict(draws.compare(_main(heard), _main(scored), heard.each != scored.each)[summary["main"]])
         for name, scored in answered.scored.items()
         if heard and name in ("noise", "text_only")
     }
@@ -208,6 +259,20 @@ def _main(scored: Scored) -> Measure:
     return next(measure for measure in scored.measures if scored.main in measure.names)
 
 
+def _data_sets(answered: Answered, draws: Resampling) -> dict[str, Any]:
+    """Return all scores of each family alone, as they are published: CIDEr weighs words by the whole set it is of."""
+    families = np.array([answered.items[row].family for row in answered.known])
+    found = {}
+    for family in sorted(set(families)):
+        rows = np.flatnonzero(families == family)
+        known = answered.known[rows]
+        replies = {name: [own[row] for row in known] for name, own in answered.replies.items()}
+        alone = score(answered.benchmark, [answered.items[row] for row in known], replies)
+        scores = {name: _estimates(draws.of(rows), scored.measures) for name, scored in alone.scored.items()}
+        found[str(family)] = {"questions": len(rows), "scores": scores}
+    return found
+
+
 def _of_group(answered: Answered, draws: Resampling, rows: np.ndarray) -> dict[str, Any]:
     """Return the main score of some of the items, under each condition."""
     own = draws.of(rows)
@@ -215,68 +280,100 @@ def _of_group(answered: Answered, draws: Resampling, rows: np.ndarray) -> dict[s
     return {"questions": len(rows), "scores": {name: asdict(value) for name, value in scores.items()}}
 
 
-def compare(answered: Sequence[Answered], config: EvaluateConfig) -> dict[str, Any]:
+Key = tuple[str, ...]  # of a question: benchmark, id, question, and names of the clips
+
+
+def _key(benchmark: str, id: str, question: str, clips: Sequence[str]) -> Key:
+    """Return what two evaluations know a question by; folders of clips may have other names."""
+    return (benchmark, id, question, *(clip.rpartition("/")[2] for clip in clips))
+
+
+def read_baseline(config: EvaluateConfig, questions: Sequence[tuple[Benchmark, list[Item]]]) -> dict[Key, str]:
+    """Return what the other evaluation answered, with audio; nothing without one.
+
+    Raises:
+        FileNotFoundError: it is absent.
+        ValueError: it has none of the questions.
+    """
+    if not config.against:
+        return {}
+    names = "benchmark", "condition", "id", "question", "clips", "prediction"
+    table = read_table(storage.join(config.against, PREDICTIONS), columns=names)
+    rows = table.filter(pa.compute.equal(table["condition"], "audio")).to_pylist()
+    before = {_key(row["benchmark"], row["id"], row["question"], row["clips"]): row["prediction"] for row in rows}
+    own = {_item_key(benchmark, item) for benchmark, items in questions for item in items if item.references}
+    if before.keys().isdisjoint(own):
+        raise ValueError(f"against {config.against}: it has none of the questions that are asked here, with audio")
+    return before
+
+
+def _item_key(benchmark: Benchmark, item: Item) -> Key:
+    return _key(benchmark.name, item.id, item.question, item.files or item.clips)
+
+
+def compare(answered: Sequence[Answered], before: dict[Key, str], config: EvaluateConfig) -> dict[str, Any]:
     """Compare with another evaluation on the questions that both answered, with audio.
 
     A score counts as lower where its difference is significant among all that are compared (Holm, 5 %).
-
-    Raises:
-        ValueError: the other evaluation has none of the questions.
     """
-    assert config.against
-    table = read_table(storage.join(config.against, PREDICTIONS))
-    rows = [row for row in table.to_pylist() if row["condition"] == "audio"]
-    others = {(row["benchmark"], row["id"], row["question"]): row["prediction"] for row in rows}
     compared: list[dict[str, Any]] = []
+    left_out: dict[str, int] = {}
     for each in answered:
-        name = each.benchmark.name
-        both = [row for row in each.known if (name, each.items[row].id, each.items[row].question) in others]
-        if not both or "audio" not in each.replies:
+        benchmark = each.benchmark
+        rows = [row for row in each.known if _item_key(benchmark, each.items[row]) in before]
+        if len(rows) < len(each.known):
+            left_out[benchmark.name] = len(each.known) - len(rows)
+        if not rows or "audio" not in each.replies:
             continue
-        items = [each.items[row] for row in both]
-        now = each.benchmark.score(items, [each.replies["audio"][row].text for row in both])
-        before = each.benchmark.score(items, [others[name, item.id, item.question] for item in items])
+        items = [each.items[row] for row in rows]
+        texts = {
+            "now": [each.replies["audio"][row].text for row in rows],
+            "before": [before[_item_key(benchmark, item)] for item in items],
+        }
+        scored = _alike({name: benchmark.score(items, own) for name, own in texts.items()})
         draws = Resampling([item.clips[0] for item in items], config.resamples, config.seed)
-        for measure, other in zip(now.measures, before.measures, strict=True):
-            for score_name, difference in draws.compare(measure, other).items():
-                compared.append({"benchmark": name, "score": score_name, "questions": len(both), **asdict(difference)})
-    if not compared:
-        raise ValueError(f"against {config.against}: it has none of the questions that were answered here, with audio")
+        differing = scored["now"].each != scored["before"].each
+        for now, then in zip(scored["now"].measures, scored["before"].measures, strict=True):
+            for name, difference in draws.compare(now, then, differing).items():
+                row = {"benchmark": benchmark.name, "score": name, "questions": len(rows)}
+                compared.append(row | asdict(difference))
     for row, significant in zip(compared, holm([row["p"] for row in compared]), strict=True):
         row["significant"] = significant
     lower = [f"{row['benchmark']} {row['score']}" for row in compared if row["significant"] and row["value"] < 0]
-    return {"against": config.against, "differences": compared, "lower": lower}
+    return {"against": config.against, "differences": compared, "lower": lower, "left_out": left_out}
 
 
 def write(config: EvaluateConfig, answered: Sequence[Answered], report: dict[str, Any]) -> None:
     """Write predictions and report."""
-    rows = [row for each in answered for row in _prediction_rows(each)]
-    storage.write_table(storage.join(config.output, PREDICTIONS), pa.Table.from_pylist(rows, schema=PREDICTION_SCHEMA))
+    tables = [table for each in answered for table in _predictions(each)]
+    storage.write_table(storage.join(config.output, PREDICTIONS), pa.concat_tables(tables))
     storage.write_json(storage.join(config.output, "report.json"), report)
     storage.write_bytes(storage.join(config.output, "report.md"), markdown(report).encode())
     examples = {each.benchmark.name: _worst(each, config.examples) for each in answered}
     storage.write_bytes(storage.join(config.output, "report.html"), page(report, examples).encode())
 
 
-def _prediction_rows(answered: Answered) -> Iterator[dict[str, Any]]:
-    scores = {name: dict(zip(answered.known, scored.each, strict=True)) for name, scored in answered.scored.items()}
+def _predictions(answered: Answered) -> Iterator[pa.Table]:
+    """Yield the answers under each condition (`PREDICTION_SCHEMA`)."""
+    items = answered.items
+    asked = {
+        "benchmark": [answered.benchmark.name] * len(items),
+        "id": [item.id for item in items],
+        "clips": [item.files or item.clips for item in items],
+        "question": [item.question for item in items],
+        "choices": [item.choices for item in items],
+        "answer": [item.references for item in items],
+        "groups": [list(item.groups.items()) for item in items],
+    }
     for condition, replies in answered.replies.items():
-        for row, (item, reply) in enumerate(zip(answered.items, replies, strict=True)):
-            yield {
-                "benchmark": answered.benchmark.name,
-                "condition": condition,
-                "id": item.id,
-                "clips": item.files or item.clips,
-                "question": item.question,
-                "choices": item.choices,
-                "answer": item.references,
-                "prediction": reply.text,
-                "score": scores[condition].get(row) if scores else None,
-                "seconds": reply.seconds,
-                "error": reply.error,
-                "detail": reply.detail,
-                "groups": list(item.groups.items()),
-            }
+        scores: list[float | None] = [None] * len(items)
+        if condition in answered.scored:
+            for row, score in zip(answered.known, answered.scored[condition].each, strict=True):
+                scores[row] = float(score)
+        said = {name: [getattr(reply, name) for reply in replies] for name in ("seconds", "error", "detail")}
+        columns = asked | said | {"condition": [condition] * len(items), "score": scores}
+        columns["prediction"] = [reply.text for reply in replies]
+        yield pa.table({field.name: columns[field.name] for field in PREDICTION_SCHEMA}, schema=PREDICTION_SCHEMA)
 
 
 def _worst(answered: Answered, count: int) -> list[Example]:

@@ -36,7 +36,7 @@ class Resampling:
     """Draws of the clips that answers are about.
 
     Args:
-        clips: [N] the clip of each answer.
+        clips: [N] the clip of each answer; of two, the first.
         draws: how many.
     """
 
@@ -50,16 +50,22 @@ class Resampling:
         rows = zip(measure.names, point, low, high, strict=True)
         return {name: Estimate(*map(float, values)) for name, *values in rows}
 
-    def compare(self, first: Measure, second: Measure) -> dict[str, Difference]:
+    def compare(self, first: Measure, second: Measure, differing: np.ndarray) -> dict[str, Difference]:
         """Return how two runs' scores on the same questions differ; both are measured on the same draws.
 
         p is two-sided, of a normal distribution as wide as the draws' differences: counts of draws could not tell
-        probabilities as small as many comparisons together need.
+        probabilities as small as many comparisons together need. It is no smaller than where all clips that differ do
+        so in one direction by chance (a sign test), which holds for few of them as well.
+
+        Args:
+            differing: [N] which answers scored differently in the two runs.
         """
+        clips = len(set(self.clips[differing].tolist()))
+        least = min(1.0, 2.0 ** (1 - clips))
         (point, drawn), (other, other_drawn) = self._scores(first), self._scores(second)
         difference = drawn - other_drawn
         low, high = self._ends(difference)
-        p = [_two_sided(*pair) for pair in zip(point - other, difference.std(axis=0, ddof=1), strict=True)]
+        p = [max(least, _two_sided(*pair)) for pair in zip(point - other, difference.std(axis=0, ddof=1), strict=True)]
         rows = zip(first.names, point - other, low, high, p, strict=True)
         return {name: Difference(*map(float, values)) for name, *values in rows}
 

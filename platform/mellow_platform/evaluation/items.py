@@ -13,6 +13,7 @@ from mellow_platform.data.shards import Manifest
 from mellow_platform.data.shards import read_records as read_shard_records
 from mellow_platform.data.sources import audio_root
 
+MOST_CHOICES = 8  # that there are letters for, a to h
 MMAU_GROUPS = ("task", "difficulty", "sub-category")
 
 
@@ -88,6 +89,7 @@ class Source:
         entries = storage.read_json(self.config.mmau)
         if not isinstance(entries, list):
             raise ValueError(f"{self.config.mmau}: expected MMAU's list of questions, found {type(entries).__name__}")
+        ids: set[str] = set()
         for number, entry in enumerate(entries):
             fields = entry if isinstance(entry, dict) else {}
             texts = [name for name in ("id", "audio_id", "question") if not isinstance(fields.get(name), str)]
@@ -97,6 +99,16 @@ class Source:
                     f"{self.config.mmau}: entry {number} has no {', '.join(texts) or 'choices'}; "
                     "id, audio_id, question and choices are needed"
                 )
+            if not 2 <= len(choices) <= MOST_CHOICES or entry["id"] in ids:
+                raise ValueError(
+                    f"{self.config.mmau}: entry {number} with id {entry['id']!r} has {len(choices)} choices, or an id "
+                    f"that was there before: 2 to {MOST_CHOICES} choices and an id of its own are needed"
+                )
+            if not isinstance(entry.get("answer") or "", str):
+                raise ValueError(
+                    f"{self.config.mmau}: entry {number} has the answer {entry['answer']!r}, which is no text"
+                )
+            ids.add(entry["id"])
         return entries
 
     @cached_property
@@ -142,7 +154,8 @@ def merged(items: list[Item]) -> list[Item]:
     """Return items with those that ask the same about the same clips as one, which has all their references."""
     first: dict[tuple[Any, ...], Item] = {}
     for item in items:
-        key = (item.clips, item.question, item.family)
+        # By the recordings, where they are known: a stored partner of a single clip differs from question to question.
+        key = (item.files or item.clips, item.question, item.family)
         known = first.get(key)
         references = tuple(dict.fromkeys((known.references if known else ()) + item.references))
         first[key] = dataclasses.replace(known or item, references=references)

@@ -23,7 +23,7 @@ class Measure(ABC):
 
     @abstractmethod
     def of(self, rows: np.ndarray) -> "Measure":
-        """Return the measure of the answers `rows` alone."""
+        """Return the measure of the answers `rows` alone, which are in ascending order."""
 
 
 class Mean(Measure):
@@ -51,12 +51,12 @@ class MeanOverFamilies(Measure):
     def __init__(self, name: str, values: np.ndarray, families: Sequence[str]):
         self.names = (name,)
         self.values, self.families = np.asarray(values, np.float64), np.asarray(families)
+        _, number = np.unique(self.families, return_inverse=True)
+        self.member = np.eye(number.max() + 1)[number]
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        _, number = np.unique(self.families, return_inverse=True)
-        member = np.eye(number.max() + 1)[number]
-        counts = weights @ member
-        sums = (weights * self.values) @ member
+        counts = weights @ self.member
+        sums = weights @ (self.member * self.values[:, None])
         # A family that none of the drawn clips has questions of is left out of that draw's mean.
         means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
         return (means.sum(axis=1) / (counts > 0).sum(axis=1))[:, None]
@@ -81,8 +81,8 @@ class Expected(Measure):
         return self.measure(weights[:, self.question] * self.share)
 
     def of(self, rows: np.ndarray) -> "Expected":
-        kept = np.concatenate([np.flatnonzero(self.question == row) for row in rows])
-        return Expected(self.measure.of(kept), np.repeat(np.arange(len(rows)), np.bincount(self.question)[rows]))
+        kept = np.flatnonzero(np.isin(self.question, rows))
+        return Expected(self.measure.of(kept), np.searchsorted(rows, self.question[kept]))
 
 
 class Classification(Measure):

@@ -44,10 +44,9 @@ def markdown(report: dict[str, Any]) -> str:
         if "scores" not in each:
             lines.append("Right answers are not public: see `mmau.json`, the file to submit.")
             continue
-        names = [score for scores in each["scores"].values() for score in scores]
-        by_score = {score: {c: own[score] for c, own in each["scores"].items()} for score in dict.fromkeys(names)}
         lines += _table(
-            ["score", *_titles(conditions)], [[score, *_cells(own, conditions)] for score, own in by_score.items()]
+            ["score", *_titles(conditions)],
+            [[score, *_cells(own, conditions)] for score, own in by_name(each["scores"]).items()],
         )
         for axis, groups in each["groups"].items():
             lines += ["", *_table(
@@ -58,6 +57,12 @@ def markdown(report: dict[str, Any]) -> str:
                 ],
             )]  # fmt: skip
         lines += ["", *notes(each)] if notes(each) else []
+        for family, own in each.get("data_sets", {}).items():
+            lines += ["", f"{family} alone, {own['questions']:,} questions:", ""]
+            by_score = by_name(own["scores"])
+            lines += _table(
+                ["score", *_titles(conditions)], [[score, *_cells(of, conditions)] for score, of in by_score.items()]
+            )
     lines += ["", f"Intervals of 95 %, by bootstrap over clips. {left_over(report)}".rstrip()]
     return "\n".join(lines) + "\n" + comparison_lines(report.get("comparison"))
 
@@ -70,6 +75,12 @@ def main_scores(report: dict[str, Any]) -> list[str]:
         if "scores" in each
     ]
     return _table(["benchmark", "score", "questions", *_titles(report["conditions"])], rows, texts=2)
+
+
+def by_name(scores: dict[str, Scores]) -> dict[str, Scores]:
+    """Return scores by condition and name as scores by name and condition."""
+    names = next(iter(scores.values()))
+    return {name: {condition: own[name] for condition, own in scores.items()} for name in names}
 
 
 def of_main(summary: dict[str, Any]) -> Scores:
@@ -95,7 +106,16 @@ def left_over(report: dict[str, Any]) -> str:
         for condition, counts in report[field].items()
         for what, count in ((words.format(name), count) for name, count in counts.items())
     ]
-    return f"Questions: {'; '.join(parts)}." if parts else ""
+    parts += (
+        [f"{report['dropped']:,} dropped by preprocess with clips that cannot be used"] if report["dropped"] else []
+    )
+    said = [f"Questions: {'; '.join(parts)}."] if parts else []
+    said += [
+        f"An answer ({CONDITIONS[condition]}) took {taken['median']:.2f} s (median; 95 % at most {taken['p95']:.2f} s)."
+        for condition, taken in report["seconds_an_answer"].items()
+        if taken
+    ]
+    return " ".join(said)
 
 
 def comparison_lines(comparison: dict[str, Any] | None) -> str:
@@ -114,6 +134,8 @@ def comparison_lines(comparison: dict[str, Any] | None) -> str:
         for row in comparison["differences"]
     ]
     table = _table(["benchmark", "score", "questions", "difference", "p", "significantly"], rows, texts=2)
+    left_out = [f"{count:,} of {name}" for name, count in comparison["left_out"].items()]
+    table += ["", f"Not compared, as it has no answer to them: {', '.join(left_out)}."] if left_out else []
     return (
         "\n".join(["", f"Against `{comparison['against']}`, on the questions that both answered:", "", *table]) + "\n"
     )
@@ -155,6 +177,7 @@ def page(report: dict[str, Any], examples: dict[str, list[Example]]) -> str:
         interval=interval,
         of_main=of_main,
         notes=notes,
+        by_name=by_name,
         left_over=left_over(report),
         overviews={unit: data_uri("image/png", picture) for unit, picture in overviews(report).items()},
         pictures={

@@ -62,11 +62,17 @@ def unlettered(text: str) -> str:
 
 
 def choice_text(answer: str, choices: Sequence[str]) -> str:
-    """Return what an answer to lettered `choices` says without the letter; a letter alone stands for its choice."""
-    letter = _letter(answer)
-    if _LETTER.fullmatch(answer.strip()) and letter is not None and letter < len(choices):
-        return choices[letter]
-    return unlettered(answer)
+    """Return what an answer to lettered `choices` says without the letter; a letter alone stands for its choice.
+
+    Only a letter that goes with the words of its own choice is one: choices such as `D` or `A:7/1` stay as they are.
+    """
+    place = _letter(answer)
+    if place is None or place >= len(choices) or normal(answer) in map(normal, choices):
+        return answer
+    if _LETTER.fullmatch(answer.strip()):
+        return choices[place]
+    rest = unlettered(answer)
+    return rest if _holds(normal(rest), normal(choices[place])) else answer
 
 
 def _letter(text: str) -> int | None:

@@ -99,7 +99,8 @@ def runs_of(config: AblationConfig) -> list[Run]:
             name = run_name(train, point)
             train = train.model_copy(update={"run": name, "output": storage.join(config.output, "models", name)})
             made = config.preprocess_config(train) if config.preprocess is not None else None
-            scored = config.evaluate_config(train, storage.join(config.output, "evaluation", name))
+            asked = hashlib.sha256(json.dumps(config.evaluate, sort_keys=True).encode()).hexdigest()[:8]
+            scored = config.evaluate_config(train, storage.join(config.output, "evaluation", f"{name}-{asked}"))
             runs.append(Run(number, train, made, scored, config.output))
     return runs
 
@@ -177,12 +178,13 @@ def train_and_score(values: dict[str, str], runs: dict[str, Run]) -> None:
     scores = {"steps": result["step"]} | {name: validated[name] for name in ("val_accuracy", "val_loss")}
     if run.evaluate:
         condition = run.evaluate.conditions[0]
-        benchmarks = evaluate(run.evaluate)["benchmarks"]
-        mains = {name: of_main(benchmark)[condition]["value"] for name, benchmark in benchmarks.items()}
-        scores |= {"accuracy" if name == next(iter(mains)) else name: value for name, value in mains.items()}
-        for benchmark in benchmarks.values():
+        found = evaluate(run.evaluate)["benchmarks"]
+        for name, benchmark in ((name, own) for name, own in found.items() if "scores" in own):
+            own = {name: of_main(benchmark)[condition]["value"]}
             families = benchmark["groups"].get("family", {})
-            scores |= {family: own["scores"][condition]["value"] for family, own in families.items()}
+            own |= {f"{name} {family}": of["scores"][condition]["value"] for family, of in families.items()}
+            # The default benchmark goes by plain names.
+            scores |= {key.removeprefix("families ").replace("families", "accuracy"): own[key] for key in own}
     run.write_scores(scores)
     tune.report(scores)
 
