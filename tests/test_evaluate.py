@@ -2,11 +2,8 @@
 
 import base64
 import json
-import os
-import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from mellow_platform import storage
 from mellow_platform.config import EvaluateConfig
@@ -30,7 +26,7 @@ from mellow_platform.inference.engine import Engine
 from mellow_platform.inference.request import Clip, ClipFeatures, Request
 from mellow_platform.model import HTSATEncoder
 from mellow_platform.model.folder import load_model, save_pretrained
-from tests.conftest import REPOSITORY, write_features, write_tiny_model
+from tests.conftest import REPOSITORY, kill_when, write_features, write_tiny_model
 
 FIELDS = {"split": "train", "max_new_tokens": 6, "batch_size": 16, "workers": 1, "rows_per_part": 8, "resamples": 100}
 
@@ -112,18 +108,8 @@ def test_a_job_that_was_killed_goes_on_with_what_is_missing(whole: EvaluateConfi
     job = whole.model_copy(update={"output": str(tmp_path / "out")})
     (tmp_path / "job.yaml").write_text(json.dumps(job.model_dump()))
     command = [sys.executable, str(REPOSITORY / "jobs/evaluate.py"), "--config", str(tmp_path / "job.yaml")]
-    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     receipts, answers = tmp_path / "out/receipts/answers", tmp_path / "out/answers"
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            deadline = time.monotonic() + 300
-            while not (receipts.exists() and any(receipts.glob("*.json"))):
-                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-                time.sleep(0.01)
-        finally:
-            process.kill()
-            process.wait()
+    kill_when(lambda: receipts.exists() and any(receipts.glob("*.json")), command, tmp_path / "log")
     assert not (tmp_path / "out/report.json").exists()
     done = {file.stem: (answers / f"{file.stem}.parquet").stat().st_mtime_ns for file in receipts.glob("[a-z]*.json")}
     capsys.readouterr()

@@ -1,10 +1,7 @@
 """Predicting on Ray Data: folders and tables, failures as rows, and a job that goes on where it was killed."""
 
 import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,6 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from mellow_platform import storage
 from mellow_platform.config import PredictConfig
@@ -24,7 +20,7 @@ from mellow_platform.inference.engine import Engine
 from mellow_platform.inference.predict import GROUP_SCHEMA, AnswerGroups, decode_groups, draw_seed, predict
 from mellow_platform.inference.request import Request
 from mellow_platform.model.folder import load_processor, save_model
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, kill_when
 from tests.object_storage import object_store
 from tests.test_inference import build_model, build_processor
 
@@ -129,18 +125,8 @@ def test_a_job_that_was_killed_goes_on_and_leaves_the_answers_of_one_that_was_no
     job = whole.model_copy(update={"output": str(tmp_path / "out")})
     (tmp_path / "job.yaml").write_text(json.dumps(job.model_dump()))
     command = [sys.executable, str(REPOSITORY / "jobs/predict.py"), "--config", str(tmp_path / "job.yaml")]
-    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     answers, receipts = tmp_path / "out/answers", tmp_path / "out/receipts/answers"
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            deadline = time.monotonic() + 300
-            while not (receipts.exists() and any(receipts.glob("0*.json"))):
-                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-                time.sleep(0.01)
-        finally:
-            process.kill()
-            process.wait()
+    kill_when(lambda: receipts.exists() and any(receipts.glob("0*.json")), command, tmp_path / "log")
     assert not (tmp_path / "out/report.json").exists()
     done = {file.stem: (answers / f"{file.stem}.parquet").stat().st_mtime_ns for file in receipts.glob("0*.json")}
     assert 0 < len(done) < 25

@@ -92,7 +92,7 @@ def notes(summary: dict[str, Any]) -> list[str]:
     """Return what is to be said of a benchmark's scores: how they fall without audio, and what is not there."""
     said = [
         f"- Audio minus {CONDITIONS[name]}: {summary['main']} {own['value']:+.3f} "
-        f"({own['low']:+.3f} to {own['high']:+.3f}, p = {own['p']:.3f})."
+        f"({own['low']:+.3f} to {own['high']:+.3f}, p {probability(own['p'])})."
         for name, own in summary["control"].items()
     ]
     return said + [f"- No {name}: {reason}." for name, reason in summary["unavailable"].items()]
@@ -128,7 +128,7 @@ def comparison_lines(comparison: dict[str, Any] | None) -> str:
             row["score"],
             f"{row['questions']:,}",
             f"{row['value']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})",
-            f"{row['p']:.3f}",
+            probability(row["p"]),
             ("higher" if row["value"] > 0 else "lower") if row["significant"] else "",
         ]
         for row in comparison["differences"]
@@ -151,6 +151,10 @@ def _cells(scores: Scores, conditions: Sequence[str]) -> list[str]:
 
 def interval(score: dict[str, float]) -> str:
     return f"{score['value']:.3f} ({score['low']:.3f}-{score['high']:.3f})"
+
+
+def probability(p: float) -> str:
+    return f"= {p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _table(heads: list[str], rows: list[list[str]], texts: int = 1) -> list[str]:
@@ -178,6 +182,7 @@ def page(report: dict[str, Any], examples: dict[str, list[Example]]) -> str:
         of_main=of_main,
         notes=notes,
         by_name=by_name,
+        probability=probability,
         left_over=left_over(report),
         overviews={unit: data_uri("image/png", picture) for unit, picture in overviews(report).items()},
         pictures={
