@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -410,6 +411,10 @@ class EvaluateConfig(Section):
             raise ValueError("give `shards` or `corpus`, and not both")
         if not (self.shards or self.corpus or self.mmau):
             raise ValueError("give `shards`, or `corpus` with `audio_root`, or `mmau`")
+        if self.is_remote and (parts := urlsplit(self.model)) and (parts.username or parts.query):
+            raise ValueError("model: an address without name, password or query; the key is OPENAI_API_KEY's")
+        if self.against and self.against == self.output:
+            raise ValueError(f"against {self.against}: that is `output`, give the folder of another evaluation")
         if self.shards and self.is_remote:
             raise ValueError("`shards` hold no audio to send to an endpoint: give `corpus` with `audio_root`")
         return self
@@ -509,6 +514,9 @@ class SamplingSection(Section):
 
     temperature: float | None = Field(0.7, ge=0, le=2, description="null leaves it to the server")
     max_tokens: int | None = Field(2048, ge=1, description="length an answer is cut to; null leaves it to the server")
+    seed: int | None = Field(
+        0, ge=0, description="sent with a request, one more with each further attempt; null sends none"
+    )
     extra: dict[str, Any] = Field({}, description="more of a request's body ({max_completion_tokens: 4096})")
     response_format: Literal["json_schema", "json_object", "none"] = Field(
         "json_schema",
@@ -702,6 +710,8 @@ class AblationConfig(Section):
     def _every_point_is_valid(self) -> "AblationConfig":
         if self.metric == "accuracy" and self.evaluate is None:
             raise ValueError("metric: accuracy is that of `evaluate`: give it, or take val_accuracy")
+        if self.metric == "accuracy" and "families" not in (self.evaluate or {}).get("benchmark", "families"):
+            raise ValueError("metric: accuracy is that of the benchmark families: name it in evaluate.benchmark")
         for point in self.points():
             try:
                 self.evaluate_config(self.train_config(point, self.seeds[0]), self.output)

@@ -12,6 +12,7 @@ from mellow_platform.config import SynthesizeConfig
 from mellow_platform.data.captions import Caption
 
 PASS = "write"
+DRAWS = 8  # of a partner with another text: all captions of a split may be the same
 TIERS = ("few_words", "sentence", "paragraph")  # of a difference explanation, in the order of ACD-1, -2, -3
 
 
@@ -20,7 +21,7 @@ class Request:
     """One prompt to a writer.
 
     Attributes:
-        id: name of its answer (`request_id`), the same in every run of the job.
+        id: name of its answer, the same in every run of the job; of a check, a hash of its content alone.
         kind: detail, mcq, difference or entailment; of a check, blind or support.
         pairs: questions that the answer is to hold; of a check, those that it judges.
         material: what the prompt is about, as JSON types: `captions`, and of a check `questions`.
@@ -36,17 +37,17 @@ class Request:
     taskname: str = ""
 
 
-def request_id(name: str, number: int, kind: str, material: dict[str, Any]) -> str:
-    """Return the id of a pass's request: its number and a hash, so that what asks for something else is another one."""
+def content_hash(kind: str, material: dict[str, Any], length: int) -> str:
+    """Return so many hexadecimal digits that tell a request from those that ask for something else."""
     asked = json.dumps([kind, material], ensure_ascii=False, sort_keys=True)
-    return f"{name}-{number:08d}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+    return hashlib.sha256(asked.encode()).hexdigest()[:length]
 
 
 def plan(captions: Sequence[Caption], config: SynthesizeConfig) -> list[Request]:
     """Return one request of every kind about each caption, in their order; the captions of a clip stand together.
 
     A difference is that to a caption of another clip of the same split and task, drawn by the seed; a caption whose
-    split has no other clip gets none.
+    split has no other clip with another text gets none.
     """
     ordered = sorted(captions, key=lambda caption: (caption.split, caption.taskname, caption.clip))
     requests: list[Request] = []
@@ -68,12 +69,13 @@ def _request(number: int, kind: str, captions: list[Caption], config: Synthesize
     material = {"captions": [caption.text for caption in captions]}
     first = captions[0]
     clips = tuple(caption.clip for caption in captions)
-    return Request(request_id(PASS, number, kind, material), kind, pairs, material, clips, first.split, first.taskname)
+    name = f"{PASS}-{number:08d}-{content_hash(kind, material, 8)}"
+    return Request(name, kind, pairs, material, clips, first.split, first.taskname)
 
 
 def _partner(captions: list[Caption], number: int, rng: random.Random) -> Caption | None:
-    """Draw a caption of another clip; the clips' captions are neighbours."""
-    clip = captions[number].clip
+    """Draw a caption of another clip with another text; the clips' captions are neighbours."""
+    clip, text = captions[number].clip, captions[number].text.lower()
     first, last = number, number + 1
     while first > 0 and captions[first - 1].clip == clip:
         first -= 1
@@ -82,8 +84,12 @@ def _partner(captions: list[Caption], number: int, rng: random.Random) -> Captio
     others = len(captions) - (last - first)
     if not others:
         return None
-    place = rng.randrange(others)
-    return captions[place if place < first else place + last - first]
+    for _ in range(DRAWS):
+        place = rng.randrange(others)
+        partner = captions[place if place < first else place + last - first]
+        if partner.text.lower() != text:
+            return partner
+    return None
 
 
 def digest(requests: Sequence[Request]) -> str:

@@ -1,12 +1,12 @@
 """The check passes: questions given back to the writer, without what it wrote them from, or to be judged by it."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from mellow_platform.synthesis.asked import Request, request_id
+from mellow_platform.synthesis.asked import Request, content_hash
 from mellow_platform.synthesis.candidates import Candidate
 from mellow_platform.synthesis.filters import given_away
 
@@ -26,34 +26,47 @@ class Check:
     failing: Callable[[Candidate, dict[str, Any]], str]
 
 
+ID_DIGITS = 24  # of the hash that names a check's request
+
+
 def blind(candidates: list[Candidate], seed: int) -> Check:
     """Return the check that a question needs the audio.
 
     Questions on one clip tell of each other's answers, so that a request holds questions on different clips: they are
     dealt out in turn. Differences are left out: their question is always the same, and tells nothing.
+
+    Args:
+        candidates: all that were written. Those that are left out already are not asked about, but hold their place, so
+            that with another filter only the requests change that lose or gain a question.
     """
     asked = [candidate for candidate in candidates if candidate["kind"] != "difference"]
     count = -(-len(asked) // BLIND_AT_ONCE)
-    members = [asked[place::count] for place in range(count)]
-    requests = [_request("blind", n, group, [_hidden(c, seed) for c in group]) for n, group in enumerate(members)]
+    members = _left(asked[place::count] for place in range(count))
+    requests = [_request("blind", group, [_hidden(c, seed) for c in group]) for group in members]
     return Check(requests, members, "answers", lambda c, a: "answerable_without_audio" if given_away(c, a) else "")
 
 
 def support(candidates: list[Candidate], seed: int) -> Check:
     """Return the check that the captions support an answer; the questions of one request are judged together."""
-    members = [list(group) for _, group in groupby(candidates, key=lambda candidate: candidate["request"])]
-    requests = [_request("support", n, group, [_shown(c) for c in group]) for n, group in enumerate(members)]
+    members = _left(group for _, group in groupby(candidates, key=lambda candidate: candidate["request"]))
+    requests = [_request("support", group, [_shown(c) for c in group]) for group in members]
     return Check(requests, members, "verdicts", lambda _, answer: "" if answer["supported"] else "not_supported")
 
 
 CHECKS: dict[str, Callable[[list[Candidate], int], Check]] = {"blind": blind, "support": support}
 
 
-def _request(kind: str, number: int, group: list[Candidate], questions: list[dict[str, Any]]) -> Request:
+def _left(groups: Iterable[Iterable[Candidate]]) -> list[list[Candidate]]:
+    """Return the groups without the questions that are left out already."""
+    members = ([candidate for candidate in group if not candidate["reason"]] for group in groups)
+    return [group for group in members if group]
+
+
+def _request(kind: str, group: list[Candidate], questions: list[dict[str, Any]]) -> Request:
     material: dict[str, Any] = {"questions": questions}
     if kind == "support":
         material["captions"] = group[0]["captions"]
-    return Request(request_id(kind, number, kind, material), kind, len(group), material)
+    return Request(f"{kind}-{content_hash(kind, material, ID_DIGITS)}", kind, len(group), material)
 
 
 def _shown(candidate: Candidate) -> dict[str, Any]:

@@ -6,6 +6,7 @@ without audio made of a question.
 
 import functools
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,26 +14,29 @@ from datasketch import MinHash
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from mellow_platform.config import FiltersSection
+from mellow_platform.data.records import Record, lettered
 from mellow_platform.synthesis.candidates import Candidate
 from mellow_platform.synthesis.words import content_words, holds_phrase, words
 
-REASONS = (
-    "letters_in_text",
-    "answer_not_in_choices",
-    "several_right_choices",
-    "leak",
-    "too_short",
-    "too_long",
-    "language",
-    "near_duplicate",
-    "answerable_without_audio",
-    "not_supported",
-    "not_checked",
-)
-LETTER = re.compile(r"(?:^|\s)[a-h]\) ")
-# The identifier's probability that a text is in a language to keep, below which it certainly is not. Few words of
-# English look like any language, so that shorter texts (in bytes) are let pass.
-FOREIGN, TELLING_BYTES = 0.05, 24
+# A text shorter than so many bytes looks like any language, and is let pass; of longer ones the identifier has to be as
+# sure as this that they are in a language outside the list.
+TELLING_BYTES, FOREIGN = 24, 0.9
+# Of the identifier's languages, those that are not written in Latin letters.
+OTHER_SCRIPTS = frozenset([
+    "am", "ar", "ary", "arz", "as", "ba", "be", "bg", "bn", "dz", "el", "fa", "grc", "gu", "gom", "hbo", "he",
+    "hi", "hy", "ja", "ka", "kk", "km", "kn", "ko", "ku", "ky", "lo", "mk", "ml", "mn", "mr", "my", "ne", "or",
+    "pa", "ps", "ru", "sa", "sdh", "si", "sr", "ta", "te", "tg", "th", "tt", "ug", "uk", "ur", "uz", "wuu",
+    "yue", "zh",
+])  # fmt: skip
+# With one of these a choice says something else than the part of it that another choice is.
+TELLING_WORDS = frozenset([
+    "no", "not", "without", "never", "none", "zero", "one", "two", "three", "four", "five", "six", "seven",
+    "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
+    "eighteen", "nineteen", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety",
+    "hundred", "thousand", "once", "twice", "half", "very", "more", "less", "most", "least", "too", "quite",
+    "slightly", "extremely", "much", "from", "to", "than", "louder", "softer", "quieter", "higher", "lower",
+    "faster", "slower", "longer", "shorter", "flat", "sharp", "major", "minor",
+])  # fmt: skip
 PERMUTATIONS = 128  # of MinHash: similarity is estimated to about 1 / sqrt(128)
 SAME_ANSWER = 0.8  # share of common words from which two open answers say the same
 
@@ -44,8 +48,10 @@ def reason_of(candidate: Candidate, limits: FiltersSection) -> str:
 
 
 def _letters(candidate: Candidate) -> str:
-    """Letters in a text would be taken for those of the choices."""
-    return "letters_in_text" if any(map(LETTER.search, [candidate["question"], *candidate["choices"]])) else ""
+    """Letters in a text would be taken for those of the choices, wherever among these it is put."""
+    choices = lettered([*candidate["choices"], "the last"]) if candidate["choices"] else []
+    asked = Record("", "", "", "", "", " ".join([candidate["question"], *choices]), "", "")
+    return "letters_in_text" if asked.choices != tuple(choices) else ""
 
 
 def _answer(candidate: Candidate) -> str:
@@ -53,21 +59,41 @@ def _answer(candidate: Candidate) -> str:
 
 
 def _choices(candidate: Candidate) -> str:
-    """A choice that stands there twice, or is part of the right one, is as right."""
-    choices, right = [words(choice) for choice in candidate["choices"]], words(candidate["answer"])
-    if len(set(map(tuple, choices))) < len(choices):
+    """A choice that stands there twice, or that names the right one by a part of it, is as right."""
+    if len(set(map(_normal, candidate["choices"]))) < len(candidate["choices"]):
         return "several_right_choices"
-    wrong = [choice for choice in choices if choice != right]
-    return "several_right_choices" if any(holds_phrase(right, choice) for choice in wrong) else ""
+    right = candidate["answer"]
+    wrong = [choice for choice in candidate["choices"] if choice != right and not _qualified(f"{choice} {right}")]
+    found = not _qualified(right) and any(holds_phrase(words(right), words(choice)) for choice in wrong)
+    return "several_right_choices" if found else ""
+
+
+def _normal(text: str) -> str:
+    """Return a choice without what no listener could tell apart; a sharp, a sign and an article (`a major`) stay."""
+    return " ".join(re.findall(r"[\w#'-]+", text.lower()))
+
+
+def _qualified(text: str) -> bool:
+    return bool(re.search(r"[\d#]", text)) or not TELLING_WORDS.isdisjoint(re.findall(r"[a-z]+", text))
 
 
 def _leak(candidate: Candidate) -> str:
     """A question that names its answer gives it away, unless it names other ones too (`the dog or the cat?`)."""
-    if candidate["kind"] not in ("detail", "mcq") or " or " in candidate["question"]:
+    if candidate["kind"] not in ("detail", "mcq") or not _names(candidate["question"], candidate["answer"]):
         return ""
-    question, right = set(words(candidate["question"])), content_words(candidate["answer"])
-    others = [content_words(choice) for choice in candidate["choices"] if choice != candidate["answer"]]
-    return "leak" if right <= question and not any(other <= question for other in others) else ""
+    if candidate["kind"] == "detail":
+        sides = [_names(side, candidate["answer"]) for side in candidate["question"].split(" or ")]
+        return "" if len(sides) > 1 and sum(sides) == 1 else "leak"
+    others = [choice for choice in candidate["choices"] if choice != candidate["answer"]]
+    return "" if any(_names(candidate["question"], other) for other in others) else "leak"
+
+
+def _names(question: str, answer: str) -> bool:
+    """Return whether a question has all words of an answer; two words that stand apart may mean something else."""
+    asked, telling = words(question), content_words(answer)
+    if len(telling) == 2:
+        return holds_phrase(asked, list(dict.fromkeys(word for word in words(answer) if word in telling)))
+    return telling <= set(asked)
 
 
 def _length(candidate: Candidate, limits: FiltersSection) -> str:
@@ -80,13 +106,29 @@ def _length(candidate: Candidate, limits: FiltersSection) -> str:
 
 
 def _language(candidate: Candidate, limits: FiltersSection) -> str:
-    """Question and answer are judged apart: a model that falls into another language does so in the answer first."""
-    for text in (candidate["question"], candidate["answer"]):
-        if len(text.encode()) >= TELLING_BYTES:
-            ranked = dict(_identifier().rank(text))
-            if sum(ranked.get(language, 0.0) for language in limits.languages) < FOREIGN:
-                return "language"
-    return ""
+    """What was written is judged together, as few words look like any language; another script shows in each text."""
+    texts = [_own_words(candidate)]
+    if candidate["kind"] in ("detail", "mcq"):
+        texts = [candidate["question"], *candidate["choices"], candidate["answer"]]
+    if OTHER_SCRIPTS.isdisjoint(limits.languages) and any(map(_in_another_script, texts)):
+        return "language"
+    together = " ".join(dict.fromkeys(texts))
+    if len(together.encode()) < TELLING_BYTES:
+        return ""
+    language, probability = _identifier().rank(together)[0]
+    return "language" if language not in limits.languages and probability > FOREIGN else ""
+
+
+def _in_another_script(text: str) -> bool:
+    letters = [char for char in text if char.isalpha()]
+    return 2 * sum(not unicodedata.name(char, "").startswith("LATIN") for char in letters) > len(letters)
+
+
+def check_languages(limits: FiltersSection) -> None:
+    """Raise a ValueError that names the codes of `filters.languages` that the identifier does not know."""
+    known = sorted(set(map(str, _identifier().nb_classes)))
+    if unknown := sorted(set(limits.languages) - set(known)):
+        raise ValueError(f"filters.languages: {', '.join(unknown)} is no code among {', '.join(known)}")
 
 
 @functools.cache
@@ -101,31 +143,42 @@ def near_duplicates(candidates: Iterable[Candidate], similarity: float) -> set[s
     one for another reason, and this is what there is to learn. An entailment is compared with those of its verdict,
     since a true and a false hypothesis should differ by a word.
 
+    An open or multiple-choice question is the same only if its answer is, too.
+
     Args:
-        similarity: share of common pairs of neighbouring words in question and answer, as MinHash estimates it.
+        similarity: share of common pairs of neighbouring words, as MinHash estimates it.
     """
-    seen: dict[tuple, list[MinHash]] = {}
+    seen: dict[tuple, list[tuple[MinHash, MinHash, str]]] = {}
     found = set()
     for candidate in candidates:
         verdict = candidate["answer"] if candidate["kind"] == "entailment" else ""
         others = seen.setdefault((*candidate["clips"], candidate["subtype"], verdict), [])
-        text = words(_own_words(candidate))
-        signature = MinHash(num_perm=PERMUTATIONS)
-        signature.update_batch([f"{one} {two}".encode() for one, two in zip(["", *text], [*text, ""], strict=True)])
-        if any(signature.jaccard(other) >= similarity for other in others):
+        answer = candidate["answer"] if candidate["kind"] in ("detail", "mcq") else ""
+        asked, said = _signature(_own_words(candidate)), _signature(answer)
+        if any(
+            asked.jaccard(question) >= similarity
+            and (content_words(answer) == content_words(other) or said.jaccard(signature) >= similarity)
+            for question, signature, other in others
+        ):
             found.add(candidate["id"])
         else:
-            others.append(signature)
+            others.append((asked, said, answer))
     return found
 
 
+def _signature(text: str) -> MinHash:
+    found, signature = words(text), MinHash(num_perm=PERMUTATIONS)
+    signature.update_batch([f"{one} {two}".encode() for one, two in zip(["", *found], [*found, ""], strict=True)])
+    return signature
+
+
 def _own_words(candidate: Candidate) -> str:
-    """Return question and answer without what all questions of the kind have in common."""
+    """Return what is asked, or said, without what all questions of the kind have in common."""
     if candidate["kind"] == "difference":
         return candidate["answer"]
     if candidate["kind"] == "entailment":
         return candidate["question"].partition("? ")[2]
-    return f"{candidate['question']} {candidate['answer']}"
+    return candidate["question"]
 
 
 def given_away(candidate: Candidate, answer: dict[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """The forms of answers: for each kind of request a JSON schema, and the check that an answer has it."""
 
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -17,6 +18,7 @@ ASPECTS = (
 )
 Aspect = Literal["audio events", "objects", "acoustic scenes", "signal properties", "semantics", "listener emotions"]
 Text = Annotated[str, Field(min_length=1)]
+FAULTS = BROKEN_JSON, WRONG_FORM = ("broken_json", "wrong_form")
 CHOICES = 4  # of a question that a model writes; rules may find fewer
 
 
@@ -101,8 +103,14 @@ def form(kind: str, pairs: int, least: int) -> type[Form]:
 
 
 def schema(request: Request) -> dict[str, Any]:
-    """Return the JSON schema of a model's answer to `request`."""
-    return form(request.kind, request.pairs, request.pairs).model_json_schema()
+    """Return the JSON schema of a model's answer to `request`, in words that strict servers know."""
+    return _without(form(request.kind, request.pairs, request.pairs).model_json_schema(), "minLength")
+
+
+def _without(value: Any, key: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _without(item, key) for name, item in value.items() if name != key}
+    return [_without(item, key) for item in value] if isinstance(value, list) else value
 
 
 def parse(request: Request, text: str, least: int) -> dict[str, Any]:
@@ -114,14 +122,38 @@ def parse(request: Request, text: str, least: int) -> dict[str, Any]:
     Raises:
         BadAnswerError: `broken_json` or `wrong_form`.
     """
-    body = text[max(text.find("{"), 0) : text.rfind("}") + 1]
+    wanted, content, first = form(request.kind, request.pairs, least), None, None
+    for body in _objects(text.rpartition("</think>")[2]):
+        try:
+            content = _read(request, wanted, body)  # the last one: a model may try before it answers
+        except BadAnswerError as error:
+            first = first or error
+    if content is None:
+        raise first or BadAnswerError(BROKEN_JSON, "there is no JSON object")
+    return content
+
+
+def _objects(text: str) -> Iterator[str]:
+    """Yield the JSON objects in a text; from a brace that opens none, all that follows it."""
+    start = text.find("{")
+    while start >= 0:
+        try:
+            end = json.JSONDecoder().raw_decode(text, start)[1]
+            yield text[start:end]
+        except (json.JSONDecodeError, RecursionError):
+            end = start + 1
+            yield text[start:]
+        start = text.find("{", end)
+
+
+def _read(request: Request, wanted: type[Form], body: str) -> dict[str, Any]:
     try:
-        content = form(request.kind, request.pairs, least).model_validate_json(body).model_dump()
+        content = wanted.model_validate_json(body).model_dump()
     except ValidationError as error:
         first = error.errors()[0]
-        reason = "broken_json" if first["type"] == "json_invalid" else "wrong_form"
         place = ".".join(map(str, first["loc"]))
-        raise BadAnswerError(reason, f"{place}: {first['msg']}" if place else first["msg"]) from error
+        message = f"{place}: {first['msg']}" if place else first["msg"]
+        raise BadAnswerError(BROKEN_JSON if first["type"] == "json_invalid" else WRONG_FORM, message) from error
     if request.kind in ("blind", "support"):
         _check_numbers(request, next(iter(content.values())))
     return content
@@ -131,5 +163,5 @@ def _check_numbers(request: Request, items: list[dict[str, Any]]) -> None:
     numbers = sorted(item["number"] for item in items)
     if numbers != list(range(1, request.pairs + 1)):
         raise BadAnswerError(
-            "wrong_form", f"numbers {json.dumps(numbers)}: each from 1 to {request.pairs} is needed once"
+            WRONG_FORM, f"numbers {json.dumps(numbers)}: each from 1 to {request.pairs} is needed once"
         )

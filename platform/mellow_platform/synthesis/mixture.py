@@ -59,18 +59,54 @@ def existing_pairs(captions: list[Caption], config: SynthesizeConfig) -> dict[st
     return {split: [Pair(record) for record in records] for split, records in found.items()}
 
 
+def check_share(existing: dict[str, list[Pair]], requested: int, config: SynthesizeConfig) -> None:
+    """See to the share of the train split before anything is paid for; say so if much of it will be left out.
+
+    Args:
+        requested: pairs of the train split that are to be written.
+
+    Raises:
+        ValueError: no existing pairs are there for a share that needs some.
+    """
+    share, kept = config.synthetic_share, len(existing["train"])
+    if share is None or share == 1 or not requested:
+        return
+    if not kept:
+        raise ValueError(_unreachable(share, "no existing pairs"))
+    if requested > (used := round(kept * share / (1 - share))):
+        print(
+            f"{requested} pairs are asked for in train, of which synthetic_share {share:g} can use {used} with {kept} "
+            "existing ones: name `existing`, a folder with more, or ask for fewer `questions` or `kinds`",
+            flush=True,
+        )
+
+
+def _unreachable(share: float, lacking: str) -> str:
+    return (
+        f"synthetic_share {share:g} of the train split cannot be reached, since there are {lacking} for it: name "
+        "`existing`, a folder with records to mix in, or leave synthetic_share out to keep all pairs"
+    )
+
+
 def mix(existing: dict[str, list[Pair]], accepted: list[Candidate], config: SynthesizeConfig) -> dict[str, list[Pair]]:
-    """Return the pairs of each split, existing ones first; the train split has the share of synthetic ones wanted."""
+    """Return the pairs of each split, existing ones first; the train split has the share of synthetic ones wanted.
+
+    Raises:
+        ValueError: that share cannot be reached.
+    """
     mixed = {}
     for number, split in enumerate(SPLITS):
         rng = np.random.default_rng([config.seed, number])
         synthetic = [candidate for candidate in accepted if candidate["split"] == split]
         kept, share = existing[split], config.synthetic_share
+        present = bool(kept or synthetic)
         if split == "train" and share is not None:
             if share < 1:
                 synthetic = _draw(synthetic, round(len(kept) * share / (1 - share)), rng)
             if share > 0:
                 kept = _draw(kept, round(len(synthetic) * (1 - share) / share), rng)
+            if present and ((share < 1 and not kept) or (share > 0 and not synthetic)):
+                raise ValueError(_unreachable(share, "too few synthetic pairs" if kept else "too few existing pairs"))
         dealt = deal_letters(synthetic, rng)
         mixed[split] = kept + [Pair(record(c), c["kind"], c["aspect"], c["request"]) for c in dealt]
     return mixed

@@ -2,8 +2,8 @@
 
 A pass leaves in the job's folder
 
-    answers/<pass>/*.parquet   a row an answer; each file is a fixed range of the requests, in their order, and named
-                               after them: what is asked otherwise is another file
+    answers/<pass>/*.parquet   a row an answer; each file is named after the requests that it answers, so that what
+                               is asked otherwise is another file
     receipts/answers/<pass>/   one JSON file a part, written after it: the part is done
     arriving/<pass>/<part>/    answers of a part that is not whole yet, a file each, written as they come
 
@@ -42,8 +42,10 @@ Answering = Callable[[str, list[Part]], Iterator[tuple[str, list[Answer]]]]
 
 def run_pass(
     name: str, requests: list[Request], answering: Answering, config: SynthesizeConfig
-) -> list[dict[str, Any]]:
-    """Have `requests` answered and return the receipts of all parts, in order.
+) -> tuple[list[Answer], list[dict[str, Any]]]:
+    """Have `requests` answered; return their answers in order, and the receipts of all parts that the pass ever had.
+
+    Whatever part holds it, what is answered is not asked again, and requests with the same id are asked once.
 
     Args:
         answering: takes the name of the pass and parts, and yields answers as they come, each with its part's name.
@@ -52,36 +54,38 @@ def run_pass(
         ValueError: more than the allowed share of the requests has no answer; raised as soon as that is sure.
         RuntimeError: the writer cannot go on; what is answered is kept.
     """
-    size, kind = config.rows_per_part, f"{ANSWERS}/{name}"
-    slices = [requests[start : start + size] for start in range(0, len(requests), size)]
-    parts = {_part_name(number, asked): asked for number, asked in enumerate(slices)}
-    done = {part: receipt for part, receipt in shards.receipts(config.output, kind).items() if part in parts}
-    there = sum(receipt["requests"] for receipt in done.values())
-    progress = Progress(f"{name}: requests", len(requests), there, rejected_are="failed")
-    failed = sum((Counter(receipt["failed"]) for receipt in done.values()), Counter[str]())
-    _stop_if_too_many(failed, name, len(requests), config)
+    receipts = shards.receipts(config.output, f"{ANSWERS}/{name}")
+    known = {answer["request"]: answer for answer in read_answers(list(receipts.values()), config)}
+    wanted = {request.id: request for request in requests}
+    missing = [request for request in wanted.values() if request.id not in known]
+    slices = [missing[start : start + config.rows_per_part] for start in range(0, len(missing), config.rows_per_part)]
+    parts = {_part_name(asked): asked for asked in slices}
+    progress = Progress(f"{name}: requests", len(wanted), len(wanted) - len(missing), rejected_are="failed")
+    failed = Counter(known[request]["error"] for request in wanted if request in known and known[request]["error"])
+    _stop_if_too_many(failed, name, len(wanted), config)
     waiting: dict[str, list[Answer]] = {}
-    for part, answers in answering(name, [item for item in parts.items() if item[0] not in done]):
+    for part, answers in answering(name, list(parts.items())):
         if stopped := next((answer["detail"] for answer in answers if answer["error"] == STOP), None):
             kept = _kept(name, progress.done, config)
             raise RuntimeError(
-                f"{stopped}; {kept} of {len(requests)} answers of pass {name} are kept in {config.output}: "
+                f"{stopped}; {kept} of {len(wanted)} answers of pass {name} are kept in {config.output}: "
                 "submit the job again with the same fields, and it goes on with the others"
             )
         waiting.setdefault(part, []).extend(answers)
         failed.update(answer["error"] for answer in answers if answer["error"])
-        _stop_if_too_many(failed, name, len(requests), config, answers)
+        _stop_if_too_many(failed, name, len(wanted), config, answers)
         if len(waiting[part]) == len(parts[part]):
-            done[part] = _write_part(name, part, waiting.pop(part), parts[part], config)
-            progress.add(len(parts[part]), sum(done[part]["failed"].values()))
-    if missing := sorted(parts.keys() - done.keys()):
-        raise RuntimeError(f"pass {name}: parts {', '.join(missing)} have no answer to some request")
+            known |= {answer["request"]: answer for answer in waiting[part]}
+            receipts[part] = _write_part(name, part, waiting.pop(part), parts[part], config)
+            progress.add(len(parts[part]), sum(receipts[part]["failed"].values()))
+    if unanswered := sorted(parts.keys() - receipts.keys()):
+        raise RuntimeError(f"pass {name}: parts {', '.join(unanswered)} have no answer to some request")
     storage.delete_folder(storage.join(config.output, ARRIVING, name))
-    return [done[part] for part in sorted(parts)]
+    return [known[request.id] for request in requests], [receipts[part] for part in sorted(receipts)]
 
 
 def read_answers(receipts: list[dict[str, Any]], config: SynthesizeConfig) -> list[Answer]:
-    """Return the answers of a pass in the order of its requests."""
+    """Return the answers in the parts of a pass."""
     if not receipts:
         return []
     return storage.read_tables([storage.join(config.output, receipt["file"]) for receipt in receipts]).to_pylist()
@@ -137,9 +141,12 @@ def _request(fields: dict[str, Any]) -> Request:
     return Request(**fields | {"clips": tuple(fields["clips"])})
 
 
-def _part_name(number: int, requests: list[Request]) -> str:
-    """Return a part's name: its number and a hash, since a check asks something else when filters are changed."""
-    return f"{number:06d}-{hashlib.sha256(''.join(request.id for request in requests).encode()).hexdigest()[:8]}"
+def _part_name(requests: list[Request]) -> str:
+    """Return a part's name: the first request's and a hash of all.
+
+    It has no number, since that of a part is another one when parts before it are done.
+    """
+    return f"{requests[0].id}-{hashlib.sha256(''.join(request.id for request in requests).encode()).hexdigest()[:8]}"
 
 
 def _write_part(

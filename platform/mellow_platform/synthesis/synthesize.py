@@ -37,9 +37,9 @@ from mellow_platform.synthesis.answers import Answer
 from mellow_platform.synthesis.asked import Request
 from mellow_platform.synthesis.candidates import CANDIDATE_SCHEMA, RECORD_SCHEMA, Candidate, candidates
 from mellow_platform.synthesis.endpoint import Access, EndpointWriter
-from mellow_platform.synthesis.filters import near_duplicates, reason_of
-from mellow_platform.synthesis.mixture import Pair, describe, existing_pairs, mix
-from mellow_platform.synthesis.passes import Answering, ask_actors, read_answers, run_pass
+from mellow_platform.synthesis.filters import check_languages, near_duplicates, reason_of
+from mellow_platform.synthesis.mixture import Pair, check_share, describe, existing_pairs, mix
+from mellow_platform.synthesis.passes import Answering, ask_actors, run_pass
 from mellow_platform.synthesis.prompts import Prompts
 from mellow_platform.synthesis.report import markdown, pass_counts
 from mellow_platform.synthesis.rules import RuleWriter
@@ -49,6 +49,7 @@ from mellow_platform.synthesis.vllm_engine import ask_vllm
 REPORT = "report.json"
 UNWRITTEN = "nothing_left_to_ask"  # pairs that rules did not write, as the caption holds no more
 FILTERED_AT_ONCE = 4096  # questions of a filtering task, and more until a clip is whole
+REASON_SCHEMA = pa.schema([CANDIDATE_SCHEMA.field("id"), CANDIDATE_SCHEMA.field("reason")])
 FAILED_SCHEMA = pa.schema(
     [pa.field(name, pa.string(), nullable=False) for name in ("request", "kind", "material", "reason", "detail")]
 )
@@ -76,6 +77,19 @@ def synthesize(config: SynthesizeConfig) -> dict[str, Any]:
         "prompts": prompts.digest if model else "",
     }
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    check_languages(config.filters)
+    check_share(existing, sum(r.pairs for r in requests if r.split == "train"), config)
+    if model:
+        _try_prompts(requests, prompts, config)
+    if access:
+        make_writer = functools.partial(EndpointWriter, config, prompts, access, digest)
+        make_writer()  # refused here, rather than in actors, is what no client can be made of
+        answering = ask_actors(make_writer, config)
+    elif config.writer == "vllm":
+        answering = ask_vllm(config, prompts)
+    else:
+        sounds = pool(caption.text for caption in captions)
+        answering = ask_actors(functools.partial(RuleWriter, config.seed, sounds), config)
     shards.claim(config.output, config.shaping | {"model": model}, digest, holds="questions")
     sifted = _sifting_digest(existing, config)
     report_uri = storage.join(config.output, REPORT)
@@ -83,18 +97,13 @@ def synthesize(config: SynthesizeConfig) -> dict[str, Any]:
         print(f"{config.output} is finished: nothing to do", flush=True)
         return report
 
-    if access:
-        answering = ask_actors(functools.partial(EndpointWriter, config, prompts, access, digest), config)
-    elif config.writer == "vllm":
-        answering = ask_vllm(config, prompts)
-    else:
-        sounds = pool(caption.text for caption in captions)
-        answering = ask_actors(functools.partial(RuleWriter, config.seed, sounds), config)
     written, failed, passes = _write_and_check(requests, answering, config)
 
     accepted = [candidate for candidate in written if not candidate["reason"]]
     rejected = [candidate for candidate in written if candidate["reason"]]
     mixed = mix(existing, accepted, config)
+    # A folder with a report is finished: while it gets other tables it is not.
+    storage.delete_folder(report_uri)
     _write_tables(rejected, failed, mixed, config)
     report = {
         "output": config.output,
@@ -114,6 +123,19 @@ def synthesize(config: SynthesizeConfig) -> dict[str, Any]:
     return report
 
 
+def _try_prompts(requests: list[Request], prompts: Prompts, config: SynthesizeConfig) -> None:
+    """Fill in each template once, lest a bad one be found when others are paid for.
+
+    Raises:
+        ValueError: a template asks for what there is not; the message names it.
+    """
+    for request in {request.kind: request for request in requests}.values():
+        prompts.render(request)
+    questions = [{"question": "what?", "choices": ["a", "b"], "answer": "a"}]
+    for name in config.checks:
+        prompts.render(Request("", name, 1, {"captions": requests[0].material["captions"], "questions": questions}))
+
+
 def _sifting_digest(existing: dict[str, list[Pair]], config: SynthesizeConfig) -> str:
     """Return the SHA-256 over what decides, of what is written, what the corpus gets."""
     digest = hashlib.sha256(json.dumps(config.sifting, sort_keys=True).encode())
@@ -130,8 +152,7 @@ def _write_and_check(
 
     A question that a filter leaves out is not given to a check, nor one that fails a check to the next.
     """
-    receipts = run_pass(asked.PASS, requests, answering, config)
-    answers = read_answers(receipts, config)
+    answers, receipts = run_pass(asked.PASS, requests, answering, config)
     passes = {asked.PASS: pass_counts(receipts)}
     failed = [(r, answer) for r, answer in zip(requests, answers, strict=True) if answer["error"]]
     written: list[Candidate] = []
@@ -140,9 +161,8 @@ def _write_and_check(
             written += candidates(request, json.loads(answer["content"]))
     written = filter_questions(written, config.filters)
     for name in config.checks:
-        check = checks.CHECKS[name]([c for c in written if not c["reason"]], config.seed)
-        receipts = run_pass(name, check.requests, answering, config)
-        answers = read_answers(receipts, config)
+        check = checks.CHECKS[name](written, config.seed)
+        answers, receipts = run_pass(name, check.requests, answering, config)
         checks.apply(check, [None if a["error"] else json.loads(a["content"]) for a in answers])
         failed += [(r, answer) for r, answer in zip(check.requests, answers, strict=True) if answer["error"]]
         passes[name] = pass_counts(receipts)
@@ -157,11 +177,9 @@ def filter_questions(written: list[Candidate], limits: FiltersSection) -> list[C
     dataset = ray.data.from_arrow(tables)
     dataset.context.enable_progress_bars = False
     dataset = dataset.map_batches(_filter_block, batch_size=None, batch_format="pyarrow", fn_kwargs={"limits": limits})
-    found = [
-        row for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow") for row in table.to_pylist()
-    ]
-    by_id = {candidate["id"]: candidate for candidate in found}
-    return [by_id[candidate["id"]] for candidate in written]
+    tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    reasons = {row["id"]: row["reason"] for table in tables for row in table.to_pylist()}
+    return [candidate | {"reason": reasons[candidate["id"]]} for candidate in written]
 
 
 def _blocks(written: list[Candidate]) -> Iterator[list[Candidate]]:
@@ -183,7 +201,7 @@ def _filter_block(block: pa.Table, limits: FiltersSection) -> pa.Table:
     repeated = near_duplicates([row for row in rows if not row["reason"]], limits.similarity)
     for row in rows:
         row["reason"] = "near_duplicate" if row["id"] in repeated else row["reason"]
-    return pa.Table.from_pylist(rows, schema=CANDIDATE_SCHEMA)
+    return pa.Table.from_pylist([{"id": row["id"], "reason": row["reason"]} for row in rows], schema=REASON_SCHEMA)
 
 
 def _pair_counts(

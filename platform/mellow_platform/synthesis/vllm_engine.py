@@ -55,7 +55,9 @@ def ask_vllm(config: SynthesizeConfig, prompts: Prompts) -> Answering:
 def engine_row(request: Request, prompts: Prompts, config: SynthesizeConfig, attempt: int) -> dict[str, Any]:
     """Return what the engine is given: the messages, and sampling parameters that hold it to the answer's form."""
     sampling = config.sampling
-    parameters: dict[str, Any] = {"max_tokens": sampling.max_tokens, "seed": config.seed + attempt}
+    parameters: dict[str, Any] = {"max_tokens": sampling.max_tokens}
+    if sampling.seed is not None:
+        parameters["seed"] = sampling.seed + attempt
     if sampling.temperature is not None:
         parameters["temperature"] = sampling.temperature
     # As text: each kind's schema would be another type to Arrow.
