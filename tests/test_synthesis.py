@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,12 @@ def test_audiocaps_clotho_reasonaqa_tags_and_tables_are_told_by_their_columns(tm
     assert read_captions([str(tmp_path / "labels.json")], "mine", "") == [
         Caption("3.wav", "dog, animals", "train", "mine", ("dog", "animals"))
     ]
+    storage.write_json(str(tmp_path / "labels.json"), [{"file": "3.wav", "labels": ["dog"], "split": "test"}])
+    assert read_captions([str(tmp_path / "labels.json")], "mine", "")[0].split == "test"
+    rows = [{"audiocap_id": 7, "youtube_id": "abc", "start_time": 30, "caption": "Rain", "": None, "split": ""}]
+    storage.write_json(str(tmp_path / "test.json"), rows)
+    by_number = read_captions([str(tmp_path / "test.json")], "mine", "{audiocap_id}-{start_time}.wav")
+    assert by_number == [Caption("7-30.wav", "Rain", "test", "audiocaps")]
     table = {"clip": ["4.wav", "5.wav"], "caption": [["a", "b"], ["c"]], "split": ["test", None]}
     pq.write_table(pa.table(table), tmp_path / "mine.parquet")
     found = read_captions([str(tmp_path / "mine.parquet")], "mine", "")
@@ -518,6 +525,45 @@ def test_without_any_endpoint_the_built_in_corpus_gets_questions_that_preprocess
     assert "| train |" in storage.read_bytes(storage.join(by_rules.output, "report.md")).decode()
 
 
+def test_a_corpus_whose_remaking_was_killed_is_not_taken_for_finished(by_rules, monkeypatch):
+    before = report_of(by_rules)
+    whole = {name: Path(by_rules.output, name).read_bytes() for name in ("train.json", "records/train.parquet")}
+    write = storage.write_table
+
+    def killed(uri: str, table: pa.Table) -> str:
+        if uri.endswith("records/val.parquet"):
+            raise KeyboardInterrupt
+        return write(uri, table)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(storage, "write_table", killed)
+        synthesize(by_rules.model_copy(update={"synthetic_share": None}))
+    assert Path(by_rules.output, "train.json").read_bytes() != whole["train.json"]
+    assert synthesize(by_rules)["mixture"] == before["mixture"]
+    assert {name: Path(by_rules.output, name).read_bytes() for name in whole} == whole
+
+
+def test_a_check_asks_again_only_about_what_another_filter_changed():
+    kept = [candidate(f"what is heard {n}?", "rain", request=f"r{n}", captions=["rain"]) for n in range(40)]
+    fewer = [one | {"reason": "too_long"} if number == 17 else one for number, one in enumerate(kept)]
+    for check, changed in ((blind, 1), (support, 0)):
+        before, after = ({request.id for request in check(own, 0).requests} for own in (kept, fewer))
+        assert len(after - before) == changed
+        assert len(before - after) == 1
+
+
+def test_every_aspect_stands_first_in_some_prompts():
+    prompts = Prompts.read(["detail", "mcq"], None)
+    for kind in ("detail", "mcq"):
+        first: Counter[str] = Counter()
+        for number in range(60):
+            text = prompts.render(Request(f"{kind}-{number}", kind, 5, {"captions": ["rain"]}))
+            listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("- `")]
+            assert sorted(listed) == sorted(ASPECTS)
+            first[listed[0]] += 1
+        assert first.keys() == set(ASPECTS)
+
+
 def test_a_finished_job_does_nothing_and_another_share_or_filter_writes_nothing(by_rules, capsys):
     files = {file: file.stat().st_mtime_ns for file in Path(by_rules.output).rglob("*")}
     synthesize(by_rules)
@@ -620,8 +666,10 @@ def test_a_job_that_was_killed_asks_again_only_what_was_on_its_way(cluster, reac
     digest = storage.read_json(str(tmp_path / "out/configuration.json"))["digest"][:16]
     kept = set(reachable.answered(digest))
     assert 24 <= len(kept) < 120
+    whole = shards.receipts(job.output, "answers/write")
+    capsys.readouterr()
     report = synthesize(job)
-    assert "are done already" in capsys.readouterr().out
+    assert (f"{16 * len(whole)} of 120 are done already" in capsys.readouterr().out) == bool(whole)
     answered = reachable.answered(digest)
     again = [request for request, count in answered.items() if count > 1]
     assert len(again) <= 4 and set(again) <= kept
@@ -753,8 +801,8 @@ def test_what_every_request_would_meet_ends_the_job_and_keeps_what_is_there(chan
 
 def test_calls_are_paced_whichever_threads_they_come_from():
     pace, begun = Pace(calls_per_minute=1200), time.monotonic()
-    for _ in range(5):
-        pace()
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(pace, range(5)))
     assert time.monotonic() - begun >= 4 * 0.05
 
 

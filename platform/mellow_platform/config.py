@@ -542,8 +542,7 @@ class SynthesizeConfig(Section):
 
     captions: Annotated[list[Uri], BeforeValidator(_separated)] = Field(
         description="files to read, several with commas between: AudioCaps or Clotho .csv; any .parquet, .csv, .json "
-        "or .jsonl with columns clip and caption, and where there are any split and labels; ReasonAQA's .json; "
-        "labels.json"
+        "or .jsonl with columns clip and caption, and where there is one split; ReasonAQA's .json; labels.json"
     )
     output: Uri = Field(description="folder to write the corpus to")
     taskname: str = Field(

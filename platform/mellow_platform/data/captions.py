@@ -1,5 +1,6 @@
 """Captions of clips, in the layouts that they are published in."""
 
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,6 @@ TEXT_COLUMNS = (
     "audiocap_id",
     *(f"caption_{n}" for n in range(2, 6)),
     "split",
-    "labels",
 )
 
 
@@ -46,8 +46,8 @@ def read_captions(uris: list[str], taskname: str, clip_name: str, limit: int | N
 
     AudioCaps: `audiocap_id,youtube_id,start_time,caption`. Clotho: `file_name,caption_1,...,caption_5`. ReasonAQA:
     records with `filepath1`, `caption1` and, of two clips, `filepath2`, `caption2`. Tags: `{file, labels}` or
-    `{file, label, category}`. Any other table: `clip` and `caption` (a text or a list of texts), and where there are
-    any `split` and `labels`. A clip is of the split that its row or, without that, its file's name says (`split_of`).
+    `{file, label, category}`. Any other table: `clip` and `caption` (a text or a list of texts), and where there is
+    one `split`. A clip is of the split that its row or, without that, its file's name says (`split_of`).
 
     Args:
         taskname: of captions whose layout brings none.
@@ -91,7 +91,7 @@ def _read(uri: str, taskname: str, clip_name: str) -> Iterator[Caption]:
     if columns >= set(CAPTIONS):
         return _table(uri, rows, taskname)
     if columns >= set(LABELS) and uri.lower().endswith(".json"):
-        return _labels(uri, taskname)
+        return _labels(uri, rows, taskname)
     raise ValueError(
         f"{uri} has columns {', '.join(columns) or '(none)'}: expected {', '.join(AUDIOCAPS)} (AudioCaps), "
         f"{', '.join(CLOTHO)}, ... (Clotho), {', '.join(REASONAQA)} (ReasonAQA), file, labels, or {', '.join(CAPTIONS)}"
@@ -99,9 +99,10 @@ def _read(uri: str, taskname: str, clip_name: str) -> Iterator[Caption]:
 
 
 def _audiocaps(uri: str, rows: list[dict[str, Any]], clip_name: str) -> Iterator[Caption]:
+    named = [field for _, field, _, _ in string.Formatter().parse(clip_name) if field]
     for number, row in enumerate(rows):
         try:
-            clip = clip_name.format_map({name: _text(uri, number, row, name) for name in row if name != "caption"})
+            clip = clip_name.format_map({name: _name(uri, number, row, name) for name in named if name in row})
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"{uri}: row {number}: clip_name {clip_name!r} does not fit: {error}") from error
         yield Caption(clip, _text(uri, number, row, "caption"), _split(uri, number, row), "audiocaps")
@@ -125,18 +126,22 @@ def _reasonaqa(uri: str, rows: list[dict[str, Any]]) -> Iterator[Caption]:
 
 def _table(uri: str, rows: list[dict[str, Any]], taskname: str) -> Iterator[Caption]:
     for number, row in enumerate(rows):
-        labels = row.get("labels") or ()
-        tags = tuple(labels.split(";") if isinstance(labels, str) else labels)
         texts = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
         for text in texts:
             caption = _text(uri, number, {"caption": text}, "caption")
-            yield Caption(_text(uri, number, row, "clip"), caption, _split(uri, number, row), taskname, tags)
+            yield Caption(_text(uri, number, row, "clip"), caption, _split(uri, number, row), taskname)
 
 
-def _labels(uri: str, taskname: str) -> Iterator[Caption]:
+def _labels(uri: str, rows: list[dict[str, Any]], taskname: str) -> Iterator[Caption]:
     """Yield tags as captions: what is heard, one after another, in words that are nobody's."""
-    for clip in read_labels(uri):
-        yield Caption(clip.file, ", ".join(clip.labels), _split(uri, 0, {}), taskname, clip.labels)
+    for number, (row, clip) in enumerate(zip(rows, read_labels(uri), strict=True)):
+        yield Caption(clip.file, ", ".join(clip.labels), _split(uri, number, row), taskname, clip.labels)
+
+
+def _name(uri: str, number: int, row: dict[str, Any], name: str) -> str:
+    """Return what a column puts into a file's name; tables of some types have numbers there."""
+    value = row[name]
+    return str(value) if isinstance(value, int) else _text(uri, number, row, name)
 
 
 def _text(uri: str, number: int, row: dict[str, Any], name: str) -> str:

@@ -52,7 +52,6 @@ CANDIDATE_SCHEMA = pa.schema(
         pa.field("choices", pa.list_(pa.string()), nullable=False),  # without letters, as they were written
         pa.field("answer", pa.string(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),  # why it is left out; empty: it is not
-        pa.field("detail", pa.string(), nullable=False),
     ]
 )
 RECORD_SCHEMA = pa.schema(
@@ -89,7 +88,6 @@ def candidates(request: Request, content: dict[str, Any]) -> list[Candidate]:
                 "choices": choices,
                 "answer": _as_chosen(_plain(fields["answer"]), choices),
                 "reason": "",
-                "detail": "",
             }
         )
     return found

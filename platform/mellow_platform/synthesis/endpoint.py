@@ -35,6 +35,7 @@ HOPELESS = {
     402: "the account has no credit left; pay, then submit the job again",
     404: f"there is no such address or model; check {URL} (it ends in /v1) and {MODEL}",
 }
+LOST = "lost_connection"
 REFUSED = (400, 413, 422)  # what the prompt or the body is at fault for
 # Of the 4xx, what one request may meet alone; the client repeats the first three, and every 5xx.
 PASSING = {408: "timeout", 409: "server_error", 429: "server_full", 403: "forbidden"}
@@ -155,7 +156,7 @@ class EndpointWriter:
             except openai.APIStatusError as error:
                 return answer | self._refused(error, answer, before)
             except openai.APIConnectionError as error:
-                reason = "timeout" if isinstance(error, openai.APITimeoutError) else "lost_connection"
+                reason = "timeout" if isinstance(error, openai.APITimeoutError) else LOST
                 return answer | self._failed(reason, f"{error} ({error.__cause__!r})", answer, before)
             except UnreadableError as error:
                 return answer | self._failed("unreadable", str(error), answer, before)
@@ -235,7 +236,9 @@ class EndpointWriter:
         request was first sent, all others would fare the same.
         """
         others = self.answered - before - answer["completions"]
-        if others > 0 or (self.works and self.under_way == 1):  # the last one left has no others to be told from
+        # The last one left has no others to be told from, unless nobody is there.
+        alone = self.works and self.under_way == 1 and reason != LOST
+        if others > 0 or alone:
             return {"error": reason, "detail": self._without_key(message)}
         return self._stop(
             f"{message} after {self.config.endpoint.retries} retries, while no other request was answered"

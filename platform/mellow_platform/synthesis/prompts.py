@@ -1,6 +1,7 @@
 """What a language model is told: a file for each kind of request, in `prompts/` or a folder of the user's."""
 
 import hashlib
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import jinja2.sandbox
 
 from mellow_platform import storage
 from mellow_platform.synthesis.asked import Request
-from mellow_platform.synthesis.forms import CHOICES
+from mellow_platform.synthesis.forms import ASPECTS, CHOICES
 
 FOLDER = Path(__file__).with_name("prompts")
 
@@ -18,7 +19,8 @@ class Prompts:
     """The texts of prompts by kind, and what they become for a request.
 
     A text is a Jinja template that sees `captions` (texts), `pairs` (how many questions are wanted, or judged),
-    `choices` (of a question) and, in a check, `questions`.
+    `choices` (of a question), `aspects` (names, in an order that each request has of its own: the last ones of a fixed
+    order would be asked about least) and, in a check, `questions`.
     """
 
     def __init__(self, texts: dict[str, str]):
@@ -62,6 +64,12 @@ class Prompts:
             ValueError: the template asks for what there is not.
         """
         try:
-            return self.templates[request.kind].render(pairs=request.pairs, choices=CHOICES, **request.material)
+            return self.templates[request.kind].render(
+                pairs=request.pairs, choices=CHOICES, aspects=_aspects(request), **request.material
+            )
         except jinja2.TemplateError as error:
             raise ValueError(f"prompt {request.kind}.md: {error}") from error
+
+
+def _aspects(request: Request) -> list[str]:
+    return random.Random(request.id).sample(ASPECTS, len(ASPECTS))

@@ -52,7 +52,7 @@ class RuleWriter:
     """
 
     def __init__(self, seed: int, pool: list[str]):
-        self.seed, self.pool = seed, pool
+        self.seed, self.pool = seed, random.Random(seed).sample(pool, len(pool))
 
     def answers(self, requests: list[Request], kept: str) -> list[Answer]:
         """Return the answers to `requests` (`answers.Writer`); they cost nothing, and none is kept."""
@@ -89,7 +89,9 @@ class RuleWriter:
         """Draw names of sounds that have no word in common with those heard, nor with each other."""
         taken = set().union(*(stems(sound.name) for sound in scene.sounds))
         found: list[str] = []
-        for name in rng.sample(self.pool, len(self.pool)):
+        # From any place of the pool on, which is in no order: a draw of all of it for each request would take longest.
+        start = rng.randrange(max(1, len(self.pool)))
+        for name in (self.pool[(start + step) % len(self.pool)] for step in range(len(self.pool))):
             if not stems(name) & taken:
                 found.append(name)
                 taken |= stems(name)

@@ -2,8 +2,8 @@
 
 Not run on a GPU yet: what is tested is that the requests, and what becomes of the answers, are those of an endpoint.
 
-Answers come back to the driver, which writes whole parts; they cost GPU time and no money, so that what a kill takes is
-at most the parts in hand.
+Answers come back to the driver, which keeps each as it comes and writes whole parts: a kill takes what the engine has
+in hand.
 """
 
 import importlib.util
@@ -13,11 +13,12 @@ from typing import Any
 
 import ray
 
+from mellow_platform import storage
 from mellow_platform.config import SynthesizeConfig
 from mellow_platform.synthesis.answers import Answer, empty_answer
 from mellow_platform.synthesis.asked import Request
 from mellow_platform.synthesis.forms import BadAnswerError, parse, schema
-from mellow_platform.synthesis.passes import Answering, Part
+from mellow_platform.synthesis.passes import ARRIVING, Answering, Part
 from mellow_platform.synthesis.prompts import Prompts
 
 FAILURE = "__inference_error__"  # the column in which Ray says what an engine did not answer
@@ -36,8 +37,14 @@ def ask_vllm(config: SynthesizeConfig, prompts: Prompts) -> Answering:
         )
 
     def answering(name: str, parts: list[Part]) -> Iterator[tuple[str, list[Answer]]]:
+        folder = storage.join(config.output, ARRIVING, name)
         part_of = {request.id: part for part, requests in parts for request in requests}
         requests = {request.id: request for _, part in parts for request in part}
+        for part, _ in parts:
+            for file in storage.list_folder(f"{folder}/{part}"):
+                answer = storage.read_json(f"{folder}/{part}/{file}")
+                del requests[answer["request"]]
+                yield part, [answer]
         answers = {request.id: empty_answer(request) for request in requests.values()}
         for attempt in range(config.attempts):
             # In the order of the requests, so that parts become whole one after another.
@@ -47,7 +54,9 @@ def ask_vllm(config: SynthesizeConfig, prompts: Prompts) -> Answering:
                 answer = settle(answers[request.id], request, output)
                 if not answer["error"] or attempt == config.attempts - 1:
                     del requests[request.id]
-                    yield part_of[request.id], [answer]
+                    part = part_of[request.id]
+                    storage.write_json(f"{folder}/{part}/{request.id}.json", answer)
+                    yield part, [answer]
 
     return answering
 
