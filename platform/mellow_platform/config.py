@@ -413,6 +413,8 @@ class EvaluateConfig(Section):
             raise ValueError("give `shards`, or `corpus` with `audio_root`, or `mmau`")
         if self.is_remote and (parts := urlsplit(self.model)) and (parts.username or parts.query):
             raise ValueError("model: an address without name, password or query; the key is OPENAI_API_KEY's")
+        if self.listens and set(self.conditions) == {"chance"}:
+            raise ValueError("conditions: chance alone needs no model: name another one, or take model: random")
         if self.against and self.against == self.output:
             raise ValueError(f"against {self.against}: that is `output`, give the folder of another evaluation")
         if self.shards and self.is_remote:

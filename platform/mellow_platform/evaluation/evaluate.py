@@ -9,7 +9,7 @@ chance with the others.
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,15 @@ import pyarrow as pa
 
 from mellow_platform import storage
 from mellow_platform.config import EvaluateConfig
-from mellow_platform.data.tables import read_table
 from mellow_platform.evaluation.answerers import Question, Reply, draw, given
 from mellow_platform.evaluation.answers import claim, listen, stop_if_too_many
-from mellow_platform.evaluation.benchmarks import BENCHMARKS, MMAU, Benchmark, Choice, Description, Families, Scored
-from mellow_platform.evaluation.intervals import Resampling, holm
+from mellow_platform.evaluation.benchmarks import BENCHMARKS, MMAU, Benchmark
+from mellow_platform.evaluation.comparison import PREDICTIONS, compare, read_baseline
 from mellow_platform.evaluation.items import Item, Source
-from mellow_platform.evaluation.measures import Expected, Measure
 from mellow_platform.evaluation.report import Example, markdown, page
+from mellow_platform.evaluation.scoring import Answered, score, summarise
 
-PREDICTIONS, SUBMISSION = "predictions.parquet", "mmau.json"
+SUBMISSION = "mmau.json"
 TEXTS = pa.list_(pa.string())
 PREDICTION_SCHEMA = pa.schema(
     [
@@ -43,22 +42,6 @@ PREDICTION_SCHEMA = pa.schema(
         pa.field("groups", pa.map_(pa.string(), pa.string()), nullable=False),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A benchmark with what was answered under each condition, and what that scores.
-
-    Attributes:
-        known: rows of the items whose right answers are public, which scores are of.
-        scored: by condition; empty where there are none.
-    """
-
-    benchmark: Benchmark
-    items: list[Item]
-    replies: dict[str, list[Reply]]
-    known: np.ndarray
-    scored: dict[str, Scored]
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -90,7 +73,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "records": len(asked),
         "conditions": list(answered[0].replies),
         "benchmarks": {each.benchmark.name: summarise(each, config) for each in answered},
-        **_asking(answered),
+        **_asking(answered, config),
         # Questions of all splits that the shards do not have, as their clips cannot be used.
         "dropped": source.manifest.counts["records_dropped"] if source.manifest else 0,
     }
@@ -128,18 +111,21 @@ def _replies_to(
     return own
 
 
-def _asking(answered: Sequence[Answered]) -> dict[str, Any]:
+def _asking(answered: Sequence[Answered], config: EvaluateConfig) -> dict[str, Any]:
     """Return by condition what was not answered as it was asked, and how long answers took."""
-    replies: dict[str, list[Reply]] = {}
+    # Each reply once, however many benchmarks it counts in: what a model said is known by what it was asked.
+    replies: dict[str, dict[Question | str, Reply]] = {}
     for each in answered:
+        questions = [
+            Question(each.benchmark.prompt(item), item.clips) if config.listens else item.id for item in each.items
+        ]
         for condition, own in each.replies.items():
-            replies.setdefault(condition, []).extend(own)
+            replies.setdefault(condition, {}).update(zip(questions, own, strict=True))
+    found = {condition: list(own.values()) for condition, own in replies.items()}
     return {
-        "no_answer": {
-            name: dict(Counter(reply.error for reply in own if reply.error)) for name, own in replies.items()
-        },
-        "cut": {name: _cut(own) for name, own in replies.items()},
-        "seconds_an_answer": {name: _quantiles(own) for name, own in replies.items()},
+        "no_answer": {name: dict(Counter(reply.error for reply in own if reply.error)) for name, own in found.items()},
+        "cut": {name: _cut(own) for name, own in found.items()},
+        "seconds_an_answer": {name: _quantiles(own) for name, own in found.items()},
     }
 
 
@@ -181,166 +167,6 @@ def select(config: EvaluateConfig, source: Source) -> list[tuple[Benchmark, list
     if not chosen:
         raise ValueError(f"split {config.split!r} has no questions of any benchmark")
     return chosen
-
-
-def score(benchmark: Benchmark, items: list[Item], replies: dict[str, list[Reply]]) -> Answered:
-    """Score what was answered to a benchmark's items."""
-    known = [row for row, item in enumerate(items) if item.references]
-    own = [items[row] for row in known]
-    texts = {name: [of[row].text for row in known] for name, of in replies.items() if known}
-    scored = {
-        name: score_chance(benchmark, own, drawn) if name == "chance" else benchmark.score(own, drawn)
-        for name, drawn in texts.items()
-    }
-    return Answered(benchmark, items, replies, np.array(known, np.int64), _alike(scored))
-
-
-def _alike(scored: dict[str, Scored]) -> dict[str, Scored]:
-    """Return what was scored with the measures that all conditions have: a program may have failed for one of them."""
-    names = [{name for measure in own.measures for name in measure.names} for own in scored.values()]
-    common = set.intersection(*names) if names else set()
-    mains = {own.main for own in scored.values()} & common
-    return {
-        condition: Scored(
-            [measure for measure in own.measures if common.issuperset(measure.names)],
-            own.main if mains == {own.main} else next(iter(mains)),
-            own.each,
-        )
-        for condition, own in scored.items()
-    }
-
-
-def score_chance(benchmark: Benchmark, items: Sequence[Item], drawn: Sequence[str]) -> Scored:
-    """Return what drawn answers are expected to score: over every choice alike, where a question has choices."""
-    answers = [item.choices or (text,) for item, text in zip(items, drawn, strict=True)]
-    question = np.repeat(np.arange(len(items)), [len(own) for own in answers])
-    every = benchmark.score([items[int(row)] for row in question], [text for own in answers for text in own])
-    each = np.bincount(question, weights=every.each) / np.bincount(question)
-    return Scored([Expected(measure, question) for measure in every.measures], every.main, each)
-
-
-def summarise(answered: Answered, config: EvaluateConfig) -> dict[str, Any]:
-    """Return a benchmark's scores with their intervals, over all and by category, and how they fall without audio."""
-    benchmark, known = answered.benchmark, [answered.items[row] for row in answered.known]
-    summary: dict[str, Any] = {
-        "title": benchmark.title,
-        "questions": len(answered.items),
-        "scored": len(known),
-        "unavailable": benchmark.scorer.unavailable if isinstance(benchmark, Description) else {},
-    }
-    if not known:
-        return summary
-    draws = Resampling([item.clips[0] for item in known], config.resamples, config.seed)
-    summary["main"] = answered.scored["audio" if "audio" in answered.scored else next(iter(answered.scored))].main
-    summary["scores"] = {name: _estimates(draws, scored.measures) for name, scored in answered.scored.items()}
-    summary["groups"] = {}
-    for axis in dict.fromkeys(axis for item in known for axis in item.groups):
-        values = np.array([item.groups.get(axis, "") for item in known])
-        if len(set(values)) > 1:
-            summary["groups"][axis] = {
-                str(value): _of_group(answered, draws, np.flatnonzero(values == value)) for value in sorted(set(values))
-            }
-    if len(summary["groups"].get("family", {})) > 1 and not isinstance(benchmark, Choice | Families):
-        summary["data_sets"] = _data_sets(answered, draws)
-    heard = answered.scored.get("audio")
-    summary["control"] = {
-        name: asdict(draws.compare(_main(heard), _main(scored), heard.each != scored.each)[summary["main"]])
-        for name, scored in answered.scored.items()
-        if heard and name in ("noise", "text_only")
-    }
-    return summary
-
-
-def _estimates(draws: Resampling, measures: Sequence[Measure]) -> dict[str, dict[str, float]]:
-    return {name: asdict(value) for measure in measures for name, value in draws.estimate(measure).items()}
-
-
-def _main(scored: Scored) -> Measure:
-    return next(measure for measure in scored.measures if scored.main in measure.names)
-
-
-def _data_sets(answered: Answered, draws: Resampling) -> dict[str, Any]:
-    """Return all scores of each family alone, as they are published: CIDEr weighs words by the whole set it is of."""
-    families = np.array([answered.items[row].family for row in answered.known])
-    found = {}
-    for family in sorted(set(families)):
-        rows = np.flatnonzero(families == family)
-        known = answered.known[rows]
-        replies = {name: [own[row] for row in known] for name, own in answered.replies.items()}
-        alone = score(answered.benchmark, [answered.items[row] for row in known], replies)
-        scores = {name: _estimates(draws.of(rows), scored.measures) for name, scored in alone.scored.items()}
-        found[str(family)] = {"questions": len(rows), "scores": scores}
-    return found
-
-
-def _of_group(answered: Answered, draws: Resampling, rows: np.ndarray) -> dict[str, Any]:
-    """Return the main score of some of the items, under each condition."""
-    own = draws.of(rows)
-    scores = {name: own.estimate(_main(scored).of(rows))[scored.main] for name, scored in answered.scored.items()}
-    return {"questions": len(rows), "scores": {name: asdict(value) for name, value in scores.items()}}
-
-
-Key = tuple[str, ...]  # of a question: benchmark, id, question, and names of the clips
-
-
-def _key(benchmark: str, id: str, question: str, clips: Sequence[str]) -> Key:
-    """Return what two evaluations know a question by; folders of clips may have other names."""
-    return (benchmark, id, question, *(clip.rpartition("/")[2] for clip in clips))
-
-
-def read_baseline(config: EvaluateConfig, questions: Sequence[tuple[Benchmark, list[Item]]]) -> dict[Key, str]:
-    """Return what the other evaluation answered, with audio; nothing without one.
-
-    Raises:
-        FileNotFoundError: it is absent.
-        ValueError: it has none of the questions.
-    """
-    if not config.against:
-        return {}
-    names = "benchmark", "condition", "id", "question", "clips", "prediction"
-    table = read_table(storage.join(config.against, PREDICTIONS), columns=names)
-    rows = table.filter(pa.compute.equal(table["condition"], "audio")).to_pylist()
-    before = {_key(row["benchmark"], row["id"], row["question"], row["clips"]): row["prediction"] for row in rows}
-    own = {_item_key(benchmark, item) for benchmark, items in questions for item in items if item.references}
-    if before.keys().isdisjoint(own):
-        raise ValueError(f"against {config.against}: it has none of the questions that are asked here, with audio")
-    return before
-
-
-def _item_key(benchmark: Benchmark, item: Item) -> Key:
-    return _key(benchmark.name, item.id, item.question, item.files or item.clips)
-
-
-def compare(answered: Sequence[Answered], before: dict[Key, str], config: EvaluateConfig) -> dict[str, Any]:
-    """Compare with another evaluation on the questions that both answered, with audio.
-
-    A score counts as lower where its difference is significant among all that are compared (Holm, 5 %).
-    """
-    compared: list[dict[str, Any]] = []
-    left_out: dict[str, int] = {}
-    for each in answered:
-        benchmark = each.benchmark
-        rows = [row for row in each.known if _item_key(benchmark, each.items[row]) in before]
-        if len(rows) < len(each.known):
-            left_out[benchmark.name] = len(each.known) - len(rows)
-        if not rows or "audio" not in each.replies:
-            continue
-        items = [each.items[row] for row in rows]
-        texts = {
-            "now": [each.replies["audio"][row].text for row in rows],
-            "before": [before[_item_key(benchmark, item)] for item in items],
-        }
-        scored = _alike({name: benchmark.score(items, own) for name, own in texts.items()})
-        draws = Resampling([item.clips[0] for item in items], config.resamples, config.seed)
-        differing = scored["now"].each != scored["before"].each
-        for now, then in zip(scored["now"].measures, scored["before"].measures, strict=True):
-            for name, difference in draws.compare(now, then, differing).items():
-                row = {"benchmark": benchmark.name, "score": name, "questions": len(rows)}
-                compared.append(row | asdict(difference))
-    for row, significant in zip(compared, holm([row["p"] for row in compared]), strict=True):
-        row["significant"] = significant
-    lower = [f"{row['benchmark']} {row['score']}" for row in compared if row["significant"] and row["value"] < 0]
-    return {"against": config.against, "differences": compared, "lower": lower, "left_out": left_out}
 
 
 def write(config: EvaluateConfig, answered: Sequence[Answered], report: dict[str, Any]) -> None:
