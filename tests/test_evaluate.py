@@ -1,8 +1,10 @@
 """Evaluation on Ray Data: a Mellow folder, an endpoint that hears, conditions, failures, and going on when killed."""
 
 import base64
+import io
 import json
 import sys
+import tarfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -16,11 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from mellow_platform import storage
-from mellow_platform.config import EvaluateConfig
+from mellow_platform.config import EvaluateConfig, PreprocessConfig
 from mellow_platform.data.audio import decode, encode
 from mellow_platform.data.records import Record, read_records, write_records
+from mellow_platform.data.shards import read_records as read_shard_records
 from mellow_platform.evaluation.answerers import noise_for
-from mellow_platform.evaluation.evaluate import evaluate
+from mellow_platform.evaluation.evaluate import evaluate, select
+from mellow_platform.evaluation.items import Source
+from mellow_platform.features.preprocess import preprocess
 from mellow_platform.features.store import FeatureStore
 from mellow_platform.inference.engine import Engine
 from mellow_platform.inference.request import Clip, ClipFeatures, Request
@@ -164,6 +169,7 @@ class Listener(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answering)
         self.requests: list[dict[str, Any]] = []
+        self.down = False
         self.tries: Counter[str] = Counter()
         self.keys: set[str] = set()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -189,21 +195,24 @@ class Answering(BaseHTTPRequestHandler):
             return self._send(429 if tries == 1 else 500, {"error": {"message": "later"}}, {"retry-after-ms": "5"})
         self.server.requests.append(body)
         parts = body["messages"][0]["content"]
-        if "forbidden" in parts[0]["text"]:
+        if "forbidden" in parts[0]["text"] or ("insist" in parts[0]["text"] and len(parts) == 1):
             return self._send(400, {"error": {"message": "this is not answered"}})
-        if "poison" in parts[0]["text"]:
+        if "poison" in parts[0]["text"] or self.server.down:
             return self._send(500, {"error": {"message": "tripped"}}, {"retry-after-ms": "5"})
         sounds = [part["input_audio"] for part in parts if part["type"] == "input_audio"]
         levels = [np.abs(decode(base64.b64decode(sound["data"]), 32_000)).max() for sound in sounds]
         text = "yes" if levels and max(levels) > 0.3 else "no"
         text, reason = ("y", "length") if "length" in parts[0]["text"] else (text, "stop")
         text = "" if "silent" in parts[0]["text"] else text
+        text = "yes \ud83d" if "half" in parts[0]["text"] else text
+        if "gateway" in parts[0]["text"]:
+            return self._send(200, "<html>sign in</html>", {"Content-Type": "text/html"})
         choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
         self._send(
             200, {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
         )
 
-    def _send(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+    def _send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
         data = json.dumps(body).encode()
         self.send_response(status)
         for name, value in (
@@ -278,7 +287,7 @@ def test_an_endpoint_that_hears_is_judged_by_the_same_job(
 def test_a_question_that_an_endpoint_trips_over_is_wrong_and_the_others_are_answered(
     made: SimpleNamespace, listener: Listener, loud_and_soft: Path
 ):
-    texts = ["is it loud?", "poison?", "silent?", "length?"]
+    texts = ["is it loud?", "poison?", "silent?", "length?", "half?", "gateway?"]
     records = [Record("c", "loud.wav", "", "", "", text, "yes", "Levels-Presence") for text in texts]
     folder = made.root / "tripping"
     write_records(str(folder / "test.json"), records)
@@ -289,14 +298,103 @@ def test_a_question_that_an_endpoint_trips_over_is_wrong_and_the_others_are_answ
     )  # fmt: skip
     report = evaluate(config)
     rows = rows_of(config)
-    assert [row["error"] for row in rows] == [None, "unanswered", "empty", None]
+    assert [row["error"] for row in rows] == [None, "unanswered", "empty", None, None, "unanswered"]
     assert rows[3]["detail"] == "answer cut to 256 tokens"
-    assert report["no_answer"]["audio"] == {"unanswered": 1, "empty": 1}
+    assert rows[4]["prediction"] == "yes ?"
+    assert rows[5]["detail"] == 'what came is no chat completion: "<html>sign in</html>"'
+    assert report["no_answer"]["audio"] == {"unanswered": 2, "empty": 1}
     # Where nothing is answered, nothing is written, and the next run asks again.
     write_records(str(folder / "test.json"), [records[1]])
     with pytest.raises(Exception, match=r"answers nothing: .*tripped.* submit the job again to go on"):
         evaluate(config.model_copy(update={"output": str(made.root / "all-tripped")}))
     assert not list((made.root / "all-tripped/answers").glob("*"))
+
+
+def test_what_an_endpoint_left_unanswered_is_asked_again_and_nothing_else(made: SimpleNamespace, loud_and_soft: Path):
+    folder, server = made.root / "again", Listener()
+    texts = ["poison?", *(f"is it loud, {number}?" for number in range(7))]
+    records = [Record("c", "loud.wav", "", "", "", text, "yes", "Levels-Presence") for text in texts]
+    write_records(str(folder / "test.json"), records)
+    config = EvaluateConfig(
+        model=server.url, corpus=str(folder), audio_root=str(loud_and_soft / "audio"), output=str(folder / "out"),
+        conditions=["audio"], endpoint={"retries": 2}, rows_per_part=4, workers=1, resamples=100, max_failed_share=0.1,
+    )  # fmt: skip
+
+    def asked_since(number: int) -> Counter[str]:
+        return Counter(body["messages"][0]["content"][0]["text"] for body in server.requests[number:])
+
+    for _ in range(2):
+        before = len(server.requests)
+        with pytest.raises(ValueError, match=r"1 of 8 .* have no answer \(unanswered 1\).*submit the job again to ask"):
+            evaluate(config)
+    assert asked_since(before).keys() == {"poison?"}
+    # A share that allows for it makes the job done, and one that is done asks for nothing, not even the model's name.
+    allowed = config.model_copy(update={"max_failed_share": 0.2})
+    evaluate(allowed)
+    server.down, tries = True, server.tries.total()
+    assert evaluate(allowed)["benchmarks"]["families"]["no_answer"] == {"audio": {"unanswered": 1}}
+    assert server.tries.total() == tries
+    # Another condition is asked for alone, and a server that is away by then costs no answer.
+    more = allowed.model_copy(update={"conditions": ["audio", "noise"]})
+    with pytest.raises(ValueError, match="unanswered 4"):
+        evaluate(more)
+    server.down, before = False, len(server.requests)
+    assert evaluate(more)["conditions"] == ["audio", "noise"]
+    assert asked_since(before) - Counter({"poison?": 100}) == Counter(texts[1:])
+    assert [row["prediction"] for row in rows_of(more)] == ["", *["yes"] * 7]
+    server.shutdown()
+    server.server_close()
+    assert evaluate(more)["conditions"] == ["audio", "noise"]
+
+
+def test_a_model_that_insists_on_audio_is_told_of_silence_and_keeps_its_other_answers(
+    made: SimpleNamespace, listener: Listener, loud_and_soft: Path
+):
+    folder = made.root / "insisting"
+    records = [
+        Record("c", "loud.wav", "", "", "", f"insist: is it loud, {number}?", "yes", "Levels-Presence")
+        for number in range(3)
+    ]
+    write_records(str(folder / "test.json"), records)
+    config = EvaluateConfig(
+        model=listener.url, corpus=str(folder), audio_root=str(loud_and_soft / "audio"), output=str(folder / "out"),
+        conditions=["audio", "text_only"], endpoint={"retries": 3}, workers=1, resamples=100,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"3 of 3 questions have no answer \(refused 3\)"):
+        evaluate(config)
+    details = pq.read_table(folder / "out/answers/text_only-omit-000000.parquet")["detail"].to_pylist()
+    assert all(detail.endswith("a model that insists on audio takes endpoint.text_only: silence") for detail in details)
+    asked = len(listener.requests)
+    silent = config.model_copy(update={"endpoint": config.endpoint.model_copy(update={"text_only": "silence"})})
+    assert evaluate(silent)["benchmarks"]["families"]["no_answer"] == {}
+    assert len(listener.requests) == asked + 3
+
+
+def test_questions_are_known_by_their_place_in_the_corpus_and_captions_by_their_recording(made: SimpleNamespace):
+    """Whatever preprocess drops, and whichever partners it draws."""
+    folder = made.root / "tars"
+    sounds = [(Path(made.corpus) / f"audio/train/{number:06d}.flac").read_bytes() for number in range(3)]
+    asked = {"taskname": "audiocaps", "input": "caption the audio.", "subtype": "AudioCaps.json"}
+    folder.mkdir()
+    with tarfile.open(folder / "test-0.tar", "w") as tar:
+        for name, data in (("a", b"no sound"), *zip("bcd", sounds, strict=True)):
+            captions = [asked | {"answer": f"{name} barks {number}"} for number in range(2)]
+            for suffix, content in ((".flac", data), (".json", json.dumps(captions).encode())):
+                member = tarfile.TarInfo(name + suffix)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    config = PreprocessConfig(
+        source="webdataset", corpus=str(folder), output=str(folder / "shards"), size="mellow-tiny", features="encoder",
+        encoder=str(made.root / "encoder"), partner="random", max_failed_share=0.5,
+    )  # fmt: skip
+    made_shards = preprocess(config)
+    assert made_shards.counts["records_dropped"] == 2
+    assert len(set(read_shard_records(str(folder / "shards"), "test")["clip2"].to_pylist())) > 1
+    job = configured(made, "by-recording", shards=str(folder / "shards"), split="test", benchmark=["captioning"])
+    items = select(job, Source(job))[0][1]
+    assert [item.references for item in items] == [(f"{name} barks 0", f"{name} barks 1") for name in "bcd"]
+    assert [item.id for item in items] == ["test/2", "test/4", "test/6"]
+    assert evaluate(job)["benchmarks"]["captioning"]["scored"] == 3
 
 
 def test_shards_of_another_encoder_are_refused(made: SimpleNamespace):

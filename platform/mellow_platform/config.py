@@ -391,10 +391,8 @@ class EvaluateConfig(Section):
     @property
     def shaping(self) -> dict[str, Any]:
         """The fields that the answers, and the files they are in, depend on."""
-        names = "model", "split", "conditions", "max_new_tokens", "dtype", "limits", "seed", "rows_per_part"
-        return self.model_dump(include={*names}) | {
-            "endpoint": self.endpoint.model_dump(include={"model", "formats", "text_only"})
-        }
+        names = "model", "split", "max_new_tokens", "dtype", "limits", "seed", "rows_per_part"
+        return self.model_dump(include={*names}) | {"endpoint": self.endpoint.model_dump(include={"formats"})}
 
     @model_validator(mode="after")
     def _noise_is_a_condition(self) -> "EvaluateConfig":
@@ -415,6 +413,8 @@ class EvaluateConfig(Section):
             raise ValueError("model: an address without name, password or query; the key is OPENAI_API_KEY's")
         if self.listens and set(self.conditions) == {"chance"}:
             raise ValueError("conditions: chance alone needs no model: name another one, or take model: random")
+        if self.against and self.listens and "audio" not in self.conditions:
+            raise ValueError("against: scores are compared with audio: have it among the conditions")
         if self.against and self.against == self.output:
             raise ValueError(f"against {self.against}: that is `output`, give the folder of another evaluation")
         if self.shards and self.is_remote:

@@ -21,6 +21,7 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from pyarrow import fs as arrow_fs
@@ -142,12 +143,12 @@ def write_table(uri: str, table: pa.Table) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_tables(uris: list[str], columns: list[str] | None = None) -> pa.Table:
-    """Read Parquet files of one schema as one table, in the order given."""
+def read_tables(uris: list[str], columns: list[str] | None = None, rows: pc.Expression | None = None) -> pa.Table:
+    """Read Parquet files of one schema as one table, in the order given: all of them, or some columns or rows."""
 
     def read(uri: str) -> pa.Table:
         fs, path = arrow_filesystem(uri)
-        return pq.read_table(path, filesystem=fs, columns=columns)
+        return pq.read_table(path, filesystem=fs, columns=columns, filters=rows)
 
     with ThreadPoolExecutor(16) as pool:
         return pa.concat_tables(pool.map(read, uris))

@@ -26,12 +26,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mellow_platform import storage
 from mellow_platform.config import Features
 from mellow_platform.data import records as record_format
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST, CONFIGURATION = "manifest.json", "configuration.json"
 STOCK, CLIPS, RECORDS, RECEIPTS, QUARANTINE = "stock", "clips", "records", "receipts", "quarantine"
 
@@ -46,6 +47,7 @@ CLIP_FIELDS = [
 RECORD_SCHEMA = pa.schema(
     [
         *record_format.SCHEMA,
+        pa.field("number", pa.int32(), nullable=False),  # in its split, before any question was left out
         pa.field("clip1", pa.string(), nullable=False),
         pa.field("clip2", pa.string(), nullable=False),  # the partner rule's clip where the question has one
         pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),  # without padding
@@ -82,10 +84,16 @@ class Manifest:
         lines = "".join(f"{name} {digest}\n" for name, digest in sorted(self.files.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
 
-    def read_table(self, shards: str, folder: str, columns: list[str] | None = None) -> pa.Table:
-        """Read the set's shards under `folder` (`clips`, `records/test`) in order; stray files are left alone."""
+    def read_table(
+        self, shards: str, folder: str, columns: list[str] | None = None, rows: pc.Expression | None = None
+    ) -> pa.Table:
+        """Read the set's shards under `folder` (`clips`, `records/test`) in order; stray files are left alone.
+
+        Args:
+            rows: which of them, by their columns; by default all.
+        """
         names = sorted(name for name in self.files if name.startswith(f"{folder}/"))
-        return storage.read_tables([storage.join(shards, name) for name in names], columns)
+        return storage.read_tables([storage.join(shards, name) for name in names], columns, rows)
 
     def write(self, shards: str) -> None:
         storage.write_json(storage.join(shards, MANIFEST), asdict(self) | {"content_hash": self.content_hash})
@@ -152,6 +160,12 @@ def claim(shards: str, configuration: dict[str, Any], digest: str, holds: str = 
     )
 
 
+def claimed(shards: str) -> dict[str, Any]:
+    """Return the configuration that `shards` was claimed with; empty where it was not."""
+    uri = storage.join(shards, CONFIGURATION)
+    return storage.read_json(uri)["configuration"] if storage.exists(uri) else {}
+
+
 def receipts(shards: str, kind: str) -> dict[str, dict[str, Any]]:
     """Return the receipts of the shards of `kind` (`clips`, `records/test`) that are done, by the shard's name."""
     written = set(storage.list_folder(storage.join(shards, kind)))
@@ -174,8 +188,8 @@ def clip_schema(features: dict[str, list[int]]) -> pa.Schema:
     return pa.schema([*CLIP_FIELDS, *(pa.field(name, pa.binary(), nullable=False) for name in features)])
 
 
-def read_records(shards: str, split: str) -> pa.Table:
-    """Return the tokenised records of `split` in their fixed order.
+def read_records(shards: str, split: str, columns: list[str] | None = None) -> pa.Table:
+    """Return the tokenised records of `split` in their fixed order, or only some of their columns.
 
     Raises:
         ValueError: the set has no such split.
@@ -184,4 +198,4 @@ def read_records(shards: str, split: str) -> pa.Table:
     counts = manifest.counts["records"]
     if split not in counts:
         raise ValueError(f"{shards} has no split {split!r}; it has {', '.join(counts) or 'none'}")
-    return manifest.read_table(shards, f"records/{split}")
+    return manifest.read_table(shards, f"records/{split}", columns)

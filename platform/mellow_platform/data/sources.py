@@ -175,7 +175,11 @@ def audio_root(roots: str | dict[str, str] | None, corpus: str | None, taskname:
 
 
 def select(table: pa.Table, config: PreprocessConfig) -> pa.Table:
-    """Return the questions of the tasks and subtypes asked for, the first `limit` of them."""
+    """Return the questions of the tasks and subtypes asked for, the first `limit` of them, numbered as all of them are.
+
+    The number is what a question is known by, whatever is left out of the set that it comes to stand in.
+    """
+    table = table.append_column("number", pa.array(range(len(table)), pa.int32()))
     for column, names in (("taskname", config.tasknames), ("subtype", config.subtypes)):
         if names:
             wanted = {name.removesuffix(".json") for name in names}

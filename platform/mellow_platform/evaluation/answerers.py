@@ -2,7 +2,6 @@
 
 import base64
 import os
-import time
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -30,8 +29,11 @@ from mellow_platform.inference.windows import windows
 
 NOISE_LEVEL = 0.1  # standard deviation, full scale 1
 RATE = 32_000  # Hz, of clips that are made WAV
-UNANSWERED = "unanswered"  # after all retries
+UNANSWERED, REFUSED = "unanswered", "refused"  # after all retries; for good
 KEPT = "answers so far are kept: submit the job again to go on"
+AT_FAULT_ALONE = 4  # questions without an answer, of which others may get one; of more, none does
+TEXT_SHOWN = 200  # characters of a body that is no answer
+NEEDS_AUDIO = "; a model that insists on audio takes endpoint.text_only: silence"
 HOPELESS = {401: "check OPENAI_API_KEY", 403: "check OPENAI_API_KEY", 404: "check the URL and endpoint.model"}
 
 
@@ -49,7 +51,8 @@ class Reply:
 
     Attributes:
         text: the answer; empty where there is none.
-        seconds: that it took.
+        seconds: from asking to the answer: of an endpoint without refusals and pauses before the try that it answered,
+            of an engine with the wait for a slot.
         error: short name to count by of why there is no answer.
         detail: the reason in words; of an answer, what was cut, in words to count by.
     """
@@ -161,18 +164,18 @@ def _client(config: EvaluateConfig, key: SecretStr) -> openai.OpenAI:
     )
 
 
-def endpoint_model(config: EvaluateConfig, key: SecretStr) -> str:
-    """Return what the endpoint calls the model that is judged.
+def listed_model(config: EvaluateConfig, key: SecretStr) -> str:
+    """Return what the endpoint calls the first of its models.
 
     Raises:
-        ConnectionError: it is not named, and the endpoint lists none.
+        ConnectionError: it lists none.
     """
-    if config.endpoint.model:
-        return config.endpoint.model
     try:
         listed = _client(config, key).models.list().data
-    except openai.OpenAIError as error:
-        raise ConnectionError(f"{config.model} does not list its models: {error}; give endpoint.model") from error
+    except (openai.OpenAIError, AttributeError, ValueError) as error:  # the latter of a page that is no API's
+        raise ConnectionError(
+            f"{config.model} does not list its models: {error}; give endpoint.model, or the address that ends in /v1"
+        ) from error
     if not listed:
         raise ConnectionError(f"{config.model} lists no model: give endpoint.model")
     return listed[0].id
@@ -181,31 +184,43 @@ def endpoint_model(config: EvaluateConfig, key: SecretStr) -> str:
 class EndpointAnswerer:
     """An endpoint that speaks OpenAI's chat completions and takes `input_audio` parts.
 
-    A question that it trips over, or that takes too long, has no answer; where every one of a part fares so, the job
-    ends and can be submitted again.
+    A question that it trips over, or that takes too long, has no answer. Where others have none either, the job ends
+    and can be submitted again.
 
     Args:
         key: hides itself, lest it stand in what Ray and errors print.
         model: what the endpoint calls it.
+        works: whether it has answered something in a run before.
 
     Raises:
         ConnectionError: it cannot be reached, or refuses the key, the model or the address.
     """
 
-    def __init__(self, config: EvaluateConfig, key: SecretStr, model: str):
-        self.config, self.model = config, model
+    def __init__(self, config: EvaluateConfig, key: SecretStr, model: str, works: bool):
+        self.config, self.model, self.works = config, model, works
         self.client = _client(config, key)
         self.pool = ThreadPoolExecutor(config.endpoint.concurrency)
 
     def answer(self, questions: Sequence[Question], condition: str) -> list[Reply]:
         sounds = self._sounds({clip for question in questions for clip in question.clips}, condition)
-        replies = list(self.pool.map(lambda question: self._ask(question, sounds), questions))
-        if all(reply.error == UNANSWERED for reply in replies):
-            # Not of these questions alone, most likely: they are left for the next run.
-            raise ConnectionError(f"{self.config.model} answers nothing: {replies[-1].detail}; {KEPT}")
+        replies = list(self.pool.map(lambda question: self._reply(question, sounds, condition), questions))
+        self._stop_if_nobody_answers(replies)
         return replies
 
-    def _ask(self, question: Question, sounds: dict[str, dict[str, str] | AudioError]) -> Reply:
+    def _stop_if_nobody_answers(self, replies: list[Reply]) -> None:
+        """Raise ConnectionError where it is not these questions alone that get no answer, most likely.
+
+        They are left for the next run then.
+        """
+        if any(reply.seconds is not None for reply in replies):
+            self.works = True
+            return
+        without = [reply for reply in replies if reply.error in (UNANSWERED, REFUSED)]
+        gone = sum(reply.error == UNANSWERED for reply in without) > AT_FAULT_ALONE
+        if without and (gone or not self.works):
+            raise ConnectionError(f"{self.config.model} answers nothing: {without[0].detail}; {KEPT}")
+
+    def _reply(self, question: Question, sounds: dict[str, dict[str, str] | AudioError], condition: str) -> Reply:
         content: list[Any] = [{"type": "text", "text": question.prompt}]
         for clip in question.clips:
             sound = sounds.get(clip)
@@ -213,32 +228,40 @@ class EndpointAnswerer:
                 return Reply(error=sound.reason, detail=str(sound))
             if sound:
                 content.append({"type": "input_audio", "input_audio": sound})
-        start = time.monotonic()
         try:
-            completion = self.client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": "user", "content": content}],
-                max_tokens=self.config.max_new_tokens,
-                temperature=0.0,
-            )
-        except openai.APITimeoutError as error:
-            return Reply(error=UNANSWERED, detail=str(error))
+            return self._read(self._ask(content))
         except openai.APIStatusError as error:
             if error.status_code in HOPELESS:
                 raise ConnectionError(f"{self.config.model} refuses: {error}; {HOPELESS[error.status_code]}") from error
-            return Reply(
-                error=UNANSWERED if error.status_code in (408, 429) or error.status_code >= 500 else "refused",
-                detail=str(error),
-            )
-        except openai.OpenAIError as error:
-            raise ConnectionError(f"{self.config.model} does not answer: {error}; {KEPT}") from error
-        seconds = time.monotonic() - start
-        choice = completion.choices[0] if completion.choices else None
-        if choice is None or not choice.message.content:
+            passes = error.status_code in (408, 409, 429) or error.status_code >= 500
+            hint = NEEDS_AUDIO if condition == "text_only" and not sounds else ""
+            return Reply(error=UNANSWERED if passes else REFUSED, detail=f"{error}{hint}")
+        except openai.OpenAIError as error:  # it took too long, or is not there
+            return Reply(error=UNANSWERED, detail=str(error))
+
+    def _ask(self, content: list[Any]) -> Any:
+        """Return the response to a message, repeated as often as is allowed."""
+        return self.client.chat.completions.with_raw_response.create(
+            model=self.model,
+            messages=[{"role": "user", "content": content}],
+            max_tokens=self.config.max_new_tokens,
+            temperature=0.0,
+        )
+
+    def _read(self, response: Any) -> Reply:
+        try:
+            choices = response.parse().choices or []
+        except (AttributeError, ValueError):  # the client takes whatever comes with a status of 200
+            return Reply(error=UNANSWERED, detail=f"what came is no chat completion: {response.text[:TEXT_SHOWN]}")
+        seconds = response.elapsed.total_seconds()
+        choice = choices[0] if choices else None
+        text = choice.message.content if choice and choice.message else None
+        if choice is None or not text:
             reason = choice.finish_reason if choice else "no choices"
             return Reply(error="empty", detail=f"an answer without text ({reason})", seconds=seconds)
         cut = f"answer cut to {self.config.max_new_tokens} tokens" if choice.finish_reason == "length" else None
-        return Reply(choice.message.content, seconds, detail=cut)
+        # Half a character, where an answer was cut, is nothing that a table can hold.
+        return Reply(text.encode(errors="replace").decode(), seconds, detail=cut)
 
     def _sounds(self, clips: set[str], condition: str) -> dict[str, dict[str, str] | AudioError]:
         """Return the clips as parts of a message."""
@@ -278,17 +301,18 @@ def endpoint_key() -> SecretStr:
 
 
 def draw(items: Sequence[Item], seed: int) -> list[Reply]:
-    """Answer by chance: one of the choices, or to an open question the answer to another one of its family."""
-    families: dict[str, list[Item]] = defaultdict(list)
-    places: dict[str, int] = {}  # of an item in its family
+    """Answer by chance: one of the choices, or to an open question the answer to another one of its categories."""
+    categories: dict[tuple[str, ...], list[Item]] = defaultdict(list)
+    places: dict[str, int] = {}  # of an item in its category
     for item in items:
         if item.references and not item.choices:
-            places[item.id] = len(families[item.family])
-            families[item.family].append(item)
+            alike = categories[tuple(item.groups.values())]
+            places[item.id] = len(alike)
+            alike.append(item)
     replies = []
     for item in items:
         rng = np.random.default_rng([seed, zlib.crc32(item.id.encode())])
-        alike = families[item.family]
+        alike = categories[tuple(item.groups.values())]
         if item.choices:
             replies.append(Reply(item.choices[int(rng.integers(len(item.choices)))]))
         elif item.id in places and len(alike) > 1:
@@ -299,20 +323,21 @@ def draw(items: Sequence[Item], seed: int) -> list[Reply]:
     return replies
 
 
-def given(items: Iterable[Item], uri: str) -> list[Reply]:
-    """Return the answers in a file to items by their id; an item that it leaves out gets none, which is said.
+def given(benchmark: str, items: Iterable[Item], uri: str) -> list[Reply]:
+    """Return the answers in a file to a benchmark's items by their id; one that it leaves out gets none, which is said.
 
-    The file is MMAU's with `model_output` added to each entry, a table with columns `id` and `prediction`, or the
-    folder of another evaluation.
+    The file is MMAU's with `model_output` added to each entry, a table with columns `id` and `prediction`, and where it
+    is of several benchmarks `benchmark`, or the folder of another evaluation.
 
     Raises:
         ValueError: it has no such columns, or an id twice.
     """
     file = uri if uri.endswith((".parquet", ".csv", ".json", ".jsonl")) else storage.join(uri, "predictions.parquet")
-    texts = "id", "prediction", "model_output", "condition"
+    texts = "id", "prediction", "model_output", "condition", "benchmark"
     table = read_table(file, text_columns=texts, columns=texts)
-    if "condition" in table.column_names:
-        table = table.filter(pa.compute.equal(table["condition"], "audio"))
+    for name, wanted in (("condition", "audio"), ("benchmark", benchmark)):
+        if name in table.column_names:
+            table = table.filter(pa.compute.equal(table[name], wanted))
     text = next((name for name in ("prediction", "model_output") if name in table.column_names), "")
     if not text or "id" not in table.column_names:
         raise ValueError(f"{file} has no columns id, and prediction or model_output: they are needed")

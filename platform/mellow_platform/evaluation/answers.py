@@ -3,7 +3,8 @@
 The output folder gets
 
     configuration.json     what is asked, of which model; written first
-    answers/*.parquet      a row an answer; each file is a range of the questions under one condition
+    answers/*.parquet      a row an answer; each file is a range of the questions under one condition, so that another
+                           condition is asked for without asking the others again
     receipts/answers/      one JSON file a part, written after it: the part is done
 """
 
@@ -22,13 +23,14 @@ from mellow_platform import storage
 from mellow_platform.config import EvaluateConfig
 from mellow_platform.data import shards
 from mellow_platform.evaluation.answerers import (
+    UNANSWERED,
     Answerer,
     EndpointAnswerer,
     MellowAnswerer,
     Question,
     Reply,
     endpoint_key,
-    endpoint_model,
+    listed_model,
 )
 from mellow_platform.evaluation.items import Source
 from mellow_platform.features.store import FeatureStore
@@ -37,6 +39,7 @@ from mellow_platform.model import encoder_digest, load_encoder
 from mellow_platform.progress import Progress
 
 ANSWERS = "answers"
+SERVED = "served_model"  # the field in configuration.json for what an endpoint calls its model
 # Parts that an actor answers at the same time: while the last answers of one are written, slots of the engine would
 # stand empty.
 PARTS_AT_ONCE = 2
@@ -68,29 +71,61 @@ def listen(config: EvaluateConfig, asked: Sequence[Question], source: Source) ->
     columns = {"row": order, "prompt": [asked[row].prompt for row in order]}
     questions = pa.table(columns | {"clips": [list(asked[row].clips) for row in order]})
     key = endpoint_key()
-    model = endpoint_model(config, key) if config.is_remote else _model_of(config, source)
+    model = _served_model(config, key) if config.is_remote else _model_of(config, source)
     claim(config, asked, model, source)
-    done = shards.receipts(config.output, ANSWERS)
-    there = sum(receipt["questions"] for receipt in done.values())
-    progress = Progress("questions", len(asked) * len(conditions), there, rejected_are="without an answer")
-    parts = [
-        {"name": f"{condition}-{start // config.rows_per_part:06d}", "condition": condition, "start": start}
+    parts = {
+        f"{_asked_under(condition, config)}-{start // config.rows_per_part:06d}": {
+            "condition": condition,
+            "start": start,
+        }
         for condition in conditions
         for start in range(0, len(questions), config.rows_per_part)
-    ]
-    failed: dict[str, Counter[str]] = {condition: Counter() for condition in conditions}
-    for receipt in done.values():
-        failed[receipt["condition"]].update(receipt["failed"])
-    missing = [part for part in parts if part["name"] not in done]
+    }
+    done = {name: each for name, each in shards.receipts(config.output, ANSWERS).items() if name in parts}
+    works = any(receipt["questions"] > sum(receipt["failed"].values()) for receipt in done.values())
+    if len(done) < len(parts) or any(_are_too_many(own, len(asked), config) for own in _failed(done).values()):
+        # What an endpoint did not answer may be had now; of a job that is done it is left as it is.
+        done = {name: receipt for name, receipt in done.items() if UNANSWERED not in receipt["failed"]}
+    there = sum(receipt["questions"] for receipt in done.values())
+    progress = Progress("questions", len(asked) * len(conditions), there, rejected_are="without an answer")
+    missing = [{"name": name} | part for name, part in parts.items() if name not in done]
     clips = list(dict.fromkeys(clip for question in asked for clip in question.clips))[:CLIPS_OF_THE_MEAN]
-    for receipt in _answer_parts(config, questions, missing, clips, key, model):
-        failed[receipt["condition"]].update(receipt["failed"])
+    for receipt in _answer_parts(config, questions, missing, clips, key, model, works):
+        done[receipt["name"]] = receipt
         progress.add(receipt["questions"], sum(receipt["failed"].values()))
-        stop_if_too_many(failed[receipt["condition"]], len(asked), config)
-    for counts in failed.values():
+        stop_if_too_many(_failed(done)[receipt["condition"]], len(asked), config)
+    for counts in _failed(done).values():
         stop_if_too_many(counts, len(asked), config)
     storage.remove_partial(config.output)
-    return {name: _read(config, [part for part in parts if part["condition"] == name]) for name in conditions}
+    return {
+        condition: _read(config, [name for name, part in parts.items() if part["condition"] == condition])
+        for condition in conditions
+    }
+
+
+def _asked_under(condition: str, config: EvaluateConfig) -> str:
+    """Return the name of a condition with what it depends on besides the questions, for its files."""
+    return f"{condition}-{config.endpoint.text_only}" if config.is_remote and condition == "text_only" else condition
+
+
+def _failed(receipts: dict[str, dict[str, Any]]) -> dict[str, Counter[str]]:
+    """Return how many questions of parts have no answer, by condition and reason."""
+    failed: dict[str, Counter[str]] = {}
+    for receipt in receipts.values():
+        failed.setdefault(receipt["condition"], Counter()).update(receipt["failed"])
+    return failed
+
+
+def _served_model(config: EvaluateConfig, key: SecretStr) -> str:
+    """Return what the endpoint calls the model that is judged: by configuration, as it did before, or as it says.
+
+    Raises:
+        ConnectionError: it does not say.
+    """
+    if config.endpoint.model:
+        return config.endpoint.model
+    known = shards.claimed(config.output)
+    return known[SERVED] if known.get("model") == config.model and SERVED in known else listed_model(config, key)
 
 
 def _model_of(config: EvaluateConfig, source: Source) -> str:
@@ -113,7 +148,8 @@ def claim(config: EvaluateConfig, asked: Sequence[Question], model: str, source:
     digest.update(json.dumps(config.shaping, sort_keys=True).encode())
     for question in asked:
         digest.update(json.dumps(asdict(question)).encode())
-    shards.claim(config.output, config.shaping, digest.hexdigest(), holds="answers")
+    shaping = config.shaping | ({SERVED: model} if config.is_remote else {})
+    shards.claim(config.output, shaping, digest.hexdigest(), holds="answers")
 
 
 def _answer_parts(
@@ -123,16 +159,17 @@ def _answer_parts(
     clips: Sequence[str],
     key: SecretStr,
     model: str,
+    works: bool,
 ) -> Iterator[dict[str, Any]]:
     """Have parts answered and written, and yield their receipts as they come."""
     if not parts:
         return
-    store = ray.put(FeatureStore.load(config.shards)) if config.shards else None
+    store = ray.put(FeatureStore.load(config.shards, _clips_of(questions))) if config.shards else None
     dataset = ray.data.from_items(parts, override_num_blocks=len(parts))
     dataset.context.enable_progress_bars = False  # the job prints lines of its own, for a log
     written = dataset.map_batches(
         AnswerPart,
-        fn_constructor_args=(config, ray.put(questions), store, clips, key, model),
+        fn_constructor_args=(config, ray.put(questions), store, clips, key, model, works),
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
@@ -158,11 +195,12 @@ class AnswerPart:
         clips: Sequence[str],
         key: SecretStr,
         model: str,
+        works: bool,
     ):
         self.config = config
         self.questions: pa.Table = ray.get(questions)
         self.answerer: Answerer = (
-            EndpointAnswerer(config, key, model)
+            EndpointAnswerer(config, key, model, works)
             if config.is_remote
             else MellowAnswerer(config, ray.get(store) if store else None, clips)
         )
@@ -172,14 +210,22 @@ class AnswerPart:
         return pa.table({"receipt": pa.array(receipts, pa.string())})
 
     def _write(self, name: str, condition: str, start: int) -> dict[str, Any]:
-        """Answer one part, write it, and return its receipt."""
+        """Answer what of one part has no answer yet, write it, and return its receipt."""
         rows = self.questions.slice(start, self.config.rows_per_part).to_pylist()
-        replies = self.answerer.answer([Question(row["prompt"], tuple(row["clips"])) for row in rows], condition)
-        answers = [{"row": row["row"]} | asdict(reply) for row, reply in zip(rows, replies, strict=True)]
+        uri = storage.join(self.config.output, ANSWERS, f"{name}.parquet")
+        before = storage.read_tables([uri]).to_pylist() if storage.exists(uri) else []
+        known = {answer["row"]: answer for answer in before if answer["error"] != UNANSWERED}
+        open_rows = [row for row in rows if row["row"] not in known]
+        replies = self.answerer.answer([Question(row["prompt"], tuple(row["clips"])) for row in open_rows], condition)
+        known |= {
+            row["row"]: {"row": row["row"]} | asdict(reply) for row, reply in zip(open_rows, replies, strict=True)
+        }
+        answers = [known[row["row"]] for row in rows]
         receipt = {
+            "name": name,
             "condition": condition,
             "questions": len(rows),
-            "failed": dict(Counter(reply.error for reply in replies if reply.error)),
+            "failed": dict(Counter(answer["error"] for answer in answers if answer["error"])),
         }
         table = pa.Table.from_pylist(answers, schema=ANSWER_SCHEMA)
         return shards.write_shard(self.config.output, ANSWERS, name, table, receipt)
@@ -187,17 +233,26 @@ class AnswerPart:
 
 def stop_if_too_many(failed: Counter[str], questions: int, config: EvaluateConfig) -> None:
     """Raise ValueError where more than the allowed share of the questions has no answer."""
-    if failed.total() <= config.max_failed_share * questions:
+    if not _are_too_many(failed, questions, config):
         return
     counts = ", ".join(f"{reason} {count}" for reason, count in sorted(failed.items()))
+    mend = "mend them and delete it" if failed.keys() - {UNANSWERED} else "submit the job again to ask those again"
     raise ValueError(
         f"{failed.total()} of {questions} questions have no answer ({counts}) so far; what there is of {config.output}/"
-        f"{ANSWERS} says why: mend them and delete it, or raise max_failed_share (now {config.max_failed_share:g})"
+        f"{ANSWERS} says why: {mend}, or raise max_failed_share (now {config.max_failed_share:g})"
     )
 
 
-def _read(config: EvaluateConfig, parts: list[dict[str, Any]]) -> list[Reply]:
+def _are_too_many(failed: Counter[str], questions: int, config: EvaluateConfig) -> bool:
+    return failed.total() > config.max_failed_share * questions
+
+
+def _clips_of(questions: pa.Table) -> list[str]:
+    return pa.compute.unique(questions["clips"].combine_chunks().flatten()).to_pylist()
+
+
+def _read(config: EvaluateConfig, parts: list[str]) -> list[Reply]:
     """Return the replies of one condition in the order of the questions."""
-    uris = [storage.join(config.output, ANSWERS, f"{part['name']}.parquet") for part in parts]
+    uris = [storage.join(config.output, ANSWERS, f"{name}.parquet") for name in parts]
     rows = storage.read_tables(uris).sort_by("row").drop_columns("row").to_pylist()
     return [Reply(**row) for row in rows]

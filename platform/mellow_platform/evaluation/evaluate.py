@@ -18,7 +18,7 @@ import pyarrow as pa
 from mellow_platform import storage
 from mellow_platform.config import EvaluateConfig
 from mellow_platform.evaluation.answerers import Question, Reply, draw, given
-from mellow_platform.evaluation.answers import claim, listen, stop_if_too_many
+from mellow_platform.evaluation.answers import claim, listen
 from mellow_platform.evaluation.benchmarks import BENCHMARKS, MMAU, Benchmark
 from mellow_platform.evaluation.comparison import PREDICTIONS, compare, read_baseline
 from mellow_platform.evaluation.items import Item, Source
@@ -64,9 +64,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         claim(config, asked, "", source)
         said = {}
     answered = [score(b, items, _replies_to(b, items, said, config)) for b, items in questions]
-    if config.model.startswith("predictions:"):
-        replies = [reply for each in answered for reply in each.replies["audio"]]
-        stop_if_too_many(Counter(reply.error for reply in replies if reply.error), len(replies), config)
+    for each in answered:
+        stop_if_unanswered(each, config)
     report = {
         "model": config.model,
         "split": config.split,
@@ -84,6 +83,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if isinstance(each.benchmark, MMAU) and "audio" in each.replies:
             write_submission(config, source, each)
     return report
+
+
+def stop_if_unanswered(answered: Answered, config: EvaluateConfig) -> None:
+    """Raise ValueError where more than the allowed share of a benchmark's questions has no answer.
+
+    Of all benchmarks together it may be a small one: a score of few answers is none.
+    """
+    name, questions = answered.benchmark.name, len(answered.items)
+    for condition, reasons in answered.without_answer.items():
+        if sum(reasons.values()) > config.max_failed_share * questions:
+            counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+            first = next(reply.detail for reply in answered.replies[condition] if reply.error)
+            raise ValueError(
+                f"benchmark {name}: {sum(reasons.values())} of {questions} questions have no answer under {condition} "
+                f"({counts}), the first: {first}; mend them, or raise max_failed_share (now "
+                f"{config.max_failed_share:g})"
+            )
 
 
 def _by_question(replies: dict[str, list[Reply]]) -> list[dict[str, Reply]]:
@@ -105,7 +121,7 @@ def _replies_to(
     elif config.model.startswith("constant:"):
         own["audio"] = [Reply(config.model.removeprefix("constant:"))] * len(items)
     else:
-        own["audio"] = given(items, config.model.removeprefix("predictions:"))
+        own["audio"] = given(benchmark.name, items, config.model.removeprefix("predictions:"))
     if "chance" in config.conditions:
         own["chance"] = draw(items, config.seed)
     return own
@@ -185,7 +201,7 @@ def _predictions(answered: Answered) -> Iterator[pa.Table]:
     asked = {
         "benchmark": [answered.benchmark.name] * len(items),
         "id": [item.id for item in items],
-        "clips": [item.files or item.clips for item in items],
+        "clips": [item.files or item.paths for item in items],
         "question": [item.question for item in items],
         "choices": [item.choices for item in items],
         "answer": [item.references for item in items],

@@ -8,7 +8,7 @@ from typing import Any
 from mellow_platform import storage
 from mellow_platform.config import EvaluateConfig
 from mellow_platform.data import records as record_files
-from mellow_platform.data.records import Record, from_row
+from mellow_platform.data.records import FIELDS, Record, from_row
 from mellow_platform.data.shards import Manifest
 from mellow_platform.data.shards import read_records as read_shard_records
 from mellow_platform.data.sources import audio_root
@@ -23,7 +23,8 @@ class Item:
 
     Attributes:
         id: of the question, in its file.
-        clips: what is heard: ids of clips in the shards, or URIs.
+        paths: of the recordings that it is about, as its file has them.
+        clips: what is heard: ids of clips in the shards (of a single recording with its partner), or URIs.
         files: URIs of the recordings, to listen to; empty where none are known.
         question: as it stands in the file.
         choices: to choose from, as they stand in the file; empty for an open question.
@@ -32,6 +33,7 @@ class Item:
     """
 
     id: str
+    paths: tuple[str, ...]
     clips: tuple[str, ...]
     files: tuple[str, ...]
     question: str
@@ -68,12 +70,12 @@ class Source:
         if self.manifest:
             assert config.shards
             made = self.manifest.configuration
-            rows = read_shard_records(config.shards, config.split).to_pylist()
+            rows = read_shard_records(config.shards, config.split, [*FIELDS, "number", "clip1", "clip2"]).to_pylist()
             files_of = made["source"] == "records"  # elsewhere clips are parts of files
             roots = config.audio_root or made["audio_root"], made["corpus"]
             return [
-                _item(f"{config.split}/{number}", from_row(row), (row["clip1"], row["clip2"]), roots, files_of)
-                for number, row in enumerate(rows)
+                _item(f"{config.split}/{row['number']}", from_row(row), (row["clip1"], row["clip2"]), roots, files_of)
+                for row in rows
             ]
         if not config.corpus:
             raise ValueError("give `shards`, or `corpus` with `audio_root`: the benchmark is questions of a split")
@@ -124,6 +126,7 @@ class Source:
             items.append(
                 Item(
                     id=f"mmau/{entry['id']}",
+                    paths=(entry["audio_id"],),
                     clips=(stored.get(uri, uri),),
                     files=(uri,),
                     question=entry["question"],
@@ -141,6 +144,7 @@ def _item(id: str, record: Record, stored: tuple[str, ...], roots: tuple[Any, An
     files = tuple(storage.join(folder, path) for path in record.filepaths) if has_files else ()
     return Item(
         id=id,
+        paths=record.filepaths,
         clips=stored or files,
         files=files,
         question=record.input,
@@ -154,8 +158,8 @@ def merged(items: list[Item]) -> list[Item]:
     """Return items with those that ask the same about the same clips as one, which has all their references."""
     first: dict[tuple[Any, ...], Item] = {}
     for item in items:
-        # By the recordings, where they are known: a stored partner of a single clip differs from question to question.
-        key = (item.files or item.clips, item.question, item.family)
+        # By the recordings: a stored partner of a single clip differs from question to question.
+        key = (item.paths, item.question, item.family)
         known = first.get(key)
         references = tuple(dict.fromkeys((known.references if known else ()) + item.references))
         first[key] = dataclasses.replace(known or item, references=references)

@@ -1,10 +1,12 @@
 """The features of every clip of a shard set in memory, by clip content."""
 
 import io
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import soundfile
 
 from mellow_platform.data.shards import CLIPS, Manifest
@@ -28,10 +30,16 @@ class FeatureStore:
     recordings: pa.ChunkedArray | None = None
 
     @classmethod
-    def load(cls, shards: str) -> "FeatureStore":
-        """Read the clips of the shard set at `shards`."""
+    def load(cls, shards: str, clips: Collection[str] | None = None) -> "FeatureStore":
+        """Read the clips of the shard set at `shards`.
+
+        Args:
+            clips: ids of those that are needed; by default all.
+        """
         manifest = Manifest.read(shards)
-        table = manifest.read_table(shards, CLIPS)
+        table = manifest.read_table(
+            shards, CLIPS, rows=None if clips is None else pc.field("clip_id").isin(list(clips))
+        )
         rows = {clip_id: row for row, clip_id in enumerate(table["clip_id"].to_pylist())}
         names = table["filepath"].to_pylist(), table["split"].to_pylist()
         if "waveform" in manifest.features:
