@@ -145,6 +145,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     write_corpus(str(root / "corpus"), {"train": 1, "val": 1, "test": 12})
     records = json.loads((root / "corpus/test.json").read_text())
     rows = [{"id": f"test/{number}", "prediction": record["answer"]} for number, record in enumerate(records)]
+    entries = json.loads((root / "corpus/mmau.json").read_text())
+    rows += [{"id": f"mmau/{entry['id']}", "prediction": entry["answer"]} for entry in entries]
     return SimpleNamespace(
         root=root,
         rows=rows,
@@ -160,7 +162,7 @@ def judged(corpus: SimpleNamespace, name: str, model: str, **fields: Any) -> dic
 
 @pytest.fixture(scope="module")
 def truth(corpus: SimpleNamespace) -> dict[str, Any]:
-    """The report on answers that are all right, but for MMAU's, which are not there."""
+    """The report on answers that are all right."""
     storage.write_json(str(corpus.root / "truth.json"), corpus.rows)
     return judged(corpus, "truth", f"predictions:{corpus.root}/truth.json")
 
@@ -178,16 +180,33 @@ def test_right_answers_score_highest_in_every_benchmark_and_chance_less(truth: d
     assert best.keys() == {
         "families", "mmau", "entailment", "difference", "clotho-aqa", "captioning", "mcq", "detail"
     }  # fmt: skip
-    assert all(best[name] == 1 for name in ("families", "entailment", "clotho-aqa", "mcq"))
-    assert all(drawn[name] < best[name] for name in best.keys() - {"mmau"})
+    assert all(best[name] == 1 for name in ("families", "mmau", "entailment", "clotho-aqa", "mcq"))
+    assert all(drawn[name] < best[name] for name in best)
     # Every choice is as likely: of a question of four, one in four is right.
     choices = [len(choices_of(record)) for record in corpus.records if record["subtype"].endswith("-MCQ")]
     assert drawn["mcq"] == pytest.approx(sum(1 / count for count in choices) / len(choices))
     assert drawn["entailment"] == pytest.approx(1 / 3)
     assert drawn["clotho-aqa"] == pytest.approx(1 / 2)
-    # What has no answer is wrong, and is counted.
-    assert best["mmau"] == 0
-    assert truth["no_answer"]["audio"] == {"no_prediction": truth["benchmarks"]["mmau"]["questions"]}
+
+
+def test_a_benchmark_whose_questions_have_no_answers_is_no_score(corpus: SimpleNamespace):
+    storage.write_json(str(corpus.root / "no-mmau.json"), [r for r in corpus.rows if not r["id"].startswith("mmau")])
+    model = f"predictions:{corpus.root}/no-mmau.json"
+    # Of all questions together they are few, and allowed; of the benchmark they are all.
+    with pytest.raises(ValueError, match=r"benchmark mmau: 12 of 12 questions have no answer under audio \(no_predict"):
+        judged(corpus, "no-mmau", model)
+    report = judged(corpus, "no-mmau", model, max_failed_share=1.0)
+    assert values(report, "audio")["mmau"] == 0
+    assert report["benchmarks"]["mmau"]["no_answer"] == {"audio": {"no_prediction": 12}}
+    assert "- Without an answer under audio, and so wrong: 12 no_prediction." in markdown(report)
+
+
+def test_what_a_run_over_several_benchmarks_answered_is_read_back_by_benchmark(corpus: SimpleNamespace):
+    # One question is in both, and is answered in two ways.
+    fields = {"benchmark": ["families", "captioning"]}
+    drawn = judged(corpus, "drawn", "random", **fields)
+    again = judged(corpus, "drawn-again", f"predictions:{corpus.root}/drawn", **fields)
+    assert values(again, "audio") == values(drawn, "audio")
 
 
 def test_each_benchmark_asks_its_own_questions(truth: dict[str, Any], corpus: SimpleNamespace):
@@ -237,6 +256,9 @@ def test_noise_among_the_benchmarks_is_a_condition_of_the_others():
     assert (config.benchmark, config.conditions) == (["mcq"], ["audio", "noise"])
     with pytest.raises(ValueError, match="noise is a control on others"):
         EvaluateConfig(**fields, benchmark="noise")
+    # The gate is on what is answered with audio, and must not pass for want of it.
+    with pytest.raises(ValueError, match="against: scores are compared with audio: have it among the conditions"):
+        EvaluateConfig(**fields | {"model": "/m", "conditions": ["noise"]}, against="/a")
 
 
 def run_job(*arguments: str) -> subprocess.CompletedProcess:
@@ -310,16 +332,22 @@ def test_what_a_model_wrote_is_text_on_the_page_and_nothing_else(corpus: SimpleN
 
 def test_examples_come_worst_first_and_a_clip_that_is_gone_is_named(corpus: SimpleNamespace):
     gone = str(corpus.root / "corpus/audio/test/000000.flac")
-    Path(gone).rename(f"{gone}.away")
+    unreadable = gone.replace("000000", "000001")
+    for path in (gone, unreadable):
+        Path(path).rename(f"{path}.away")
+    Path(unreadable).mkdir()
     try:
         judged(corpus, "gone", "constant:yes", benchmark=["clotho-aqa"], examples=100)
     finally:
-        Path(f"{gone}.away").rename(gone)
+        Path(unreadable).rmdir()
+        for path in (gone, unreadable):
+            Path(f"{path}.away").rename(path)
     page = (corpus.root / "gone/report.html").read_text()
     scores = [float(text) for text in re.findall(r"<dt>score</dt><dd>([\d.]+)</dd>", page)]
     assert scores == sorted(scores)
     assert scores[-1] == 1
     assert f"{gone} does not exist" in page
+    assert f"{unreadable}: " in page
 
 
 @pytest.mark.parametrize(
@@ -391,6 +419,32 @@ def test_a_tier_of_explanation_is_a_category(tmp_path: Path):
     groups = evaluate(config)["benchmarks"]["difference"]["groups"]
     assert groups.keys() == {"tier"}
     assert groups["tier"].keys() == {"1", "2", "3"}
+
+
+def test_chance_is_drawn_among_answers_of_the_same_tier(tmp_path: Path):
+    records = [
+        Record("c", f"{n}.wav", "b.wav", "", "", f"explain {tier}", f"{n} barks {tier}", f"ACD-{tier}.json")
+        for n in range(8)
+        for tier in (1, 2, 3)
+    ]
+    write_records(str(tmp_path / "test.json"), records)
+    config = EvaluateConfig(benchmark=["difference"], corpus=str(tmp_path), model="random", output=str(tmp_path / "o"))
+    evaluate(config)
+    rows = pq.read_table(tmp_path / "o/predictions.parquet").to_pylist()
+    assert all(row["prediction"][-1] == row["question"][-1] for row in rows)
+    assert all(row["prediction"] not in row["answer"] for row in rows)
+
+
+def test_names_of_categories_are_shown_as_they_are(tmp_path: Path):
+    names = (r"$5 and \frac$", "a|b")
+    records = [
+        Record("c", f"{name}.wav", "", "", "", "is it?", "yes", f"{name}-Presence") for name in names for _ in range(2)
+    ]
+    write_records(str(tmp_path / "test.json"), records)
+    config = EvaluateConfig(benchmark=["clotho-aqa"], corpus=str(tmp_path), model="random", output=str(tmp_path / "o"))
+    table = markdown(evaluate(config))
+    assert r"| $5 and \frac$-Presence | " in table
+    assert r"| a\|b-Presence " in table
 
 
 def test_a_hypothesis_without_a_verdict_is_refused(tmp_path: Path):

@@ -48,13 +48,34 @@ def test_an_answer_is_right_word_for_word(answer: str, right: bool):
         ("e) snow", None),
         ("a cat", None),
         ("", None),
+        ("The answer is (c).", 2),
+        ("Answer: B", 1),
+        ("**c** is right", 2),
+        ("option b", 1),
+        ("I would say (d)", 3),
+        ("either (c) or (d)", None),
+        ("the answer is a dog barking", 2),
+        ("A: b) heavy rain", 1),
+        (" ".join(CHOICES), None),
+        (f"{' '.join(CHOICES)}. Answer: d", 3),
     ],
 )
 def test_the_choice_that_an_answer_names_is_found(prediction: str, choice: int | None):
     assert scores.chosen(prediction, CHOICES) == choice
 
 
-@pytest.mark.parametrize(("prediction", "choice"), [("Yes.", 0), ("no", 1), ("yes, there is", 0), ("yes or no", None)])
+@pytest.mark.parametrize(
+    ("prediction", "choice"),
+    [
+        ("Yes.", 0),
+        ("no", 1),
+        ("yes, there is", 0),
+        ("Yes, there is no traffic.", 0),
+        ("No. Yes would be wrong.", 1),
+        ("there is no traffic", 1),
+        ("yes or no", None),
+    ],
+)
 def test_choices_without_letters_are_named_by_their_words(prediction: str, choice: int | None):
     assert scores.chosen(prediction, ("yes", "no")) == choice
 
@@ -165,14 +186,25 @@ def test_two_runs_are_compared_on_the_same_draws():
     rng = np.random.default_rng(3)
     before = rng.random(300) < 0.7
     draws = Resampling([str(number) for number in range(300)], 1000, 0)
-    same = draws.compare(Mean("accuracy", before), Mean("accuracy", before), before != before)["accuracy"]
+    same = draws.compare(Mean("accuracy", before), Mean("accuracy", before))["accuracy"]
     assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
     worse = before & (rng.random(300) < 0.9)
-    lower = draws.compare(Mean("accuracy", worse), Mean("accuracy", before), worse != before)["accuracy"]
+    lower = draws.compare(Mean("accuracy", worse), Mean("accuracy", before))["accuracy"]
     assert lower.high < 0 < lower.p < 1e-3
     # The runs agree on most questions, so their difference is surer than either score.
     alone = draws.estimate(Mean("accuracy", before))["accuracy"]
     assert lower.high - lower.low < alone.high - alone.low
+
+
+def test_runs_that_are_as_often_right_are_told_apart_by_what_else_differs():
+    # Of 120 verdicts 30 are wrong in both runs: in one they name another class, in the other none.
+    truth, clips = np.arange(120) % 3, [str(number) for number in range(120)]
+    other, none = truth.copy(), truth.copy()
+    other[:30], none[:30] = (truth[:30] + 1) % 3, 3
+    runs = [Classification(truth, said, ("true", "plausible", "false")) for said in (other, none)]
+    found = Resampling(clips, 500, 0).compare(*runs)
+    assert found["accuracy"].value == 0 and found["accuracy"].p == 1
+    assert found["precision"].high < 0 and found["precision"].p < 1e-6
 
 
 @pytest.mark.parametrize(("differing", "p"), [(1, 1.0), (2, 0.5), (5, 0.0625)])
@@ -181,10 +213,10 @@ def test_few_clips_that_differ_are_no_more_significant_than_by_a_sign_test(diffe
     worse = before.copy()
     worse[:differing] = False
     draws = Resampling([str(number) for number in range(40)], 1000, 0)
-    lower = draws.compare(Mean("accuracy", worse), Mean("accuracy", before), worse != before)["accuracy"]
+    lower = draws.compare(Mean("accuracy", worse), Mean("accuracy", before))["accuracy"]
     assert lower.p == pytest.approx(p)
     only = Resampling(["a"] * 5, 1000, 0)  # one clip: no draw differs from another
-    whole = only.compare(Mean("accuracy", np.zeros(5)), Mean("accuracy", np.ones(5)), np.ones(5, bool))["accuracy"]
+    whole = only.compare(Mean("accuracy", np.zeros(5)), Mean("accuracy", np.ones(5)))["accuracy"]
     assert whole.p == 1
 
 

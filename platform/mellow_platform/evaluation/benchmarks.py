@@ -83,7 +83,7 @@ class Families(OfFamilies):
         family = [item.family for item in items]
         mean = MeanOverFamilies("accuracy (mean over families)", np.array(right), family)
         every = Mean("accuracy (all questions)", np.array(right))
-        return Scored([mean, every], mean.names[0], every.values)
+        return Scored([mean, every], mean.names[0], every.each)
 
 
 class Choice(OfFamilies):
@@ -92,7 +92,7 @@ class Choice(OfFamilies):
     def score(self, items: Sequence[Item], predictions: Sequence[str]) -> Scored:
         right = [_names_the_same(item, text) for item, text in zip(items, predictions, strict=True)]
         accuracy = Mean("accuracy", np.array(right))
-        return Scored([accuracy], "accuracy", accuracy.values)
+        return Scored([accuracy], "accuracy", accuracy.each)
 
 
 def _names_the_same(item: Item, text: str) -> bool:
@@ -162,7 +162,7 @@ class Description(OfFamilies):
 
     def score(self, items: Sequence[Item], predictions: Sequence[str]) -> Scored:
         measures, main = self.scorer.score([item.references for item in items], predictions)
-        return Scored(measures, main.names[0], main.values)
+        return Scored(measures, main.names[0], main.each)
 
 
 class Captioning(Description):
@@ -209,7 +209,7 @@ class MMAU(Benchmark):
     def score(self, items: Sequence[Item], predictions: Sequence[str]) -> Scored:
         right = [matches(text, item.references[0], item.choices) for item, text in zip(items, predictions, strict=True)]
         accuracy = Mean("accuracy", np.array(right))
-        return Scored([accuracy], "accuracy", accuracy.values)
+        return Scored([accuracy], "accuracy", accuracy.each)
 
 
 BENCHMARKS: dict[str, type[Benchmark]] = {

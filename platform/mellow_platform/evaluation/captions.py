@@ -43,14 +43,14 @@ class Bleu(Measure):
     """BLEU-1 to BLEU-4 of a whole corpus, from the counts of pycocoevalcap's BLEU.
 
     Args:
-        counts: [N, 10] of each answer: n-grams found in a reference and n-grams in all (each for n = 1 to 4), its
+        each: [N, 10] counts of each answer: n-grams found in a reference and n-grams in all (each for n = 1 to 4), its
             length in words, and that of the reference nearest in length.
     """
 
     names = tuple(f"BLEU-{n}" for n in range(1, ORDERS + 1))
 
-    def __init__(self, counts: np.ndarray):
-        self.counts = counts
+    def __init__(self, each: np.ndarray):
+        self.each = each
 
     @classmethod
     def from_texts(cls, references: Texts, predictions: Texts) -> "Bleu":
@@ -65,7 +65,7 @@ class Bleu(Measure):
         return cls(np.array(rows, np.float64))
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        totals = weights @ self.counts
+        totals = weights @ self.each
         found, there = totals[:, :ORDERS], totals[:, ORDERS : 2 * ORDERS]
         # The two constants are pycocoevalcap's: no n-gram at all is a score of 0, and no division by it.
         precision = np.cumprod((found + 1e-15) / (there + 1e-9), axis=1) ** (1 / np.arange(1, ORDERS + 1))
@@ -73,7 +73,7 @@ class Bleu(Measure):
         return precision * np.exp(np.minimum(0.0, 1 - 1 / ratio))[:, None]
 
     def of(self, rows: np.ndarray) -> "Bleu":
-        return Bleu(self.counts[rows])
+        return Bleu(self.each[rows])
 
 
 class CaptionScorer:
@@ -102,7 +102,7 @@ class CaptionScorer:
         main = Mean("CIDEr", cider)
         measures.append(main)
         for found in self._optional("SPICE", lambda: _spice(right, said)):
-            main = Mean("SPIDEr", (cider + found.values) / 2)
+            main = Mean("SPIDEr", (cider + found.each) / 2)
             measures += [found, main]
         if "SPICE" in self.unavailable:
             self.unavailable["SPIDEr"] = "it is the mean of CIDEr and SPICE"

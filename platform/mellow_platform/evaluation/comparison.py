@@ -43,7 +43,7 @@ def read_baseline(config: EvaluateConfig, questions: Sequence[tuple[Benchmark, l
 
 
 def _item_key(benchmark: Benchmark, item: Item) -> Key:
-    return _key(benchmark.name, item.id, item.question, item.files or item.clips)
+    return _key(benchmark.name, item.id, item.question, item.files or item.paths)
 
 
 def compare(answered: Sequence[Answered], before: dict[Key, str], config: EvaluateConfig) -> dict[str, Any]:
@@ -67,9 +67,8 @@ def compare(answered: Sequence[Answered], before: dict[Key, str], config: Evalua
         }
         scored = alike({name: benchmark.score(items, own) for name, own in texts.items()})
         draws = Resampling([item.clips[0] for item in items], config.resamples, config.seed)
-        differing = scored["now"].each != scored["before"].each
         for now, then in zip(scored["now"].measures, scored["before"].measures, strict=True):
-            for name, difference in draws.compare(now, then, differing).items():
+            for name, difference in draws.compare(now, then).items():
                 row = {"benchmark": benchmark.name, "score": name, "questions": len(rows)}
                 compared.append(row | asdict(difference))
     for row, significant in zip(compared, holm([row["p"] for row in compared]), strict=True):

@@ -42,6 +42,8 @@ class Resampling:
 
     def __init__(self, clips: Sequence[str], draws: int, seed: int):
         self.clips, self.draws, self.seed = np.asarray(clips), draws, seed
+        names, self.number = np.unique(self.clips, return_inverse=True)
+        self.distinct = len(names)
 
     def estimate(self, measure: Measure) -> dict[str, Estimate]:
         """Return the scores of a measure with their intervals (percentiles)."""
@@ -50,17 +52,15 @@ class Resampling:
         rows = zip(measure.names, point, low, high, strict=True)
         return {name: Estimate(*map(float, values)) for name, *values in rows}
 
-    def compare(self, first: Measure, second: Measure, differing: np.ndarray) -> dict[str, Difference]:
+    def compare(self, first: Measure, second: Measure) -> dict[str, Difference]:
         """Return how two runs' scores on the same questions differ; both are measured on the same draws.
 
         p is two-sided, of a normal distribution as wide as the draws' differences: counts of draws could not tell
         probabilities as small as many comparisons together need. It is no smaller than where all clips that differ do
         so in one direction by chance (a sign test), which holds for few of them as well.
-
-        Args:
-            differing: [N] which answers scored differently in the two runs.
         """
-        clips = len(set(self.clips[differing].tolist()))
+        differing = (first.each != second.each).reshape(len(self.clips), -1).any(axis=1)
+        clips = len(set(self.number[differing].tolist()))
         least = min(1.0, 2.0 ** (1 - clips))
         (point, drawn), (other, other_drawn) = self._scores(first), self._scores(second)
         difference = drawn - other_drawn
@@ -81,12 +81,11 @@ class Resampling:
     def _weights(self) -> Iterator[np.ndarray]:
         """Yield how often every answer counts in each draw: the same arrays every time."""
         rng = np.random.default_rng(self.seed)
-        names, number = np.unique(self.clips, return_inverse=True)
-        share = np.full(len(names), 1 / len(names))
+        share = np.full(self.distinct, 1 / self.distinct)
         step = max(1, WEIGHTS_AT_ONCE // len(self.clips))
         for start in range(0, self.draws, step):
-            counts = rng.multinomial(len(names), share, size=min(step, self.draws - start))
-            yield counts[:, number].astype(np.float64)
+            counts = rng.multinomial(self.distinct, share, size=min(step, self.draws - start))
+            yield counts[:, self.number].astype(np.float64)
 
     @staticmethod
     def _ends(drawn: np.ndarray) -> np.ndarray:

@@ -13,9 +13,11 @@ class Measure(ABC):
 
     Attributes:
         names: of the scores.
+        each: [N] or [N, values] what they are computed from of each answer: where it is the same, so are they.
     """
 
     names: tuple[str, ...]
+    each: np.ndarray
 
     @abstractmethod
     def __call__(self, weights: np.ndarray) -> np.ndarray:
@@ -35,14 +37,14 @@ class Mean(Measure):
 
     def __init__(self, name: str, values: np.ndarray, scale: float = 1.0):
         self.names = (name,)
-        self.values = np.asarray(values, np.float64)
+        self.each = np.asarray(values, np.float64)
         self.scale = scale
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        return (self.scale * (weights @ self.values) / weights.sum(axis=1))[:, None]
+        return (self.scale * (weights @ self.each) / weights.sum(axis=1))[:, None]
 
     def of(self, rows: np.ndarray) -> "Mean":
-        return Mean(self.names[0], self.values[rows], self.scale)
+        return Mean(self.names[0], self.each[rows], self.scale)
 
 
 class MeanOverFamilies(Measure):
@@ -50,19 +52,19 @@ class MeanOverFamilies(Measure):
 
     def __init__(self, name: str, values: np.ndarray, families: Sequence[str]):
         self.names = (name,)
-        self.values, self.families = np.asarray(values, np.float64), np.asarray(families)
+        self.each, self.families = np.asarray(values, np.float64), np.asarray(families)
         _, number = np.unique(self.families, return_inverse=True)
         self.member = np.eye(number.max() + 1)[number]
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         counts = weights @ self.member
-        sums = weights @ (self.member * self.values[:, None])
+        sums = weights @ (self.member * self.each[:, None])
         # A family that none of the drawn clips has questions of is left out of that draw's mean.
         means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
         return (means.sum(axis=1) / (counts > 0).sum(axis=1))[:, None]
 
     def of(self, rows: np.ndarray) -> "MeanOverFamilies":
-        return MeanOverFamilies(self.names[0], self.values[rows], self.families[rows])
+        return MeanOverFamilies(self.names[0], self.each[rows], self.families[rows])
 
 
 class Expected(Measure):
@@ -76,6 +78,8 @@ class Expected(Measure):
     def __init__(self, measure: Measure, question: np.ndarray):
         self.names, self.measure, self.question = measure.names, measure, question
         self.share = 1 / np.bincount(question)[question]
+        columns = measure.each.reshape(len(question), -1).T
+        self.each = np.stack([np.bincount(question, self.share * values) for values in columns], axis=1)
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         return self.measure(weights[:, self.question] * self.share)
@@ -95,6 +99,7 @@ class Classification(Measure):
 
     def __init__(self, truth: np.ndarray, predicted: np.ndarray, classes: Sequence[str]):
         self.truth, self.predicted, self.classes = np.asarray(truth), np.asarray(predicted), tuple(classes)
+        self.each = np.eye(len(classes) + 1)[self.predicted]
         self.names = ("accuracy", "precision", "recall", "F1", *(f"accuracy of {name!r}" for name in classes))
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:

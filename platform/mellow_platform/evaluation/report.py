@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mellow_platform.data.audio import AudioError, Limits, decode, encode
-from mellow_platform.data.sources import Address, read_clips
+from mellow_platform.data.sources import Address, read
 from mellow_platform.evaluation.items import Item
 
 CONDITIONS = {"audio": "audio", "noise": "noise", "text_only": "text only", "chance": "chance"}
@@ -95,6 +95,11 @@ def notes(summary: dict[str, Any]) -> list[str]:
         f"({own['low']:+.3f} to {own['high']:+.3f}, p {probability(own['p'])})."
         for name, own in summary["control"].items()
     ]
+    said += [
+        f"- Without an answer under {CONDITIONS[condition]}, and so wrong: "
+        f"{', '.join(f'{count:,} {reason}' for reason, count in reasons.items())}."
+        for condition, reasons in summary["no_answer"].items()
+    ]
     return said + [f"- No {name}: {reason}." for name, reason in summary["unavailable"].items()]
 
 
@@ -111,7 +116,8 @@ def left_over(report: dict[str, Any]) -> str:
     )
     said = [f"Questions: {'; '.join(parts)}."] if parts else []
     said += [
-        f"An answer ({CONDITIONS[condition]}) took {taken['median']:.2f} s (median; 95 % at most {taken['p95']:.2f} s)."
+        f"An answer ({CONDITIONS[condition]}) came {taken['median']:.2f} s after it was asked for (median; 95 % within "
+        f"{taken['p95']:.2f} s), many being asked for at once."
         for condition, taken in report["seconds_an_answer"].items()
         if taken
     ]
@@ -159,6 +165,7 @@ def probability(p: float) -> str:
 
 def _table(heads: list[str], rows: list[list[str]], texts: int = 1) -> list[str]:
     """Return a Markdown table whose first `texts` columns are texts and whose others are numbers."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(len(line[column]) for line in [heads, *rows]) for column in range(len(heads))]
 
     def line(cells: list[str]) -> str:
@@ -178,7 +185,6 @@ def page(report: dict[str, Any], examples: dict[str, list[Example]]) -> str:
     return template.render(
         report=report,
         conditions=CONDITIONS,
-        interval=interval,
         of_main=of_main,
         notes=notes,
         by_name=by_name,
@@ -202,15 +208,13 @@ def data_uri(media_type: str, data: bytes) -> str:
 def sounds(uris: set[str]) -> dict[str, str]:
     """Return recordings by their URI, as data URIs of MP3; of what cannot be read the reason, in words."""
     played = {}
-    for address, data in read_clips([Address(uri, "", uri) for uri in sorted(uris)], Limits()):
+    for uri in sorted(uris):
         try:
-            if isinstance(data, AudioError):
-                raise data
-            waveform = decode(data, PLAYED_RATE)[: PLAYED_SECONDS * PLAYED_RATE]
-        except AudioError as error:
-            played[address.uri] = str(error)
+            waveform = decode(read(Address(uri, "", uri), Limits()), PLAYED_RATE)[: PLAYED_SECONDS * PLAYED_RATE]
+        except (AudioError, OSError) as error:  # a report is worth more than one of its players
+            played[uri] = str(error)
             continue
-        played[address.uri] = data_uri("audio/mpeg", encode(np.clip(waveform, -1.0, 1.0), PLAYED_RATE, "MP3"))
+        played[uri] = data_uri("audio/mpeg", encode(np.clip(waveform, -1.0, 1.0), PLAYED_RATE, "MP3"))
     return played
 
 
@@ -243,14 +247,15 @@ def _bar_chart(rows: dict[str, Scores], title: str) -> bytes:
         panel.barh(places, values, height, color=COLORS[condition], label=CONDITIONS[condition])
         if own:
             panel.errorbar(values, places, xerr=ends.T, fmt="none", ecolor="0.25", elinewidth=0.8, capsize=2)
-    panel.set_yticks(range(len(rows)), list(rows))
+    # A name with a sign of mathematics in it is a name.
+    panel.set_yticks(range(len(rows)), list(rows), parse_math=False)
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.set_xlim(left=0)
     panel.grid(axis="x", color="0.9")
     panel.set_axisbelow(True)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
-    panel.set_title(title, loc="left", fontsize=10)
+    panel.set_title(title, loc="left", fontsize=10, parse_math=False)
     if conditions:
         figure.legend(loc="outside lower left", ncols=len(conditions), frameon=False)
     image = io.BytesIO()

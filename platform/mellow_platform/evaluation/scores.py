@@ -8,6 +8,13 @@ from mellow_platform.data.records import Record
 _WORD = re.compile(r"\w+")
 _LETTERED = re.compile(r"\(?([a-h])[).:]\s*(.*)", re.DOTALL | re.IGNORECASE)
 _LETTER = re.compile(r"\(?([a-h])[).:]?", re.IGNORECASE)
+# `the answer is b)`, `Answer: B`, `option b`, `I would say (b)`; an `a` before another word may be an article.
+_NAMED = re.compile(
+    r"\b(?:answer|choice|option)(?: is| would be)?:? *([a-h])(?=[).:,]|$)|\b(?:choice|option) ([b-h])\b|\(([a-h])\)"
+    r"|(?:^|\*\*)([a-h])[).:]?\*\*",
+    re.IGNORECASE,
+)
+_YES_OR_NO = re.compile(r"(yes|no)\b(?! (?:or|and)\b)")
 
 
 def normal(text: str) -> str:
@@ -38,21 +45,41 @@ def matches(prediction: str, answer: str, choices: Sequence[str]) -> bool:
 def chosen(prediction: str, choices: Sequence[str]) -> int | None:
     """Return the number of the choice that a prediction names, or None where it names none or several.
 
-    The letter decides where the answer begins with one, as lettered choices do (`b) chirping birds`), else the one
-    choice whose words stand in the answer, one after another. A choice within another that is named (`rain` in `heavy
-    rain`) does not count.
+    Of lettered choices the letter decides where the answer begins with one (`b) chirping birds`) or names one (`The
+    answer is (b).`), and of yes and no the first word; else the one choice whose words stand in the answer, one after
+    another. A choice within another that is named (`rain` in `heavy rain`) does not count, nor does a list of all
+    choices that comes before the answer.
     """
-    said = normal(unlettered(prediction))
     texts = [normal(unlettered(choice)) for choice in choices]
-    letter = _letter(prediction) if all(map(_LETTERED.match, choices)) else None
-    if letter is not None:
-        return letter if letter < len(choices) else None
+    if all(map(_LETTERED.match, choices)):
+        prediction = _after_the_list(prediction, choices)
+        letter = _letter(prediction)
+        letter = _named_letter(prediction) if letter is None else letter
+        if letter is not None:
+            return letter if letter < len(choices) else None
+    said = normal(unlettered(prediction))
     if said in texts:
         return texts.index(said)
+    if set(texts) == {"yes", "no"} and (first := _YES_OR_NO.match(said)):
+        return texts.index(first[1])
     named = [place for place, text in enumerate(texts) if text and _holds(said, text)]
     within = {part for part in named for whole in named if part != whole and _holds(texts[whole], texts[part])}
     left = [place for place in named if place not in within]
     return left[0] if len(left) == 1 else None
+
+
+def _after_the_list(answer: str, choices: Sequence[str]) -> str:
+    """Return an answer without what it repeats of the question: all choices, or `A:` for answer."""
+    text = " ".join(answer.split()).strip("*")
+    for repeated in (" ".join(choices), "a: " if _LETTERED.match(text[3:]) else ""):
+        text = text[len(repeated) :].strip(" .") if text.lower().startswith(repeated.lower()) else text
+    return text
+
+
+def _named_letter(answer: str) -> int | None:
+    """Return the number of the one letter that an answer calls its choice, or None."""
+    letters = {letter.lower() for found in _NAMED.finditer(answer) for letter in found.groups() if letter}
+    return ord(letters.pop()) - ord("a") if len(letters) == 1 else None
 
 
 def unlettered(text: str) -> str:

@@ -1,5 +1,6 @@
 """What answers to a benchmark come to: scores under each condition with their intervals, over all and by category."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,6 +29,12 @@ class Answered:
     replies: dict[str, list[Reply]]
     known: np.ndarray
     scored: dict[str, Scored]
+
+    @property
+    def without_answer(self) -> dict[str, dict[str, int]]:
+        """How many questions have no answer, by condition and reason, where there are any."""
+        found = {name: Counter(reply.error for reply in own if reply.error) for name, own in self.replies.items()}
+        return {name: dict(counts) for name, counts in found.items() if counts}
 
 
 def score(benchmark: Benchmark, items: list[Item], replies: dict[str, list[Reply]]) -> Answered:
@@ -69,11 +76,14 @@ def score_chance(benchmark: Benchmark, items: Sequence[Item], drawn: Sequence[st
 def summarise(answered: Answered, config: EvaluateConfig) -> dict[str, Any]:
     """Return a benchmark's scores with their intervals, over all and by category, and how they fall without audio."""
     benchmark, known = answered.benchmark, [answered.items[row] for row in answered.known]
+    computed = {name for scored in answered.scored.values() for measure in scored.measures for name in measure.names}
+    absent = benchmark.scorer.unavailable if isinstance(benchmark, Description) else {}
     summary: dict[str, Any] = {
         "title": benchmark.title,
         "questions": len(answered.items),
         "scored": len(known),
-        "unavailable": benchmark.scorer.unavailable if isinstance(benchmark, Description) else {},
+        "no_answer": answered.without_answer,
+        "unavailable": {name: reason for name, reason in absent.items() if name not in computed},
     }
     if not known:
         return summary
@@ -91,7 +101,7 @@ def summarise(answered: Answered, config: EvaluateConfig) -> dict[str, Any]:
         summary["data_sets"] = _data_sets(answered, draws)
     heard = answered.scored.get("audio")
     summary["control"] = {
-        name: asdict(draws.compare(_main(heard), _main(scored), heard.each != scored.each)[summary["main"]])
+        name: asdict(draws.compare(_main(heard), _main(scored))[summary["main"]])
         for name, scored in answered.scored.items()
         if heard and name in ("noise", "text_only")
     }
