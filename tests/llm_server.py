@@ -1,13 +1,15 @@
 """A server on loopback that speaks OpenAI's chat protocol, writes questions of a kind, and fails as real ones do.
 
 It takes a request's kind and the questions wanted from the JSON schema that comes along, and writes about the words of
-the caption in the prompt. It knows `Idempotency-Key` as gateways do: what was written once under a key is not written
-again, but sent again. A share of its answers is out of form, and of its questions some are such as filters are there
-for. Everything is drawn from a seed and the request, in whatever order requests come.
+the caption in the prompt, at most `max_tokens` words. It knows `Idempotency-Key` as gateways do: what was written once
+under a key is not written again, but sent again. A share of its answers is out of form, and of its questions some are
+such as filters are there for. Everything is drawn from a seed and the request, in whatever order requests come.
 """
 
 import contextlib
+import hashlib
 import json
+import math
 import random
 import re
 import socket
@@ -48,12 +50,13 @@ GERMAN = "man hört in dieser aufnahme ein lautes und gleichmäßiges geräusch"
 
 @dataclass
 class LLMServer:
-    """A running server and what it has done, by idempotency key.
+    """A running server and what it has done, by idempotency key where nothing else is said.
 
     Attributes:
         url: what OPENAI_BASE_URL is set to.
         asked: requests that arrived.
-        written: answers that a model would have been paid for.
+        written: answers that a model would have been paid for, by what was asked, whatever the key: more than one is
+            more than was needed.
         sent: answers that left whole, as far as a server can tell.
         in_form: of these, such as have the form that was asked for.
         faults: what went wrong, by name.
@@ -78,11 +81,19 @@ class LLMServer:
 
     def answered(self, digest: str = "") -> Counter[str]:
         """Return how often each request, whatever the attempt, got an answer in form."""
-        found: Counter[str] = Counter()
-        for key, count in list(self.in_form.items()):
-            if key.startswith(digest):
-                found[key.split("-", 1)[1].rsplit("-", 1)[0]] += count
-        return found
+        return _by_request(self.in_form, digest)
+
+    def replied(self, digest: str = "") -> Counter[str]:
+        """Return how often each request, whatever the attempt, got an answer in whatever form."""
+        return _by_request(self.sent, digest)
+
+
+def _by_request(counts: Counter[str], digest: str) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for key, count in list(counts.items()):
+        if key.startswith(digest):
+            found[key.split("-", 1)[1].rsplit("-", 1)[0]] += count
+    return found
 
 
 @contextlib.contextmanager
@@ -94,6 +105,9 @@ def llm_server(
     latency: float = 0.0,
     refuse: str = "",
     status: int = 400,
+    limit: float = math.inf,
+    pause: float = 0.0,
+    bounds: bool = True,
 ) -> Iterator[LLMServer]:
     """Serve until the end of the block.
 
@@ -103,8 +117,12 @@ def llm_server(
         slips: share of questions that a filter is there for.
         latency: seconds that writing an answer takes.
         refuse: requests with this in their prompt are answered by `status`.
+        limit: answers after which all requests are answered by `status`.
+        pause: seconds in the header `Retry-After` of such answers; 0 leaves it at that of other failures.
+        bounds: whether it takes schemas with lengths of lists.
     """
     server = LLMServer()
+    begun: set[str] = set()
     stored: dict[str, tuple[bytes, bool]] = {}
 
     class Handler(BaseHTTPRequestHandler):
@@ -126,15 +144,9 @@ def llm_server(
                     server.at_once -= 1
 
         def complete(self, body: dict[str, Any]) -> None:
-            if self.headers["Authorization"] != f"Bearer {KEY}":
-                self.answer(401, {"error": {"message": f"{self.headers['Authorization']} is no key of ours"}})
-                return
-            if body["model"] != MODEL:
-                self.answer(404, {"error": {"message": f"there is no model {body['model']}"}})
-                return
             prompt, key = body["messages"][0]["content"], self.headers["Idempotency-Key"]
-            if refuse and refuse in prompt:
-                self.answer(status, {"error": {"message": "this prompt is refused"}})
+            if refusal := self.refusal(body, prompt, key):
+                self.answer(refusal[0], {"error": {"message": refusal[1]}}, pause)
                 return
             with server.lock:
                 server.asked[key] += 1
@@ -152,10 +164,24 @@ def llm_server(
                     body, prompt, random.Random(f"{seed} {key}"), out_of_form, slips
                 )
                 with server.lock:
-                    server.written[key] += 1
+                    server.written[hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()] += 1
                     server.faults.update([content_fault] if content_fault else [])
                     stored[key] = data, in_form
             self.deliver(key, fault)
+
+        def refusal(self, body: dict[str, Any], prompt: str, key: str) -> tuple[int, str] | None:
+            if self.headers["Authorization"] != f"Bearer {KEY}":
+                return 401, f"{self.headers['Authorization']} is no key of ours"
+            if body["model"] != MODEL:
+                return 404, f"there is no model {body['model']}"
+            if not bounds and "Items" in json.dumps(body["response_format"]):
+                return 400, "minItems and maxItems are not supported"
+            if refuse and refuse in prompt:
+                return status, "this prompt is refused"
+            with server.lock:
+                if len(begun) < limit:
+                    begun.add(key)
+                return None if key in begun else (status, "the limit of this account is reached")
 
         def deliver(self, key: str, fault: str) -> None:
             data, in_form = stored[key]
@@ -178,16 +204,18 @@ def llm_server(
                     server.in_form.update([key] if in_form else [])
                     server.tokens.update(json.loads(data)["usage"])
 
-        def answer(self, status: int, value: Any) -> None:
+        def answer(self, status: int, value: Any, pause: float = 0.0) -> None:
             data = json.dumps(value).encode()
-            self.start(status, len(data))
+            self.start(status, len(data), pause)
             self.wfile.write(data)
 
-        def start(self, status: int, size: int) -> None:
+        def start(self, status: int, size: int, pause: float = 0.0) -> None:
             self.send_response_only(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(size))
-            if status in (429, 500):
+            if pause:
+                self.send_header("Retry-After", f"{pause:g}")
+            elif status in (429, 500):
                 self.send_header("Retry-After", "1")
                 self.send_header("Retry-After-Ms", str(RETRY_MILLISECONDS))
             self.end_headers()
@@ -214,7 +242,8 @@ def _completion(
     """Return a completion, whether its content is in form, and what is wrong with it otherwise."""
     described = body["response_format"]["json_schema"]
     properties = described["schema"]["properties"]
-    wanted = next((value["maxItems"] for value in properties.values() if "maxItems" in value), 0)
+    numbers = re.findall(r"\d+", prompt)  # in a prompt, the first one is that of the questions
+    wanted = next((value["maxItems"] for value in properties.values() if "maxItems" in value), int([*numbers, 0][0]))
     content = _content(described["name"], wanted, prompt, rng, slips)
     fault = rng.choice(IN_CONTENT) if rng.random() < out_of_form else ""
     if fault == "wrong_count":
@@ -226,16 +255,25 @@ def _completion(
     text = json.dumps(content)
     if fault == "broken_content":
         text = text[: len(text) * 2 // 3].rstrip("}")
+    is_cut = len(text.split()) > body.get("max_tokens", math.inf)
+    if is_cut:
+        text = " ".join(text.split()[: body["max_tokens"]])
     usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": len(text.split())}
     completion = {
         "id": "chatcmpl",
         "object": "chat.completion",
         "created": 0,
         "model": MODEL,
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": text},
+                "finish_reason": "length" if is_cut else "stop",
+            }
+        ],
         "usage": usage | {"total_tokens": sum(usage.values())},
     }
-    return json.dumps(completion).encode(), not fault, fault
+    return json.dumps(completion).encode(), not fault and not is_cut, fault
 
 
 def _content(kind: str, wanted: int, prompt: str, rng: random.Random, slips: float) -> dict[str, Any]:

@@ -520,10 +520,11 @@ class SamplingSection(Section):
         0, ge=0, description="sent with a request, one more with each further attempt; null sends none"
     )
     extra: dict[str, Any] = Field({}, description="more of a request's body ({max_completion_tokens: 4096})")
-    response_format: Literal["json_schema", "json_object", "none"] = Field(
+    response_format: Literal["json_schema", "json_schema_unbounded", "json_object", "none"] = Field(
         "json_schema",
-        description="what holds the endpoint to the form of an answer: the schema itself, JSON of any form, or the "
-        "prompt alone, for servers that know no better; answers are checked against the schema in every case",
+        description="what holds the endpoint to the form of an answer: the schema itself; the schema without the "
+        "lengths of lists, for servers that refuse these (Anthropic's, Gemini's); JSON of any form, or the prompt "
+        "alone, for servers that know no better; answers are checked against the schema in every case",
     )
 
 
@@ -578,7 +579,12 @@ class SynthesizeConfig(Section):
     prompts: Uri | None = Field(
         None, description="folder with prompts (detail.md, mcq.md, ...) in place of those that stand there by default"
     )
-    attempts: int = Field(3, ge=1, description="answers out of form after which a request counts as failed")
+    attempts: int = Field(
+        3,
+        ge=1,
+        description="answers out of form after which a request counts as failed; of the last one, fewer questions are "
+        "taken than were asked for",
+    )
     max_failed_share: float = Field(0.05, ge=0, le=1, description="share of failed requests past which the job fails")
     seed: int = Field(0, ge=0, description="of partners, draws and the places of right choices")
     existing: Uri | None = Field(
@@ -600,9 +606,12 @@ class SynthesizeConfig(Section):
 
     @property
     def shaping(self) -> dict[str, Any]:
-        """The fields that what is written, and the files with it, depend on; of prompts it is their texts."""
-        others = {"output", "prompts", "max_failed_share", "endpoint", "vllm", "workers"}
-        return self.model_dump(exclude=others | set(self.sifting))
+        """The fields that what is written, and the files with it, depend on; of prompts it is their texts.
+
+        How often, and up to which length, it is tried may be raised when answers fail by it.
+        """
+        others = ("output", "prompts", "max_failed_share", "endpoint", "vllm", "workers", "attempts", *self.sifting)
+        return self.model_dump(exclude=dict.fromkeys(others, True) | {"sampling": {"max_tokens"}})
 
     @property
     def sifting(self) -> dict[str, Any]:

@@ -4,9 +4,10 @@ python tests/chaos/kill_synthesis.py --captions 2000 --kills 2 --seed 0      # a
 
 A language model's server that fails one request in seven and writes one answer in fourteen out of form
 (`tests/llm_server.py`), and one job that is submitted again whenever it was killed. For every request the server counts
-how often it was asked, wrote an answer, and sent one in form. The promise is that one answer to every request is kept,
-and that none is asked for again once it is: `again` are requests that got a second answer in form, which can only be
-such as were on their way at a kill, and of which the server, knowing their keys, wrote none anew (`written_twice`).
+how often it was asked and sent an answer in form, and for every prompt with its seed, whatever the request's key, how
+often it wrote an answer. The promise is that one answer to every request is kept, and that none is asked for again once
+it is: `again` are requests that got a second answer in form, which can only be such as were on their way at a kill, and
+of which the server, knowing their keys, wrote none anew (`written_twice`).
 
 The last line is JSON; the exit code is 1 if a request is lost or there twice, if more was asked again than was on its
 way, or if the report does not add up with what is in the folder.
@@ -124,7 +125,7 @@ def compare(config: SynthesizeConfig, server: LLMServer, captions: int) -> dict[
     checks = {
         "two requests a caption": report["passes"]["write"]["requests"] == 2 * captions,
         "an answer kept of every request, and one": len(kept) == requests and set(kept.values()) == {1},
-        "an answer was sent of every request that did not fail": good <= set(answered)
+        "an answer was sent of every request that did not fail": good <= set(server.replied())
         and len(good) + failed == requests,
         "pairs add up": report["requested"] == report["accepted"] + report["rejected"] + report["failed"],
         "pairs are those in the folder": (pairs, rejected) == (report["accepted"] + captions, report["rejected"]),

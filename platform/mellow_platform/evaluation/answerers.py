@@ -16,6 +16,7 @@ import pyarrow as pa
 from pydantic import SecretStr
 
 from mellow_platform import storage
+from mellow_platform.completion import read_completion, said
 from mellow_platform.config import EvaluateConfig
 from mellow_platform.data.audio import AudioError, Limits, decode, encode
 from mellow_platform.data.sources import Address, read_clips
@@ -249,19 +250,16 @@ class EndpointAnswerer:
         )
 
     def _read(self, response: Any) -> Reply:
-        try:
-            choices = response.parse().choices or []
-        except (AttributeError, ValueError):  # the client takes whatever comes with a status of 200
-            return Reply(error=UNANSWERED, detail=f"what came is no chat completion: {response.text[:TEXT_SHOWN]}")
-        seconds = response.elapsed.total_seconds()
-        choice = choices[0] if choices else None
-        text = choice.message.content if choice and choice.message else None
-        if choice is None or not text:
-            reason = choice.finish_reason if choice else "no choices"
-            return Reply(error="empty", detail=f"an answer without text ({reason})", seconds=seconds)
+        completion = read_completion(response)
+        if completion is None:
+            shown = response.text[:TEXT_SHOWN]
+            return Reply(error=UNANSWERED, detail=f"what came is no chat completion: {shown}")
+        seconds, choice = response.elapsed.total_seconds(), completion.choices[0]
+        text = said(choice)
+        if not text:
+            return Reply(error="empty", detail=f"an answer without text ({choice.finish_reason})", seconds=seconds)
         cut = f"answer cut to {self.config.max_new_tokens} tokens" if choice.finish_reason == "length" else None
-        # Half a character, where an answer was cut, is nothing that a table can hold.
-        return Reply(text.encode(errors="replace").decode(), seconds, detail=cut)
+        return Reply(text, seconds, detail=cut)
 
     def _sounds(self, clips: set[str], condition: str) -> dict[str, dict[str, str] | AudioError]:
         """Return the clips as parts of a message."""

@@ -37,10 +37,9 @@ class Request:
     taskname: str = ""
 
 
-def content_hash(kind: str, material: dict[str, Any], length: int) -> str:
+def content_hash(asked: list[Any], length: int) -> str:
     """Return so many hexadecimal digits that tell a request from those that ask for something else."""
-    asked = json.dumps([kind, material], ensure_ascii=False, sort_keys=True)
-    return hashlib.sha256(asked.encode()).hexdigest()[:length]
+    return hashlib.sha256(json.dumps(asked, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:length]
 
 
 def plan(captions: Sequence[Caption], config: SynthesizeConfig) -> list[Request]:
@@ -69,7 +68,7 @@ def _request(number: int, kind: str, captions: list[Caption], config: Synthesize
     material = {"captions": [caption.text for caption in captions]}
     first = captions[0]
     clips = tuple(caption.clip for caption in captions)
-    name = f"{PASS}-{number:08d}-{content_hash(kind, material, 8)}"
+    name = f"{PASS}-{number:08d}-{content_hash([kind, material], 8)}"
     return Request(name, kind, pairs, material, clips, first.split, first.taskname)
 
 

@@ -5,16 +5,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mellow_platform.data.questions import VERDICTS
 from mellow_platform.data.records import SCHEMA, Record, lettered
 from mellow_platform.synthesis.asked import TIERS, Request
 
 TIER_QUESTIONS = (
     "explain the difference between the two audios in a few words.",
     "explain the difference between the two audios in one sentence.",
-    "explain the difference between the two audios in a detailed paragraph.",
+    "explain the difference between the two audios in detail.",
 )
-HYPOTHESES = dict(zip(("true", "plausible", "false"), VERDICTS, strict=True))
+# Of CLE and ACE, as the published model is asked. The last choice is never the right one.
+VERDICTS = ("it is definitely true", "it is definitely false", "it is plausible", "i cannot determine")
+HYPOTHESES = dict(zip(("true", "false", "plausible"), VERDICTS, strict=False))
+BEFORE_HYPOTHESIS, AFTER_HYPOTHESIS = 'based on the audio, what can be said about the hypothesis - "', '"?'
 CAPTION_QUESTION = "caption the audio."
 
 # Names of ReasonAQA's sources by taskname and kind; other tasks' are made of their own name.
@@ -98,14 +100,19 @@ def _fields(request: Request, content: dict[str, Any]) -> list[dict[str, Any]]:
         return [{"question": q, "answer": content[tier]} for q, tier in zip(TIER_QUESTIONS, TIERS, strict=True)]
     if request.kind == "entailment":
         return [
-            {
-                "question": f"is the hypothesis true? {content[name].strip().rstrip('.')}.",
-                "choices": list(VERDICTS),
-                "answer": verdict,
-            }
-            for name, verdict in HYPOTHESES.items()
+            {"question": _about(content[name]), "choices": list(VERDICTS), "answer": HYPOTHESES[name]}
+            for name in ("true", "plausible", "false")
         ]
     return content["questions"]
+
+
+def _about(claim: str) -> str:
+    return BEFORE_HYPOTHESIS + claim.strip().rstrip(".").replace('"', "'") + AFTER_HYPOTHESIS
+
+
+def hypothesis(question: str) -> str:
+    """Return what an entailment question is about."""
+    return question.removeprefix(BEFORE_HYPOTHESIS).removesuffix(AFTER_HYPOTHESIS)
 
 
 def _plain(text: str) -> str:

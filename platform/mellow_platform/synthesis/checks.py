@@ -29,7 +29,7 @@ class Check:
 ID_DIGITS = 24  # of the hash that names a check's request
 
 
-def blind(candidates: list[Candidate], seed: int) -> Check:
+def blind(candidates: list[Candidate], seed: int, prompt: str) -> Check:
     """Return the check that a question needs the audio.
 
     Questions on one clip tell of each other's answers, so that a request holds questions on different clips: they are
@@ -38,22 +38,23 @@ def blind(candidates: list[Candidate], seed: int) -> Check:
     Args:
         candidates: all that were written. Those that are left out already are not asked about, but hold their place, so
             that with another filter only the requests change that lose or gain a question.
+        prompt: the text that a model is told; with another one its requests are others. Empty for rules.
     """
     asked = [candidate for candidate in candidates if candidate["kind"] != "difference"]
     count = -(-len(asked) // BLIND_AT_ONCE)
     members = _left(asked[place::count] for place in range(count))
-    requests = [_request("blind", group, [_hidden(c, seed) for c in group]) for group in members]
+    requests = [_request("blind", group, [_hidden(c, seed) for c in group], prompt) for group in members]
     return Check(requests, members, "answers", lambda c, a: "answerable_without_audio" if given_away(c, a) else "")
 
 
-def support(candidates: list[Candidate], seed: int) -> Check:
+def support(candidates: list[Candidate], seed: int, prompt: str) -> Check:
     """Return the check that the captions support an answer; the questions of one request are judged together."""
     members = _left(group for _, group in groupby(candidates, key=lambda candidate: candidate["request"]))
-    requests = [_request("support", group, [_shown(c) for c in group]) for group in members]
+    requests = [_request("support", group, [_shown(c) for c in group], prompt) for group in members]
     return Check(requests, members, "verdicts", lambda _, answer: "" if answer["supported"] else "not_supported")
 
 
-CHECKS: dict[str, Callable[[list[Candidate], int], Check]] = {"blind": blind, "support": support}
+CHECKS: dict[str, Callable[[list[Candidate], int, str], Check]] = {"blind": blind, "support": support}
 
 
 def _left(groups: Iterable[Iterable[Candidate]]) -> list[list[Candidate]]:
@@ -62,11 +63,11 @@ def _left(groups: Iterable[Iterable[Candidate]]) -> list[list[Candidate]]:
     return [group for group in members if group]
 
 
-def _request(kind: str, group: list[Candidate], questions: list[dict[str, Any]]) -> Request:
+def _request(kind: str, group: list[Candidate], questions: list[dict[str, Any]], prompt: str) -> Request:
     material: dict[str, Any] = {"questions": questions}
     if kind == "support":
         material["captions"] = group[0]["captions"]
-    return Request(f"{kind}-{content_hash(kind, material, ID_DIGITS)}", kind, len(group), material)
+    return Request(f"{kind}-{content_hash([kind, material, prompt], ID_DIGITS)}", kind, len(group), material)
 
 
 def _shown(candidate: Candidate) -> dict[str, Any]:

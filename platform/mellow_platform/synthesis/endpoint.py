@@ -6,26 +6,29 @@ others were answered in the meantime; if none was, it is the end of the job.
 """
 
 import contextlib
+import email.utils
 import json
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 import openai
 from openai.types.chat import ChatCompletion
+from openai.types.chat.chat_completion import Choice
 from pydantic import SecretStr
 
-from mellow_platform import storage
+from mellow_platform.completion import read_completion, said
 from mellow_platform.config import SynthesizeConfig
-from mellow_platform.synthesis.answers import STOP, Answer, empty_answer
+from mellow_platform.synthesis.answers import REFUSED, STOP, Answer, begin, keep, read_arrived
 from mellow_platform.synthesis.asked import Request
-from mellow_platform.synthesis.forms import FAULTS, BadAnswerError, parse, schema
+from mellow_platform.synthesis.forms import BadAnswerError, parse, schema, unbounded
 from mellow_platform.synthesis.prompts import Prompts
 
 URL, MODEL, KEY = "OPENAI_BASE_URL", "OPENAI_MODEL", "OPENAI_API_KEY"
@@ -36,13 +39,15 @@ HOPELESS = {
     404: f"there is no such address or model; check {URL} (it ends in /v1) and {MODEL}",
 }
 LOST = "lost_connection"
-REFUSED = (400, 413, 422)  # what the prompt or the body is at fault for
+REFUSALS = (400, 413, 422)  # what the prompt or the body is at fault for
 # Of the 4xx, what one request may meet alone; the client repeats the first three, and every 5xx.
 PASSING = {408: "timeout", 409: "server_error", 429: "server_full", 403: "forbidden"}
-# Refusals past those under way at once that show, where nothing was answered yet, that it is not the prompts' fault.
-REFUSALS = 4
+LONGEST_WAIT = 120.0  # seconds: where a server names more, the client does not repeat at all
+# Requests past those under way at once that were refused, or answered out of form, one after another: that is no fault
+# of the prompts.
+IN_VAIN = 8
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between repeats of an answer whose body cannot be read
-TEXT_KEPT = 2000  # characters of an answer out of form, for the table of failed requests
+TEXT_KEPT, TEXT_QUOTED = 2000, 500  # characters of an answer out of form: in the table of failed requests, in an error
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,22 @@ class Access:
 
 class UnreadableError(ValueError):
     """Responses without a completion in them, however often they were asked for."""
+
+
+@dataclass
+class InVain:
+    """A request that the server refused, or answered out of form to the last.
+
+    Attributes:
+        kept: folder of its part; empty once that is whole.
+        again: it fared the same in a run before, which went on: that nothing else is left to ask is no reason to end.
+        time: when the reply came, in seconds of the monotonic clock.
+    """
+
+    kept: str
+    answer: Answer
+    again: bool
+    time: float = field(default_factory=time.monotonic)
 
 
 class Pace:
@@ -111,66 +132,125 @@ class EndpointWriter:
         self.pool = ThreadPoolExecutor(limits.concurrency)
         self.stopped = ""
         self.lock = threading.Lock()
-        self.under_way = 0  # requests
-        self.answered, self.refused = 0, 0  # answers that came, whatever their form; requests that were refused
+        self.left = 0  # requests that were handed over and have not ended
+        self.answered = 0  # answers that came, whatever their form
         self.works = False  # an answer came, in this run or one before: the configuration is no fault
+        self.failed = False  # a request has failed on the way since the last answer
+        self.in_vain: list[InVain] = []  # what may yet turn out to be no prompt's fault
 
-    def answers(self, requests: list[Request], kept: str) -> list[Answer]:
+    def answers(self, requests: list[Request], kept: str, earlier: Mapping[str, Answer]) -> list[Answer]:
         """Return the answers to `requests`; asked are those that are not in `kept` (`answers.Writer`)."""
-        uris = [storage.join(kept, name) for name in storage.list_folder(kept) if name.endswith(".json")]
-        known = {answer["request"]: answer for answer in self.pool.map(storage.read_json, uris)}
-        self.works = self.works or bool(known)
+        known = read_arrived(kept, self.pool)
         missing = [request for request in requests if request.id not in known]
-        fresh = self.pool.map(partial(self._answer_and_keep, kept), missing)
+        with self.lock:
+            self.works = self.works or bool(known)
+            self.left += len(missing)
+        fresh = list(self.pool.map(partial(self._answer_and_keep, kept, earlier), missing))
+        with self.lock:  # an answer in form that comes later is too late for this part
+            for reply in self.in_vain:
+                if reply.kept == kept:
+                    reply.kept, reply.answer["final"] = "", False
         return [*(known[request.id] for request in requests if request.id in known), *fresh]
 
-    def _answer_and_keep(self, kept: str, request: Request) -> Answer:
-        answer = empty_answer(request) | {"error": STOP, "detail": self.stopped}
-        if not self.stopped:
-            with self._counted():
-                answer = self.ask(request)
-            if answer["error"] == STOP:
-                self.stopped = answer["detail"]
-            elif _is_kept(answer, self.works):
-                storage.write_json(storage.join(kept, f"{request.id}.json"), answer)
-        return answer
-
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Count a request as under way."""
-        with self.lock:
-            self.under_way += 1
+    def _answer_and_keep(self, kept: str, earlier: Mapping[str, Answer], request: Request) -> Answer:
+        begun, sent, before = earlier.get(request.id), time.monotonic(), self.answered
         try:
-            yield
+            answer = begin(request, begun) | _end(self.stopped) if self.stopped else self.ask(request, begun)
         finally:
             with self.lock:
-                self.under_way -= 1
+                self.left -= 1
+        if not answer["error"]:
+            keep(kept, answer)
+            self._prove(sent)
+        elif answer["final"]:
+            answer |= self._replied_in_vain(InVain(kept, answer, again=bool(begun)))
+        elif answer["error"] != STOP:
+            own = answer["completions"] - (begun["completions"] if begun else 0)
+            answer |= self._failed_on_the_way(answer, self.answered - before - own, again=bool(begun))
+        if answer["error"] == STOP:
+            self.stopped = answer["detail"]
+        return answer
 
-    def ask(self, request: Request) -> Answer:
-        """Ask until an answer is in form, at most `attempts` times; what fails is said in the answer."""
-        answer, prompt, before = empty_answer(request), self.prompts.render(request), self.answered
-        for _ in range(self.config.attempts):
+    def _prove(self, sent: float) -> None:
+        """Keep what was replied to in vain before a request was sent that got an answer in form.
+
+        One that was on its way already proves nothing: a server that comes to refuse all ends what it has begun.
+        """
+        with self.lock:  # while they are written, none of their parts becomes whole
+            for reply in self.in_vain:
+                if reply.time < sent and reply.kept:
+                    keep(reply.kept, reply.answer)
+            self.in_vain = [reply for reply in self.in_vain if reply.time >= sent]
+
+    def _replied_in_vain(self, reply: InVain) -> dict[str, Any]:
+        """Return what a request's refusal, or a last answer out of form, means for it: nothing yet, or the job's end.
+
+        It is the prompt's own fault if a later request gets an answer in form, and is kept then. Of many in a row no
+        prompt is at fault.
+        """
+        with self.lock:
+            count = sum(not other.again for other in self.in_vain) + 1
+            if reply.again or count <= self.config.endpoint.concurrency + IN_VAIN:
+                self.in_vain.append(reply)
+                return {}
+        return self._stop(
+            f"none of the last {count} requests had an answer in form: check sampling (max_tokens, response_format, "
+            "fields that the server may not know), the model and the account's limits; the last: "
+            f"{reply.answer['error']}, {reply.answer['detail'][:TEXT_QUOTED]}"
+        )
+
+    def _failed_on_the_way(self, answer: Answer, others: int, again: bool) -> dict[str, Any]:
+        """Return what a failure after all retries means: nothing more, or the job's end.
+
+        One prompt that a server trips over must not keep the job from its end; where it has answered no other request
+        in the meantime, all would fare the same.
+
+        Args:
+            others: answers to other requests that came since this one was first sent.
+            again: it failed in a run before, which went on.
+        """
+        with self.lock:
+            # The first to fail is told from an outage by the next request, and the last one left by none; unless no
+            # connection is made, as then nobody is there.
+            first, self.failed = not self.failed, True
+            alone = self.works and (first or self.left == 0) and answer["error"] != LOST
+        if others > 0 or again or alone:
+            return {}
+        return self._stop(
+            f"{answer['detail']} after {self.config.endpoint.retries} retries, while no other request was answered"
+        )
+
+    def ask(self, request: Request, earlier: Answer | None = None) -> Answer:
+        """Ask until an answer is in form, at most `attempts` times; what fails is said in the answer.
+
+        Of the last attempt, fewer questions are taken than were asked for.
+        """
+        answer, prompt = begin(request, earlier), self.prompts.render(request)
+        for left in reversed(range(self.config.attempts)):
             try:
-                text = self._complete(request, prompt, answer)
-                content = parse(request, text, least=request.pairs)
+                choice = self._complete(request, prompt, answer)
+                if (text := said(choice)) is None:
+                    message = f"a completion without a message, finish_reason {choice.finish_reason}"
+                    return answer | self._without(REFUSED, message, final=True)
+                content = parse(request, text, least=request.pairs if left else 1)
             except openai.APIStatusError as error:
-                return answer | self._refused(error, answer, before)
+                return answer | self._status(error)
             except openai.APIConnectionError as error:
                 reason = "timeout" if isinstance(error, openai.APITimeoutError) else LOST
-                return answer | self._failed(reason, f"{error} ({error.__cause__!r})", answer, before)
+                return answer | self._without(reason, f"{error} ({error.__cause__!r})")
             except UnreadableError as error:
-                return answer | self._failed("unreadable", str(error), answer, before)
+                return answer | self._without("unreadable", str(error))
             except BadAnswerError as error:
-                answer |= {"error": error.reason, "detail": f"{error}; the last answer: {text[:TEXT_KEPT]}"}
+                answer |= {"error": error.reason, "detail": _described(error, choice)}
             else:
                 return answer | {"content": json.dumps(content, ensure_ascii=False), "error": None, "detail": None}
         return answer
 
-    def _complete(self, request: Request, prompt: str, answer: Answer) -> str:
-        """Return the text of one completion; add to the counts of `answer`.
+    def _complete(self, request: Request, prompt: str, answer: Answer) -> Choice:
+        """Return the choice of one completion; add to the counts of `answer`.
 
         Raises:
-            UnreadableError: no body that came is a completion with a message.
+            UnreadableError: no body that came is a completion.
         """
         attempt, pause = answer["completions"], FIRST_PAUSE
         for repeat in range(self.config.endpoint.retries + 1):
@@ -180,20 +260,23 @@ class EndpointWriter:
             raw = self.client.chat.completions.with_raw_response.create(
                 model=self.access.model,
                 messages=[{"role": "user", "content": prompt}],
-                # An answer out of form has to be written anew, so that what follows it has a key of its own.
-                extra_headers={"Idempotency-Key": f"{self.digest[:16]}-{request.id}-{attempt}"},
+                extra_headers={"Idempotency-Key": self._key(request, attempt)},
                 extra_body=self.config.sampling.extra,
                 **self._fields(request, attempt),
             )
             answer["retries"] += raw.retries_taken + bool(repeat)
-            if completion := _readable(raw):
+            if completion := read_completion(raw):
                 self._count(completion, answer)
-                return completion.choices[0].message.content or completion.choices[0].message.refusal or ""
-        raise UnreadableError(f"the body of {repeat + 1} responses is no completion with a message: {raw.text}")
+                return completion.choices[0]
+        raise UnreadableError(f"the body of {repeat + 1} responses is no completion: {raw.text}")
+
+    def _key(self, request: Request, attempt: int) -> str:
+        """Return what an answer is known by: out of form, or cut at another length, it has to be written anew."""
+        return f"{self.digest[:16]}-{request.id}-{attempt}.{self.config.sampling.max_tokens}"
 
     def _count(self, completion: ChatCompletion, answer: Answer) -> None:
         with self.lock:
-            self.answered, self.works = self.answered + 1, True
+            self.answered, self.works, self.failed = self.answered + 1, True, False
         answer["completions"] += 1
         # Some servers send the usage with nulls in place of counts.
         answer["prompt_tokens"] += getattr(completion.usage, "prompt_tokens", 0) or 0
@@ -204,68 +287,54 @@ class EndpointWriter:
         sampling = self.config.sampling
         fields: dict[str, Any] = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
         fields["seed"] = None if sampling.seed is None else sampling.seed + attempt
-        if sampling.response_format == "json_schema":
-            described = {"name": request.kind, "strict": True, "schema": schema(request)}
+        if sampling.response_format in ("json_schema", "json_schema_unbounded"):
+            bounded = sampling.response_format == "json_schema"
+            described = {"name": request.kind, "strict": True, "schema": (schema if bounded else unbounded)(request)}
             fields["response_format"] = {"type": "json_schema", "json_schema": described}
         elif sampling.response_format == "json_object":
             fields["response_format"] = {"type": "json_object"}
         return {name: value for name, value in fields.items() if value is not None}
 
-    def _refused(self, error: openai.APIStatusError, answer: Answer, before: int) -> dict[str, str]:
+    def _status(self, error: openai.APIStatusError) -> dict[str, Any]:
         """Return what a status that stays means: the fault of one request, or the end of the job."""
         status, message = error.status_code, f"status {error.status_code}: {error.message}"
-        if status in REFUSED:
-            with self.lock:
-                self.refused += 1
-            if not self.works and self.refused > self.config.endpoint.concurrency + REFUSALS:
-                return self._stop(
-                    f"{message}; it refused all of the first {self.refused} requests: check sampling, whose fields or "
-                    "response_format it may not know"
-                )
-            return {"error": "refused", "detail": self._without_key(message)}
-        if status in PASSING or status >= 500:
-            return self._failed(PASSING.get(status, "server_error"), message, answer, before)
-        return self._stop(
-            f"status {status}, {HOPELESS.get(status, f'check {URL}, {MODEL} and {KEY}')}: {error.message}"
-        )
+        if status in REFUSALS:
+            return self._without(REFUSED, message, final=True)
+        if status not in PASSING and status < 500:
+            return self._stop(
+                f"status {status}, {HOPELESS.get(status, f'check {URL}, {MODEL} and {KEY}')}: {error.message}"
+            )
+        if (pause := _pause(error.response.headers)) > LONGEST_WAIT:
+            return self._stop(f"{message}; it asks for a pause of {pause:.0f} seconds: submit the job again after that")
+        return self._without(PASSING.get(status, "server_error"), message)
 
-    def _failed(self, reason: str, message: str, answer: Answer, before: int) -> dict[str, str]:
-        """Return what a failure after all retries means.
+    def _without(self, reason: str, message: str, final: bool = False) -> dict[str, Any]:
+        return {"error": reason, "detail": self._without_key(message)[:TEXT_KEPT], "final": final}
 
-        One prompt that a server trips over must not keep the job from its end; where it has answered nobody since this
-        request was first sent, all others would fare the same.
-        """
-        others = self.answered - before - answer["completions"]
-        # The last one left has no others to be told from, unless nobody is there.
-        alone = self.works and self.under_way == 1 and reason != LOST
-        if others > 0 or alone:
-            return {"error": reason, "detail": self._without_key(message)}
-        return self._stop(
-            f"{message} after {self.config.endpoint.retries} retries, while no other request was answered"
-        )
-
-    def _stop(self, message: str) -> dict[str, str]:
-        return {"error": STOP, "detail": self._without_key(f"the endpoint at {self.access.host}: {message}")}
+    def _stop(self, message: str) -> dict[str, Any]:
+        return _end(self._without_key(f"the endpoint at {self.access.host}: {message}")[:TEXT_KEPT])
 
     def _without_key(self, text: str) -> str:
         """Servers repeat what they were sent in their errors."""
-        return text.replace(self.access.key.get_secret_value(), "***")[:TEXT_KEPT]
+        return text.replace(self.access.key.get_secret_value(), "***")
 
 
-def _is_kept(answer: Answer, works: bool) -> bool:
-    """Return whether an answer stays until its part is whole: what the model wrote, or surely will not write.
-
-    What failed on the way may be had by the next run, as may what was refused before anything was answered.
-    """
-    return answer["error"] in (None, *FAULTS) or (answer["error"] == "refused" and works)
+def _end(message: str) -> dict[str, Any]:
+    return {"error": STOP, "detail": message, "final": False}
 
 
-def _readable(raw: Any) -> ChatCompletion | None:
-    """Return the completion in a response, or None where its body has no message, whatever its headers say."""
-    try:
-        completion = raw.parse()
-    except ValueError:
-        return None
-    choices = completion.choices if isinstance(completion, ChatCompletion) else None
-    # The client does not check what it reads: a content filter may leave the message out.
-    return completion if choices and getattr(choices[0], "message", None) else None
+def _described(error: BadAnswerError, choice: Choice) -> str:
+    """Return what is wrong with an answer, and the answer."""
+    how = "" if choice.finish_reason == "stop" else f"finish_reason {choice.finish_reason}; "
+    return f"{error}; {how}the last answer: {(said(choice) or '')[:TEXT_KEPT]}"
+
+
+def _pause(headers: Mapping[str, str]) -> float:
+    """Return the seconds that a server asks to be left alone for; 0 where it names none that can be read."""
+    for header, divisor in (("retry-after-ms", 1000), ("retry-after", 1)):
+        with contextlib.suppress(ValueError):
+            seconds = float(headers.get(header, "")) / divisor
+            return seconds if math.isfinite(seconds) else 0.0
+    with contextlib.suppress(ValueError, OverflowError):
+        return email.utils.parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time()
+    return 0.0

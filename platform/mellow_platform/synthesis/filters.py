@@ -15,7 +15,7 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from mellow_platform.config import FiltersSection
 from mellow_platform.data.records import Record, lettered
-from mellow_platform.synthesis.candidates import Candidate
+from mellow_platform.synthesis.candidates import Candidate, hypothesis
 from mellow_platform.synthesis.words import content_words, holds_phrase, words
 
 # A text shorter than so many bytes looks like any language, and is let pass; of longer ones the identifier has to be as
@@ -28,7 +28,7 @@ OTHER_SCRIPTS = frozenset([
     "pa", "ps", "ru", "sa", "sdh", "si", "sr", "ta", "te", "tg", "th", "tt", "ug", "uk", "ur", "uz", "wuu",
     "yue", "zh",
 ])  # fmt: skip
-# With one of these a choice says something else than the part of it that another choice is.
+# With one of these a choice says something else than another with the same words or a part of them.
 TELLING_WORDS = frozenset([
     "no", "not", "without", "never", "none", "zero", "one", "two", "three", "four", "five", "six", "seven",
     "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
@@ -36,14 +36,31 @@ TELLING_WORDS = frozenset([
     "hundred", "thousand", "once", "twice", "half", "very", "more", "less", "most", "least", "too", "quite",
     "slightly", "extremely", "much", "from", "to", "than", "louder", "softer", "quieter", "higher", "lower",
     "faster", "slower", "longer", "shorter", "flat", "sharp", "major", "minor",
+    "then", "before", "after", "followed", "until", "only", "while",
 ])  # fmt: skip
+# Choices are dealt to other letters and places than they were written in.
+_LETTER = r"(?:(?:option|choice|answer)s? )?[a-d]\)?"
+REFERS_TO_CHOICES = re.compile(
+    r"(?:all|none|any|both|neither|either|some|one|two|three) of (?:the )?(?:above|below|following|these|those|"
+    r"(?:other )?(?:choices|options|answers))(?: \w+)?|(?:all|none|both|neither|any)(?: the)? above|"
+    rf"(?:both |neither |either |only )?{_LETTER}(?:(?:,|,? and|,? or| nor| &) {_LETTER})+(?: only| both)?|"
+    r"(?:option|choice|answer) [a-d]\)?"
+)
+# What one who hears the audio cannot know of; a text that is read aloud is none of it.
+MENTIONS_CAPTION = re.compile(
+    r"\bcaptions?\b|"
+    r"\b(?:according to|based on|(?:mentioned|described|stated) (?:in|by)) (?:the|this|its) (?:\w+ )?"
+    r"(?:descriptions?|texts?)\b|"
+    r"\b(?:the|this) (?:\w+ )?(?:description|text) (?:mentions|describes|states|says|indicates|suggests|implies)\b"
+)
 PERMUTATIONS = 128  # of MinHash: similarity is estimated to about 1 / sqrt(128)
 SAME_ANSWER = 0.8  # share of common words from which two open answers say the same
 
 
 def reason_of(candidate: Candidate, limits: FiltersSection) -> str:
     """Return why a question is left out, or "" where nothing in it is wrong."""
-    checks = (_letters, lambda c: _length(c, limits), _answer, _choices, _leak, lambda c: _language(c, limits))
+    of_length, in_language = (lambda c: _length(c, limits)), (lambda c: _language(c, limits))
+    checks = (_letters, of_length, _answer, _references, _caption, _choices, _leak, in_language)
     return next((reason for check in checks if (reason := check(candidate))), "")
 
 
@@ -58,14 +75,36 @@ def _answer(candidate: Candidate) -> str:
     return "answer_not_in_choices" if candidate["choices"] and candidate["answer"] not in candidate["choices"] else ""
 
 
+def _references(candidate: Candidate) -> str:
+    refers = any(REFERS_TO_CHOICES.fullmatch(choice.rstrip(".")) for choice in candidate["choices"])
+    return "refers_to_choices" if refers else ""
+
+
+def _caption(candidate: Candidate) -> str:
+    texts = [candidate["question"], *candidate["choices"], candidate["answer"]]
+    return "mentions_caption" if any(map(MENTIONS_CAPTION.search, texts)) else ""
+
+
 def _choices(candidate: Candidate) -> str:
-    """A choice that stands there twice, or that names the right one by a part of it, is as right."""
-    if len(set(map(_normal, candidate["choices"]))) < len(candidate["choices"]):
-        return "several_right_choices"
-    right = candidate["answer"]
-    wrong = [choice for choice in candidate["choices"] if choice != right and not _qualified(f"{choice} {right}")]
-    found = not _qualified(right) and any(holds_phrase(words(right), words(choice)) for choice in wrong)
-    return "several_right_choices" if found else ""
+    """A choice that stands there twice, in whatever order of words, is as right as the right one.
+
+    So is one that names the right one by its last words, which say what it is (`low tone` of `a loud low tone`). Words
+    before them do not: a car horn is no car.
+    """
+    choices = candidate["choices"]
+    plain = [choice for choice in choices if not _qualified(choice)]
+    for texts, key in ((choices, _normal), (plain, _bag)):
+        if len(set(map(key, texts))) < len(texts):
+            return "several_right_choices"
+    right = words(candidate["answer"])
+    if candidate["answer"] not in plain:
+        return ""
+    ends = (words(choice) for choice in plain if choice != candidate["answer"])
+    return "several_right_choices" if any(end and right[-len(end) :] == end for end in ends) else ""
+
+
+def _bag(text: str) -> tuple[str, ...]:
+    return tuple(sorted(words(text)))
 
 
 def _normal(text: str) -> str:
@@ -177,7 +216,7 @@ def _own_words(candidate: Candidate) -> str:
     if candidate["kind"] == "difference":
         return candidate["answer"]
     if candidate["kind"] == "entailment":
-        return candidate["question"].partition("? ")[2]
+        return hypothesis(candidate["question"])
     return candidate["question"]
 
 

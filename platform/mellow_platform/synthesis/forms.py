@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from mellow_platform.synthesis.asked import Request
 
@@ -16,7 +16,17 @@ ASPECTS = (
     "semantics",
     "listener emotions",
 )
-Aspect = Literal["audio events", "objects", "acoustic scenes", "signal properties", "semantics", "listener emotions"]
+
+
+def _aspect(value: Any) -> Any:
+    """Return an aspect as it is listed; models write it in capitals, or as a name in code."""
+    return " ".join(value.lower().replace("_", " ").split()) if isinstance(value, str) else value
+
+
+Aspect = Annotated[
+    Literal["audio events", "objects", "acoustic scenes", "signal properties", "semantics", "listener emotions"],
+    BeforeValidator(_aspect),
+]
 Text = Annotated[str, Field(min_length=1)]
 FAULTS = BROKEN_JSON, WRONG_FORM = ("broken_json", "wrong_form")
 CHOICES = 4  # of a question that a model writes; rules may find fewer
@@ -83,6 +93,7 @@ LISTS: dict[str, tuple[str, type[Form]]] = {
     "support": ("verdicts", Verdict),
 }
 OBJECTS: dict[str, type[Form]] = {"difference": Difference, "entailment": Entailment}
+WRITTEN_ONE_BY_ONE = ("detail", "mcq")  # each question stands for itself: some are worth having without the others
 
 
 class BadAnswerError(ValueError):
@@ -93,39 +104,47 @@ class BadAnswerError(ValueError):
         self.reason = reason
 
 
-def form(kind: str, pairs: int, least: int) -> type[Form]:
-    """Return the form of an answer to a request of `kind`: from `least` to `pairs` questions, or three texts."""
+def form(kind: str, pairs: int) -> type[Form]:
+    """Return the form of an answer to a request of `kind`: so many questions, or three texts."""
     if kind in OBJECTS:
         return OBJECTS[kind]
     name, item = LISTS[kind]
-    items = (Annotated[list[item], Field(min_length=least, max_length=pairs)], ...)  # type: ignore[valid-type]
+    items = (Annotated[list[item], Field(min_length=pairs, max_length=pairs)], ...)  # type: ignore[valid-type]
     return create_model(kind.capitalize(), __base__=Form, **{name: items})  # type: ignore[call-overload]
 
 
 def schema(request: Request) -> dict[str, Any]:
     """Return the JSON schema of a model's answer to `request`, in words that strict servers know."""
-    return _without(form(request.kind, request.pairs, request.pairs).model_json_schema(), "minLength")
+    return _without(form(request.kind, request.pairs).model_json_schema(), "minLength")
 
 
-def _without(value: Any, key: str) -> Any:
+def unbounded(request: Request) -> dict[str, Any]:
+    """Return the same without the lengths of lists, which some servers refuse."""
+    return _without(schema(request), "minItems", "maxItems")
+
+
+def _without(value: Any, *keys: str) -> Any:
     if isinstance(value, dict):
-        return {name: _without(item, key) for name, item in value.items() if name != key}
-    return [_without(item, key) for item in value] if isinstance(value, list) else value
+        return {name: _without(item, *keys) for name, item in value.items() if name not in keys}
+    return [_without(item, *keys) for item in value] if isinstance(value, list) else value
 
 
 def parse(request: Request, text: str, least: int) -> dict[str, Any]:
     """Return the content of an answer; what stands around its JSON (a code fence, thoughts) is left out.
 
+    Of questions that are written, those out of form are left out, and those past `request.pairs`.
+
     Args:
-        least: questions that it has to hold; the most are `request.pairs`.
+        least: written questions that it has to hold.
 
     Raises:
         BadAnswerError: `broken_json` or `wrong_form`.
     """
-    wanted, content, first = form(request.kind, request.pairs, least), None, None
+    content, first = None, None
     for body in _objects(text.rpartition("</think>")[2]):
         try:
-            content = _read(request, wanted, body)  # the last one: a model may try before it answers
+            # The last one: a model may try before it answers.
+            content = _questions(request, body, least) if request.kind in WRITTEN_ONE_BY_ONE else _whole(request, body)
         except BadAnswerError as error:
             first = first or error
     if content is None:
@@ -146,17 +165,43 @@ def _objects(text: str) -> Iterator[str]:
         start = text.find("{", end)
 
 
-def _read(request: Request, wanted: type[Form], body: str) -> dict[str, Any]:
-    try:
-        content = wanted.model_validate_json(body).model_dump()
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        message = f"{place}: {first['msg']}" if place else first["msg"]
-        raise BadAnswerError(BROKEN_JSON if first["type"] == "json_invalid" else WRONG_FORM, message) from error
-    if request.kind in ("blind", "support"):
-        _check_numbers(request, next(iter(content.values())))
+class _Questions(Form):
+    """The list of a model's questions before each is looked at."""
+
+    questions: list[Any]
+
+
+def _questions(request: Request, body: str, least: int) -> dict[str, Any]:
+    written, first = [], None
+    for place, fields in enumerate(_read(_Questions, body)["questions"]):
+        try:
+            written.append(LISTS[request.kind][1].model_validate(fields).model_dump())
+        except ValidationError as error:
+            first = first or _out_of_form(error, f"questions.{place}")
+    if len(written) < least:
+        raise first or BadAnswerError(WRONG_FORM, f"questions: {len(written)} are there, {request.pairs} are wanted")
+    return {"questions": written[: request.pairs]}
+
+
+def _whole(request: Request, body: str) -> dict[str, Any]:
+    content = _read(form(request.kind, request.pairs), body)
+    if request.kind in LISTS:
+        _check_numbers(request, content[LISTS[request.kind][0]])
     return content
+
+
+def _read(wanted: type[Form], body: str) -> dict[str, Any]:
+    try:
+        return wanted.model_validate_json(body).model_dump()
+    except ValidationError as error:
+        raise _out_of_form(error) from error
+
+
+def _out_of_form(error: ValidationError, *places: str) -> BadAnswerError:
+    first = error.errors()[0]
+    place = ".".join((*places, *map(str, first["loc"])))
+    message = f"{place}: {first['msg']}" if place else first["msg"]
+    return BadAnswerError(BROKEN_JSON if first["type"] == "json_invalid" else WRONG_FORM, message)
 
 
 def _check_numbers(request: Request, items: list[dict[str, Any]]) -> None:

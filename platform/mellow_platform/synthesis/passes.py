@@ -4,12 +4,15 @@ A pass leaves in the job's folder
 
     answers/<pass>/*.parquet   a row an answer; each file is named after the requests that it answers, so that what
                                is asked otherwise is another file
-    receipts/answers/<pass>/   one JSON file a part, written after it: the part is done
+    receipts/answers/<pass>/   one JSON file a part, written after it: the part has come, and its rows count
     arriving/<pass>/<part>/    answers of a part that is not whole yet, a file each, written as they come
 
 Ray Data hands each part to an actor with a writer; the driver writes the part as soon as it is whole and deletes what
 had arrived. A run that follows a kill leaves finished parts alone and takes what had arrived: asked again are only the
 requests whose answers were on their way, at most as many as actors ask at once.
+
+Of finished parts it asks again what failed on the way (`final` is false), and replaces the part's file by one with the
+new answers, in one step: each request has one row at any time. A row says what its request cost in all runs.
 
 `ray.data.checkpoint.CheckpointConfig` of Ray 2.60 is not used, for the reasons that `data.shards` gives, and because it
 knows whole rows of a finished write only: of a part that was killed every answer would be paid for again.
@@ -18,8 +21,9 @@ knows whole rows of a finished write only: of a part that was killed every answe
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -29,7 +33,7 @@ from mellow_platform import storage
 from mellow_platform.config import SynthesizeConfig
 from mellow_platform.data import shards
 from mellow_platform.progress import Progress
-from mellow_platform.synthesis.answers import ANSWER_SCHEMA, STOP, Answer, Writer
+from mellow_platform.synthesis.answers import ANSWER_SCHEMA, STOP, Answer, Writer, arrived
 from mellow_platform.synthesis.asked import Request
 
 ANSWERS, ARRIVING = "answers", "arriving"
@@ -37,36 +41,39 @@ ANSWERS, ARRIVING = "answers", "arriving"
 PARTS_AT_ONCE = 2
 
 Part = tuple[str, list[Request]]  # its name and its requests
-Answering = Callable[[str, list[Part]], Iterator[tuple[str, list[Answer]]]]
+# Takes the name of a pass, parts, and what requests of theirs came to in a run before; yields answers as they come,
+# with the name of their part.
+Answering = Callable[[str, list[Part], Mapping[str, Answer]], Iterator[tuple[str, list[Answer]]]]
 
 
 def run_pass(
     name: str, requests: list[Request], answering: Answering, config: SynthesizeConfig
-) -> tuple[list[Answer], list[dict[str, Any]]]:
-    """Have `requests` answered; return their answers in order, and the receipts of all parts that the pass ever had.
+) -> tuple[list[Answer], list[Answer]]:
+    """Have `requests` answered; return their answers in order, and all answers that the pass ever had.
 
-    Whatever part holds it, what is answered is not asked again, and requests with the same id are asked once.
-
-    Args:
-        answering: takes the name of the pass and parts, and yields answers as they come, each with its part's name.
+    Whatever part holds it, what is answered for good is not asked again, and requests with the same id are asked once.
 
     Raises:
         ValueError: more than the allowed share of the requests has no answer; raised as soon as that is sure.
         RuntimeError: the writer cannot go on; what is answered is kept.
     """
-    receipts = shards.receipts(config.output, f"{ANSWERS}/{name}")
-    known = {answer["request"]: answer for answer in read_answers(list(receipts.values()), config)}
+    there = read_parts(name, config)
+    known = {answer["request"]: answer for answers in there.values() for answer in answers}
     wanted = {request.id: request for request in requests}
     missing = [request for request in wanted.values() if request.id not in known]
     slices = [missing[start : start + config.rows_per_part] for start in range(0, len(missing), config.rows_per_part)]
-    parts = {_part_name(asked): asked for asked in slices}
-    progress = Progress(f"{name}: requests", len(wanted), len(wanted) - len(missing), rejected_are="failed")
-    failed = Counter(known[request]["error"] for request in wanted if request in known and known[request]["error"])
+    earlier = {request: answer for request, answer in known.items() if request in wanted and not answer["final"]}
+    opened = {part: [wanted[a["request"]] for a in there[part] if a["request"] in earlier] for part in there}
+    # New ones first: it is they that show whether the writer can go on.
+    parts = {_part_name(asked): asked for asked in slices} | {part: asked for part, asked in opened.items() if asked}
+    done = len(wanted) - sum(map(len, parts.values()))
+    progress = Progress(f"{name}: requests", len(wanted), done, rejected_are="failed")
+    failed = Counter(a["error"] for r, a in known.items() if a["error"] and r in wanted and r not in earlier)
     _stop_if_too_many(failed, name, len(wanted), config)
     waiting: dict[str, list[Answer]] = {}
-    for part, answers in answering(name, list(parts.items())):
+    for part, answers in answering(name, list(parts.items()), earlier):
         if stopped := next((answer["detail"] for answer in answers if answer["error"] == STOP), None):
-            kept = _kept(name, progress.done, config)
+            kept = sum(known[r]["final"] for r in wanted if r in known) + _count_arrived(name, config)
             raise RuntimeError(
                 f"{stopped}; {kept} of {len(wanted)} answers of pass {name} are kept in {config.output}: "
                 "submit the job again with the same fields, and it goes on with the others"
@@ -75,32 +82,37 @@ def run_pass(
         failed.update(answer["error"] for answer in answers if answer["error"])
         _stop_if_too_many(failed, name, len(wanted), config, answers)
         if len(waiting[part]) == len(parts[part]):
-            known |= {answer["request"]: answer for answer in waiting[part]}
-            receipts[part] = _write_part(name, part, waiting.pop(part), parts[part], config)
-            progress.add(len(parts[part]), sum(receipts[part]["failed"].values()))
-    if unanswered := sorted(parts.keys() - receipts.keys()):
-        raise RuntimeError(f"pass {name}: parts {', '.join(unanswered)} have no answer to some request")
+            came = {answer["request"]: answer for answer in waiting.pop(part)}
+            if came.keys() != {request.id for request in parts[part]}:
+                raise RuntimeError(f"pass {name}: part {part} has two answers to one request")
+            known |= came
+            order = [answer["request"] for answer in there.get(part, ())] or [request.id for request in parts[part]]
+            _write_part(name, part, [known[request] for request in order], config)
+            progress.add(len(came), sum(bool(answer["error"]) for answer in came.values()))
+            del parts[part]
+    if parts:
+        raise RuntimeError(f"pass {name}: parts {', '.join(sorted(parts))} have no answer to some request")
     storage.delete_folder(storage.join(config.output, ARRIVING, name))
-    return [known[request.id] for request in requests], [receipts[part] for part in sorted(receipts)]
+    return [known[request.id] for request in requests], list(known.values())
 
 
-def read_answers(receipts: list[dict[str, Any]], config: SynthesizeConfig) -> list[Answer]:
-    """Return the answers in the parts of a pass."""
+def read_parts(name: str, config: SynthesizeConfig) -> dict[str, list[Answer]]:
+    """Return the answers of a pass by the part that holds them."""
+    receipts = shards.receipts(config.output, f"{ANSWERS}/{name}")
     if not receipts:
-        return []
-    return storage.read_tables([storage.join(config.output, receipt["file"]) for receipt in receipts]).to_pylist()
+        return {}
+    files = [storage.join(config.output, receipt["file"]) for receipt in receipts.values()]
+    answers = iter(storage.read_tables(files).to_pylist())
+    return {part: list(islice(answers, receipt["requests"])) for part, receipt in receipts.items()}
 
 
 def ask_actors(make: Callable[[], Writer], config: SynthesizeConfig) -> Answering:
     """Return how parts are answered by a pool of actors, each of which makes itself a writer."""
 
-    def answering(name: str, parts: list[Part]) -> Iterator[tuple[str, list[Answer]]]:
+    def answering(name: str, parts: list[Part], earlier: Mapping[str, Answer]) -> Iterator[tuple[str, list[Answer]]]:
         if not parts:
             return
-        tables = [
-            pa.table({"part": [part], "requests": [json.dumps([asdict(r) for r in requests], ensure_ascii=False)]})
-            for part, requests in parts
-        ]
+        tables = [_asked_table(part, requests, earlier) for part, requests in parts]
         dataset = ray.data.from_arrow(tables)
         dataset.context.enable_progress_bars = False  # the job prints lines of its own, for a log
         dataset = dataset.map_batches(
@@ -122,6 +134,13 @@ def ask_actors(make: Callable[[], Writer], config: SynthesizeConfig) -> Answerin
     return answering
 
 
+def _asked_table(part: str, requests: list[Request], earlier: Mapping[str, Answer]) -> pa.Table:
+    """Return a part as a table of one row, the texts in it as JSON."""
+    before = [earlier[request.id] for request in requests if request.id in earlier]
+    columns = {"requests": [asdict(request) for request in requests], "earlier": before}
+    return pa.table({"part": [part]} | {k: [json.dumps(v, ensure_ascii=False)] for k, v in columns.items()})
+
+
 class AnswerPart:
     """Ray Data actor that answers parts; several of its calls run at a time."""
 
@@ -129,10 +148,11 @@ class AnswerPart:
         self.writer, self.arriving = make(), arriving
 
     def __call__(self, parts: pa.Table) -> pa.Table:
-        """Return the part in a table of one row (`part`, `requests` as JSON) with its `answers`."""
+        """Return the part in a table of one row (`_asked_table`) with its `answers`."""
         (row,) = parts.to_pylist()
         requests = [_request(fields) for fields in json.loads(row["requests"])]
-        answers = self.writer.answers(requests, storage.join(self.arriving, row["part"]))
+        earlier = {answer["request"]: answer for answer in json.loads(row["earlier"])}
+        answers = self.writer.answers(requests, storage.join(self.arriving, row["part"]), earlier)
         schema = pa.schema([("part", pa.string()), ("answers", pa.list_(pa.struct(list(ANSWER_SCHEMA))))])
         return pa.Table.from_pylist([{"part": row["part"], "answers": answers}], schema=schema)
 
@@ -149,30 +169,16 @@ def _part_name(requests: list[Request]) -> str:
     return f"{requests[0].id}-{hashlib.sha256(''.join(request.id for request in requests).encode()).hexdigest()[:8]}"
 
 
-def _write_part(
-    name: str, part: str, answers: list[Answer], requests: list[Request], config: SynthesizeConfig
-) -> dict[str, Any]:
-    """Write the answers to one range of the requests, and return the part's receipt."""
-    by_id = {answer["request"]: answer for answer in answers}
-    if len(by_id) < len(answers):
-        raise RuntimeError(f"pass {name}: part {part} has two answers to one request")
-    ordered = [by_id[request.id] for request in requests]
-    counts = ("completions", "retries", "prompt_tokens", "completion_tokens")
-    receipt = {
-        "requests": len(requests),
-        "failed": dict(Counter(answer["error"] for answer in ordered if answer["error"])),
-        **{count: sum(answer[count] for answer in ordered) for count in counts},
-    }
-    table = pa.Table.from_pylist(ordered, schema=ANSWER_SCHEMA)
-    receipt = shards.write_shard(config.output, f"{ANSWERS}/{name}", part, table, receipt)
+def _write_part(name: str, part: str, answers: list[Answer], config: SynthesizeConfig) -> None:
+    """Write a part of a pass, or write it anew."""
+    table = pa.Table.from_pylist(answers, schema=ANSWER_SCHEMA)
+    shards.write_shard(config.output, f"{ANSWERS}/{name}", part, table, {"requests": len(answers)})
     storage.delete_folder(storage.join(config.output, ARRIVING, name, part))
-    return receipt
 
 
-def _kept(name: str, in_parts: int, config: SynthesizeConfig) -> int:
-    """Return how many answers are there: those in parts, and those that arrived."""
+def _count_arrived(name: str, config: SynthesizeConfig) -> int:
     folder = storage.join(config.output, ARRIVING, name)
-    return in_parts + sum(len(storage.list_folder(f"{folder}/{part}")) for part in storage.list_folder(folder))
+    return sum(len(arrived(f"{folder}/{part}")) for part in storage.list_folder(folder))
 
 
 def _stop_if_too_many(
@@ -184,6 +190,7 @@ def _stop_if_too_many(
     last = next((answer["detail"] for answer in reversed(answers or []) if answer["error"]), "")
     raise ValueError(
         f"{failed.total()} of {requests} requests of pass {name} have no answer ({counts}) so far"
-        f"{last and f', the last: {last}'}; raise max_failed_share (now {config.max_failed_share:g}) to go on without "
-        f"them, or mend what the prompts ask for and choose another output than {config.output}"
+        f"{last and f', the last: {last}'}; submit the job again to ask once more for what failed on the way, raise "
+        f"max_failed_share (now {config.max_failed_share:g}) to go on without them, or mend what the prompts ask for "
+        f"and choose another output than {config.output}"
     )

@@ -52,10 +52,9 @@ class Prompts:
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"a prompt in {folder} is no template: line {error.lineno}: {error.message}") from error
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 over all texts: an edited prompt makes another corpus."""
-        return hashlib.sha256(repr(sorted(self.texts.items())).encode()).hexdigest()
+    def digest(self, kinds: Sequence[str]) -> str:
+        """Return the SHA-256 over the texts of some kinds: an edited prompt gets other answers."""
+        return hashlib.sha256(repr([(kind, self.texts[kind]) for kind in sorted(kinds)]).encode()).hexdigest()
 
     def render(self, request: Request) -> str:
         """Return the prompt of `request`.

@@ -1,22 +1,18 @@
 """The report of a synthesis: what was asked for, what became of it, what it cost, and what the corpus is made of."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from mellow_platform.data.records import SPLITS
+from mellow_platform.synthesis.answers import SPENT, Answer
 
-COUNTS = ("requests", "completions", "retries", "prompt_tokens", "completion_tokens")
 
-
-def pass_counts(receipts: list[dict[str, Any]]) -> dict[str, Any]:
+def pass_counts(answers: list[Answer]) -> dict[str, Any]:
     """Return what a pass came to, over all runs that worked on it."""
-    failed: dict[str, int] = {}
-    for receipt in receipts:
-        for reason, count in receipt["failed"].items():
-            failed[reason] = failed.get(reason, 0) + count
-    return {name: sum(receipt[name] for receipt in receipts) for name in COUNTS} | {
-        "failed": dict(sorted(failed.items())),
-    }
+    failed = Counter(answer["error"] for answer in answers if answer["error"])
+    spent = {name: sum(answer[name] for answer in answers) for name in SPENT}
+    return {"requests": len(answers)} | spent | {"failed": dict(sorted(failed.items()))}
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -50,7 +46,7 @@ def markdown(report: dict[str, Any]) -> str:
             "Requests",
             ("pass", "requests", "failed", "answers", "HTTP retries", "tokens of prompts", "tokens of answers"),
             [
-                (name, c["requests"], sum(c["failed"].values()), *(c[count] for count in COUNTS[1:]))
+                (name, c["requests"], sum(c["failed"].values()), *(c[count] for count in SPENT))
                 for name, c in report["passes"].items()
             ],
         ),

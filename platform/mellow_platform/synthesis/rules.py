@@ -7,12 +7,12 @@ shape of the question, and one that looks for an answer's words in the caption.
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from mellow_platform.data.questions import VERDICTS
-from mellow_platform.synthesis.answers import Answer, empty_answer
+from mellow_platform.synthesis.answers import Answer, begin
 from mellow_platform.synthesis.asked import Request
+from mellow_platform.synthesis.candidates import HYPOTHESES, VERDICTS, hypothesis
 from mellow_platform.synthesis.forms import CHOICES, parse
 from mellow_platform.synthesis.sounds import (
     FEELINGS,
@@ -54,14 +54,14 @@ class RuleWriter:
     def __init__(self, seed: int, pool: list[str]):
         self.seed, self.pool = seed, random.Random(seed).sample(pool, len(pool))
 
-    def answers(self, requests: list[Request], kept: str) -> list[Answer]:
+    def answers(self, requests: list[Request], kept: str, earlier: Mapping[str, Answer]) -> list[Answer]:
         """Return the answers to `requests` (`answers.Writer`); they cost nothing, and none is kept."""
         return [self.answer(request) for request in requests]
 
     def answer(self, request: Request) -> Answer:
         content = json.dumps(self.write(request), ensure_ascii=False)
         parse(request, content, least=0)
-        return empty_answer(request) | {"content": content}
+        return begin(request) | {"content": content}
 
     def write(self, request: Request) -> dict[str, Any]:
         """Return the content of the answer, in the form of the request's kind."""
@@ -222,7 +222,7 @@ def _guess(question: Question) -> tuple[str, bool]:
     if not choices:
         return "", False
     if tuple(choices) == VERDICTS:
-        return VERDICTS[1], False
+        return HYPOTHESES["plausible"], False
     asked = content_words(question["question"])
     named = [choice for choice in choices if content_words(choice) & asked]
     if len(named) == 1:
@@ -235,11 +235,11 @@ def _supported(captions: list[str], question: Question) -> bool:
     """Return whether everything that an answer says is in the captions, or in what tables give for their words."""
     known = {word[:STEM] for word in (*GLUE, *(word for caption in captions for word in implied(caption)))}
     verdicts: dict[str, Callable[[set[str], set[str]], bool]] = {
-        VERDICTS[0]: lambda said, heard: said <= heard,
-        VERDICTS[1]: lambda said, heard: bool(said & heard) and not said <= heard,
-        VERDICTS[2]: lambda said, heard: not said <= heard,
+        HYPOTHESES["true"]: lambda said, heard: said <= heard,
+        HYPOTHESES["plausible"]: lambda said, heard: bool(said & heard) and not said <= heard,
+        HYPOTHESES["false"]: lambda said, heard: not said <= heard,
     }
     if question["answer"] in verdicts and tuple(question["choices"]) == VERDICTS:
-        hypothesis = question["question"].partition("? ")[2].removeprefix("this is heard")
-        return verdicts[question["answer"]]({word[:STEM] for word in content_words(hypothesis)}, known)
+        claim = hypothesis(question["question"]).removeprefix("this is heard")
+        return verdicts[question["answer"]]({word[:STEM] for word in content_words(claim)}, known)
     return {word[:STEM] for word in content_words(question["answer"])} <= known

@@ -11,7 +11,8 @@ The folder gets
     report.md, report.json   written last
 
 With other filters or checks, another share of synthetic questions or other ones to mix them with, the corpus is made
-anew from what was written; asked again are checks alone, where they are about other questions.
+anew from what was written; asked again are checks, where they are about other questions or their prompts are others,
+and what failed on the way.
 """
 
 import functools
@@ -21,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import pyarrow as pa
@@ -38,8 +39,9 @@ from mellow_platform.synthesis.asked import Request
 from mellow_platform.synthesis.candidates import CANDIDATE_SCHEMA, RECORD_SCHEMA, Candidate, candidates
 from mellow_platform.synthesis.endpoint import Access, EndpointWriter
 from mellow_platform.synthesis.filters import check_languages, near_duplicates, reason_of
+from mellow_platform.synthesis.forms import WRITTEN_ONE_BY_ONE
 from mellow_platform.synthesis.mixture import Pair, check_share, describe, existing_pairs, mix
-from mellow_platform.synthesis.passes import Answering, ask_actors, run_pass
+from mellow_platform.synthesis.passes import ANSWERS, Answering, ask_actors, read_parts, run_pass
 from mellow_platform.synthesis.prompts import Prompts
 from mellow_platform.synthesis.report import markdown, pass_counts
 from mellow_platform.synthesis.rules import RuleWriter
@@ -47,7 +49,9 @@ from mellow_platform.synthesis.sounds import pool
 from mellow_platform.synthesis.vllm_engine import ask_vllm
 
 REPORT = "report.json"
-UNWRITTEN = "nothing_left_to_ask"  # pairs that rules did not write, as the caption holds no more
+# Pairs that an answer does not hold: rules write no more than the caption holds; of a model's last attempt, what is in
+# form is taken.
+UNWRITTEN, TOO_FEW = "nothing_left_to_ask", "too_few_written"
 FILTERED_AT_ONCE = 4096  # questions of a filtering task, and more until a clip is whole
 REASON_SCHEMA = pa.schema([CANDIDATE_SCHEMA.field("id"), CANDIDATE_SCHEMA.field("reason")])
 FAILED_SCHEMA = pa.schema(
@@ -60,13 +64,16 @@ def synthesize(config: SynthesizeConfig) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: a file or folder is absent.
-        ValueError: the input cannot be read, too many requests have no answer, or `output` holds another corpus.
+        ValueError: the input cannot be read or there is nothing to ask of it, too many requests have no answer, or
+            `output` holds another corpus.
         RuntimeError: the endpoint cannot be asked; what it has answered is kept for the next run.
     """
     begun = time.monotonic()
     captions = read_captions(config.captions, config.taskname, config.clip_name, config.limit)
     existing = existing_pairs(captions, config)
     requests = asked.plan(captions, config)
+    if not requests:  # of each caption all other kinds are asked
+        raise ValueError("kinds: difference needs, in one split and task, two clips with different captions to compare")
     prompts = Prompts.read([*config.kinds, *checks.CHECKS], config.prompts)
     access = Access.from_environment() if config.writer == "endpoint" else None
     model = access.model if access else config.vllm.model
@@ -74,7 +81,7 @@ def synthesize(config: SynthesizeConfig) -> dict[str, Any]:
         "fields": config.shaping,
         "requests": asked.digest(requests),
         "model": model,
-        "prompts": prompts.digest if model else "",
+        "prompts": prompts.digest(config.kinds) if model else "",
     }
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     check_languages(config.filters)
@@ -91,13 +98,14 @@ def synthesize(config: SynthesizeConfig) -> dict[str, Any]:
         sounds = pool(caption.text for caption in captions)
         answering = ask_actors(functools.partial(RuleWriter, config.seed, sounds), config)
     shards.claim(config.output, config.shaping | {"model": model}, digest, holds="questions")
-    sifted = _sifting_digest(existing, config)
+    told: dict[str, str] = {name: prompts.texts[name] if model else "" for name in config.checks}
+    sifted = _sifting_digest(existing, told, config)
     report_uri = storage.join(config.output, REPORT)
     if storage.exists(report_uri) and (report := storage.read_json(report_uri))["sifted"] == sifted:
         print(f"{config.output} is finished: nothing to do", flush=True)
         return report
 
-    written, failed, passes = _write_and_check(requests, answering, config)
+    written, failed, passes = _write_and_check(requests, told, answering, config)
 
     accepted = [candidate for candidate in written if not candidate["reason"]]
     rejected = [candidate for candidate in written if candidate["reason"]]
@@ -136,9 +144,9 @@ def _try_prompts(requests: list[Request], prompts: Prompts, config: SynthesizeCo
         prompts.render(Request("", name, 1, {"captions": requests[0].material["captions"], "questions": questions}))
 
 
-def _sifting_digest(existing: dict[str, list[Pair]], config: SynthesizeConfig) -> str:
+def _sifting_digest(existing: dict[str, list[Pair]], told: dict[str, str], config: SynthesizeConfig) -> str:
     """Return the SHA-256 over what decides, of what is written, what the corpus gets."""
-    digest = hashlib.sha256(json.dumps(config.sifting, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([config.sifting, told], sort_keys=True).encode())
     for pairs in existing.values():
         for pair in pairs:
             digest.update(json.dumps(asdict(pair.record)).encode())
@@ -146,26 +154,33 @@ def _sifting_digest(existing: dict[str, list[Pair]], config: SynthesizeConfig) -
 
 
 def _write_and_check(
-    requests: list[Request], answering: Answering, config: SynthesizeConfig
+    requests: list[Request], told: dict[str, str], answering: Answering, config: SynthesizeConfig
 ) -> tuple[list[Candidate], list[tuple[Request, Answer]], dict[str, Any]]:
     """Run all passes; return the questions with their reasons, failed requests, and counts by pass.
 
     A question that a filter leaves out is not given to a check, nor one that fails a check to the next.
+
+    Args:
+        told: the prompt of each check, empty for rules.
     """
-    answers, receipts = run_pass(asked.PASS, requests, answering, config)
-    passes = {asked.PASS: pass_counts(receipts)}
+    answers, ever = run_pass(asked.PASS, requests, answering, config)
+    passes = {asked.PASS: pass_counts(ever)}
     failed = [(r, answer) for r, answer in zip(requests, answers, strict=True) if answer["error"]]
     written: list[Candidate] = []
     for request, answer in zip(requests, answers, strict=True):
         if not answer["error"]:
             written += candidates(request, json.loads(answer["content"]))
     written = filter_questions(written, config.filters)
-    for name in config.checks:
-        check = checks.CHECKS[name](written, config.seed)
-        answers, receipts = run_pass(name, check.requests, answering, config)
+    for name, prompt in told.items():
+        check = checks.CHECKS[name](written, config.seed, prompt)
+        answers, ever = run_pass(name, check.requests, answering, config)
         checks.apply(check, [None if a["error"] else json.loads(a["content"]) for a in answers])
         failed += [(r, answer) for r, answer in zip(check.requests, answers, strict=True) if answer["error"]]
-        passes[name] = pass_counts(receipts)
+        passes[name] = pass_counts(ever)
+    # A check that was asked for once was paid for, and may be asked for again.
+    for name in storage.list_folder(storage.join(config.output, shards.RECEIPTS, ANSWERS)):
+        if name not in passes:
+            passes[name] = pass_counts(list(chain.from_iterable(read_parts(name, config).values())))
     return written, failed, passes
 
 
@@ -217,25 +232,39 @@ def _pair_counts(
     """
     requested = sum(request.pairs for request in requests)
     rejected = Counter(candidate["reason"] for candidate in written if candidate["reason"])
-    unanswered: Counter[str] = Counter()
-    for request, answer in failed:
-        if request.clips:  # a check has none: its questions are rejected
-            unanswered[answer["error"]] += request.pairs
-    unwritten = requested - len(written) - unanswered.total()
-    unanswered += Counter({UNWRITTEN: unwritten})
+    errors = {request.id: answer["error"] for request, answer in failed}
+    by_request = Counter(candidate["request"] for candidate in written)
+    unwritten: Counter[str] = Counter()
+    lost = by_request.keys() - {request.id for request in requests}
+    for request in requests:
+        missing = request.pairs - by_request[request.id]
+        reason = errors.get(request.id) or (UNWRITTEN if config.writer == "rules" else TOO_FEW)
+        unwritten[reason] += missing
+        if not _may_miss(request, missing, reason):
+            lost.add(request.id)
     counts = {
         "requested": requested,
         "accepted": len(written) - rejected.total(),
         "rejected": rejected.total(),
-        "failed": unanswered.total(),
+        "failed": unwritten.total(),
         "rejected_by_reason": dict(rejected.most_common()),
-        "failed_by_reason": dict(unanswered.most_common()),
+        "failed_by_reason": dict((+unwritten).most_common()),
     }
-    # Only rules may write fewer than they were asked for: a model's answer with too few was asked for again.
-    lost = unwritten != 0 and (config.writer != "rules" or unwritten < 0)
     if lost or len({candidate["id"] for candidate in written}) < len(written):
-        raise RuntimeError(f"the answers hold {len(written)} questions where {requested} were asked for: {counts}")
+        raise RuntimeError(
+            f"the answers hold {len(written)} questions where {requested} were asked for: {counts}; not those of "
+            f"{', '.join(sorted(lost)[:5]) or 'one request: some are there twice'}"
+        )
     return counts
+
+
+def _may_miss(request: Request, missing: int, reason: str) -> bool:
+    """Return whether so many of a request's pairs may be absent: all where it failed, else what was not written."""
+    if reason == UNWRITTEN:
+        return 0 <= missing <= request.pairs
+    if reason == TOO_FEW:
+        return missing == 0 or (request.kind in WRITTEN_ONE_BY_ONE and 0 < missing < request.pairs)
+    return missing == request.pairs
 
 
 def _cost(passes: dict[str, Any], config: SynthesizeConfig) -> float:

@@ -6,22 +6,28 @@ Answers come back to the driver, which keeps each as it comes and writes whole p
 in hand.
 """
 
+import functools
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
 
 from mellow_platform import storage
 from mellow_platform.config import SynthesizeConfig
-from mellow_platform.synthesis.answers import Answer, empty_answer
+from mellow_platform.synthesis.answers import REFUSED, Answer, begin, keep, read_arrived
 from mellow_platform.synthesis.asked import Request
 from mellow_platform.synthesis.forms import BadAnswerError, parse, schema
 from mellow_platform.synthesis.passes import ARRIVING, Answering, Part
 from mellow_platform.synthesis.prompts import Prompts
 
 FAILURE = "__inference_error__"  # the column in which Ray says what an engine did not answer
+WRITTEN_AT_ONCE = 16  # answers on their way to the folder
+
+Engine = Callable[[ray.data.Dataset], ray.data.Dataset]
 
 
 def ask_vllm(config: SynthesizeConfig, prompts: Prompts) -> Answering:
@@ -36,29 +42,59 @@ def ask_vllm(config: SynthesizeConfig, prompts: Prompts) -> Answering:
             "writer: endpoint with a server of your own"
         )
 
-    def answering(name: str, parts: list[Part]) -> Iterator[tuple[str, list[Answer]]]:
+    engine = functools.cache(functools.partial(_engine, config))  # built when there is something to ask
+
+    def answering(name: str, parts: list[Part], earlier: Mapping[str, Answer]) -> Iterator[tuple[str, list[Answer]]]:
         folder = storage.join(config.output, ARRIVING, name)
-        part_of = {request.id: part for part, requests in parts for request in requests}
-        requests = {request.id: request for _, part in parts for request in part}
-        for part, _ in parts:
-            for file in storage.list_folder(f"{folder}/{part}"):
-                answer = storage.read_json(f"{folder}/{part}/{file}")
-                del requests[answer["request"]]
-                yield part, [answer]
-        answers = {request.id: empty_answer(request) for request in requests.values()}
-        for attempt in range(config.attempts):
-            # In the order of the requests, so that parts become whole one after another.
-            rows = [engine_row(request, prompts, config, attempt) for request in requests.values()]
-            for output in _run(rows, config) if rows else ():
-                request = requests[output["request"]]
-                answer = settle(answers[request.id], request, output)
-                if not answer["error"] or attempt == config.attempts - 1:
-                    del requests[request.id]
-                    part = part_of[request.id]
-                    storage.write_json(f"{folder}/{part}/{request.id}.json", answer)
-                    yield part, [answer]
+        left = {request.id: (part, request) for part, requests in parts for request in requests}
+        with ThreadPoolExecutor(WRITTEN_AT_ONCE) as pool:
+            for part, requests in parts:
+                known = read_arrived(f"{folder}/{part}", pool)
+                for request in requests:
+                    if request.id in known:
+                        del left[request.id]
+                        yield part, [known[request.id]]
+            answers = {request.id: begin(request, earlier.get(request.id)) for _, request in left.values()}
+            for again in reversed(range(config.attempts)):
+                # In the order of the requests, so that parts become whole one after another.
+                rows = [engine_row(r, prompts, config, answers[r.id]["completions"]) for _, r in left.values()]
+                outputs = _run(rows, engine()) if rows else iter(())
+                yield from _keeping(folder, _settled(outputs, left, answers, bool(again)), pool)
 
     return answering
+
+
+def _settled(
+    outputs: Iterable[dict[str, Any]], left: dict[str, tuple[str, Request]], answers: dict[str, Answer], again: bool
+) -> Iterator[tuple[str, Answer]]:
+    """Yield what need not be asked again, each with its part, and take it from `left`.
+
+    Args:
+        again: what is out of form can be asked for again.
+    """
+    for output in outputs:
+        part, request = left[output["request"]]
+        answer = answers[request.id] = settle(answers[request.id], request, output, request.pairs if again else 1)
+        if not answer["error"] or not again:
+            del left[request.id]
+            yield part, answer
+
+
+def _keeping(folder: str, answers: Iterable[tuple[str, Answer]], pool: Executor) -> Iterator[tuple[str, list[Answer]]]:
+    """Yield answers when they are written, several of which are at a time."""
+    writing: deque[tuple[str, Answer, Future[None]]] = deque()
+
+    def written() -> tuple[str, list[Answer]]:
+        part, answer, future = writing.popleft()
+        future.result()
+        return part, [answer]
+
+    for part, answer in answers:
+        writing.append((part, answer, pool.submit(keep, f"{folder}/{part}", answer)))
+        if len(writing) == WRITTEN_AT_ONCE:
+            yield written()
+    while writing:
+        yield written()
 
 
 def engine_row(request: Request, prompts: Prompts, config: SynthesizeConfig, attempt: int) -> dict[str, Any]:
@@ -78,25 +114,31 @@ def engine_row(request: Request, prompts: Prompts, config: SynthesizeConfig, att
     }
 
 
-def settle(answer: Answer, request: Request, output: dict[str, Any]) -> Answer:
-    """Add what the engine wrote to the answer: its content, or why there is none."""
-    answer["completions"] += 1
-    answer["prompt_tokens"] += output["num_input_tokens"]
-    answer["completion_tokens"] += output["num_generated_tokens"]
-    if output.get(FAILURE):
-        return answer | {"error": "refused", "detail": output[FAILURE]}
+def settle(answer: Answer, request: Request, output: dict[str, Any], least: int) -> Answer:
+    """Return the answer with what the engine wrote: its content, or why there is none.
+
+    Args:
+        least: written questions that it has to hold (`forms.parse`).
+    """
+    if output.get(FAILURE):  # nothing was written, nor counted
+        return answer | {"error": REFUSED, "detail": output[FAILURE]}
+    answer = answer | {
+        "completions": answer["completions"] + 1,
+        "prompt_tokens": answer["prompt_tokens"] + output["num_input_tokens"],
+        "completion_tokens": answer["completion_tokens"] + output["num_generated_tokens"],
+    }
     try:
-        content = parse(request, output["generated_text"], least=request.pairs)
+        content = parse(request, output["generated_text"], least)
     except BadAnswerError as error:
         return answer | {"error": error.reason, "detail": f"{error}; the last answer: {output['generated_text']}"}
     return answer | {"content": json.dumps(content, ensure_ascii=False), "error": None, "detail": None}
 
 
-def _run(rows: list[dict[str, Any]], config: SynthesizeConfig) -> Iterator[dict[str, Any]]:
+def _engine(config: SynthesizeConfig) -> Engine:
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig  # imports what only such a cluster has
 
     assert config.vllm.model
-    processor = build_processor(
+    return build_processor(
         vLLMEngineProcessorConfig(
             model_source=config.vllm.model,
             engine_kwargs=config.vllm.engine,
@@ -105,6 +147,9 @@ def _run(rows: list[dict[str, Any]], config: SynthesizeConfig) -> Iterator[dict[
             should_continue_on_error=True,
         ),
     )
+
+
+def _run(rows: list[dict[str, Any]], engine: Engine) -> Iterator[dict[str, Any]]:
     columns = ["request", "generated_text", "num_input_tokens", "num_generated_tokens", FAILURE]
-    for row in processor(ray.data.from_items(rows)).iter_rows():
+    for row in engine(ray.data.from_items(rows)).iter_rows():
         yield {name: row.get(name) for name in columns}
