@@ -36,6 +36,7 @@ from mellow_platform.model import (
 )
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.model.tokenizer import train_tokenizer
+from tests.object_storage import object_store
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -51,6 +52,19 @@ def cluster() -> Iterator[None]:
     ray.init("local", num_cpus=8, include_dashboard=False, object_store_memory=500_000_000, logging_level="warning")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A bucket on an S3 server, or "" where none can be started.
+
+    A module whose cluster is to know it asks for it first: `pytestmark = pytest.mark.usefixtures("bucket")`.
+    """
+    try:
+        with object_store(tmp_path_factory.mktemp("s3")) as store:
+            yield store.uri
+    except pytest.skip.Exception:
+        yield ""
 
 
 @pytest.fixture(scope="module")

@@ -21,21 +21,11 @@ from mellow_platform.inference.predict import GROUP_SCHEMA, AnswerGroups, decode
 from mellow_platform.inference.request import Request
 from mellow_platform.model.folder import load_processor, save_model
 from tests.conftest import REPOSITORY, kill_when
-from tests.object_storage import object_store
 from tests.test_inference import build_model, build_processor
 
+pytestmark = pytest.mark.usefixtures("bucket")  # before the cluster: a job reads and writes there
 RATE = 32_000
 QUESTIONS = ["caption the audio.", "how many sounds are there?"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A bucket on an S3 server, or "" where none can be started; before the cluster, so that its workers know it."""
-    try:
-        with object_store(tmp_path_factory.mktemp("s3")) as store:
-            yield store.uri
-    except pytest.skip.Exception:
-        yield ""
 
 
 @pytest.fixture(scope="module")

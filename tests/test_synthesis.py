@@ -33,7 +33,7 @@ from mellow_platform.synthesis.asked import Request, plan
 from mellow_platform.synthesis.candidates import TIER_QUESTIONS, candidates, deal_letters, record, subtype
 from mellow_platform.synthesis.checks import apply, blind, support
 from mellow_platform.synthesis.endpoint import Access, EndpointWriter, Pace
-from mellow_platform.synthesis.filters import given_away, near_duplicates, reason_of
+from mellow_platform.synthesis.filters import contradictions, given_away, near_duplicates, reason_of
 from mellow_platform.synthesis.forms import ASPECTS, BadAnswerError, parse, schema, unbounded
 from mellow_platform.synthesis.mixture import Pair, check_share, mix
 from mellow_platform.synthesis.passes import Part, read_parts, run_pass
@@ -45,19 +45,9 @@ from mellow_platform.synthesis.vllm_engine import ask_vllm, engine_row, settle
 from tests.chaos.kill_synthesis import write_captions
 from tests.conftest import REPOSITORY
 from tests.llm_server import IN_CONTENT, KEY, MODEL, ON_THE_WAY, LLMServer, llm_server
-from tests.object_storage import object_store
 
+pytestmark = pytest.mark.usefixtures("bucket")  # before the cluster: a job reads and writes there
 KINDS = ["detail", "mcq", "difference", "entailment"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A bucket on an S3 server, or "" where none can be started; before the cluster, so that its workers know it."""
-    try:
-        with object_store(tmp_path_factory.mktemp("s3")) as store:
-            yield store.uri
-    except pytest.skip.Exception:
-        yield ""
 
 
 def config(captions: str | list[str], output: Path | str, **fields: Any) -> SynthesizeConfig:
@@ -387,6 +377,32 @@ def test_near_duplicates_are_told_among_questions_of_a_kind_on_the_same_clip():
     again = true | {"id": "again"}
     other = true | {"id": "other", "question": true["question"].replace("a dog barks", "an old bell rings")}
     assert near_duplicates([true, false, again, other], 0.7) == {"again"}
+
+
+def test_a_hypothesis_of_two_verdicts_on_a_clip_is_left_out_with_all_of_them():
+    def said(id: str, claim: str, verdict: str, clip: str = "a.wav") -> dict[str, Any]:
+        question = f'based on the audio, what can be said about the hypothesis - "{claim}"?'
+        return candidate(question, verdict, kind="entailment") | {"id": id, "clips": [clip]}
+
+    both = [said("1", "a dog barks", "it is definitely true"), said("2", "the dog barks", "it is plausible")]
+    alike = [said("3", "a dog barks twice", "it is plausible"), said("4", "A dog barks twice.", "it is plausible")]
+    elsewhere = [said("5", "a dog barks", "it is definitely false", "b.wav")]
+    assert contradictions([*both, *alike, *elsewhere]) == {"1", "2"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("the first audio", "no_difference"),
+        ("A dog barks in the yard.", "no_difference"),
+        ("a dog barks in the yard, rain falls on a roof", ""),
+        ("the first audio has a dog, the second one rain", ""),
+    ],
+)
+def test_a_difference_names_something_and_more_than_one_caption(answer: str, reason: str):
+    compared = candidate("explain the difference between the two audios in a few words.", answer, kind="difference")
+    compared |= {"captions": ["a dog barks in the yard", "rain falls on a roof"]}
+    assert reason_of(compared, FiltersSection()) == reason
 
 
 def test_a_question_is_given_away_to_one_who_is_sure_and_right_without_the_audio():

@@ -1,7 +1,7 @@
 """What is left out of the corpus, and why: functions of what was written, each of which gives a reason to count by.
 
-`reason_of` looks at a question alone, `near_duplicates` at all questions on one clip, `given_away` at what the check
-without audio made of a question.
+`reason_of` looks at a question alone, `contradictions` and `near_duplicates` at all questions on one clip, `given_away`
+at what the check without audio made of a question.
 """
 
 import functools
@@ -16,7 +16,7 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from mellow_platform.config import FiltersSection
 from mellow_platform.data.records import Record, lettered
 from mellow_platform.synthesis.candidates import Candidate, hypothesis
-from mellow_platform.synthesis.words import content_words, holds_phrase, words
+from mellow_platform.synthesis.words import FUNCTION_WORDS, content_words, holds_phrase, words
 
 # A text shorter than so many bytes looks like any language, and is let pass; of longer ones the identifier has to be as
 # sure as this that they are in a language outside the list.
@@ -60,7 +60,7 @@ SAME_ANSWER = 0.8  # share of common words from which two open answers say the s
 def reason_of(candidate: Candidate, limits: FiltersSection) -> str:
     """Return why a question is left out, or "" where nothing in it is wrong."""
     of_length, in_language = (lambda c: _length(c, limits)), (lambda c: _language(c, limits))
-    checks = (_letters, of_length, _answer, _references, _caption, _choices, _leak, in_language)
+    checks = (_letters, of_length, _answer, _references, _caption, _choices, _leak, _difference, in_language)
     return next((reason for check in checks if (reason := check(candidate))), "")
 
 
@@ -135,6 +135,15 @@ def _names(question: str, answer: str) -> bool:
     return telling <= set(asked)
 
 
+def _difference(candidate: Candidate) -> str:
+    """What tells two clips apart names something, and something else than one caption does alone."""
+    if candidate["kind"] != "difference":
+        return ""
+    said = words(candidate["answer"])
+    alone = said in map(words, candidate["captions"]) or FUNCTION_WORDS.issuperset(said)
+    return "no_difference" if alone else ""
+
+
 def _length(candidate: Candidate, limits: FiltersSection) -> str:
     """A model reads and writes so many tokens; a text of a word or two asks nothing."""
     asked = len(" ".join([candidate["question"], *candidate["choices"]]).split())
@@ -173,6 +182,16 @@ def check_languages(limits: FiltersSection) -> None:
 @functools.cache
 def _identifier() -> LanguageIdentifier:
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def contradictions(candidates: Iterable[Candidate]) -> set[str]:
+    """Return the ids of hypotheses that are called one thing and another of the same clip: neither can be trusted."""
+    verdicts: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for candidate in candidates:
+        if candidate["kind"] == "entailment":
+            claim = (*candidate["clips"], *words(hypothesis(candidate["question"])))
+            verdicts.setdefault(claim, {}).setdefault(candidate["answer"], []).append(candidate["id"])
+    return {id for found in verdicts.values() if len(found) > 1 for ids in found.values() for id in ids}
 
 
 def near_duplicates(candidates: Iterable[Candidate], similarity: float) -> set[str]:

@@ -38,7 +38,7 @@ from mellow_platform.synthesis.answers import Answer
 from mellow_platform.synthesis.asked import Request
 from mellow_platform.synthesis.candidates import CANDIDATE_SCHEMA, RECORD_SCHEMA, Candidate, candidates
 from mellow_platform.synthesis.endpoint import Access, EndpointWriter
-from mellow_platform.synthesis.filters import check_languages, near_duplicates, reason_of
+from mellow_platform.synthesis.filters import check_languages, contradictions, near_duplicates, reason_of
 from mellow_platform.synthesis.forms import WRITTEN_ONE_BY_ONE
 from mellow_platform.synthesis.mixture import Pair, check_share, describe, existing_pairs, mix
 from mellow_platform.synthesis.passes import ANSWERS, Answering, ask_actors, read_parts, run_pass
@@ -213,9 +213,11 @@ def _filter_block(block: pa.Table, limits: FiltersSection) -> pa.Table:
     rows = block.to_pylist()
     for row in rows:
         row["reason"] = reason_of(row, limits)
-    repeated = near_duplicates([row for row in rows if not row["reason"]], limits.similarity)
-    for row in rows:
-        row["reason"] = "near_duplicate" if row["id"] in repeated else row["reason"]
+    repeated = functools.partial(near_duplicates, similarity=limits.similarity)
+    for reason, find in (("contradiction", contradictions), ("near_duplicate", repeated)):
+        found = find([row for row in rows if not row["reason"]])
+        for row in rows:
+            row["reason"] = reason if row["id"] in found else row["reason"]
     return pa.Table.from_pylist([{"id": row["id"], "reason": row["reason"]} for row in rows], schema=REASON_SCHEMA)
 
 
