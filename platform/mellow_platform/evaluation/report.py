@@ -115,12 +115,12 @@ def left_over(report: dict[str, Any]) -> str:
         [f"{report['dropped']:,} dropped by preprocess with clips that cannot be used"] if report["dropped"] else []
     )
     said = [f"Questions: {'; '.join(parts)}."] if parts else []
-    said += [
-        f"An answer ({CONDITIONS[condition]}) came {taken['median']:.2f} s after it was asked for (median; 95 % within "
-        f"{taken['p95']:.2f} s), many being asked for at once."
-        for condition, taken in report["seconds_an_answer"].items()
-        if taken
+    taken = [
+        f"{CONDITIONS[condition]} {seconds['median']:.2f} s ({seconds['p95']:.2f} s)"
+        for condition, seconds in report["seconds_an_answer"].items()
+        if seconds
     ]
+    said += [f"From question to answer, many at a time (median, and 95 % within): {', '.join(taken)}."] if taken else []
     return " ".join(said)
 
 
