@@ -377,6 +377,24 @@ def test_what_cannot_be_judged_is_refused_with_its_name(
         judged(corpus, f"refused {message}".replace("/", "-"), **({"model": "random"} | fields))
 
 
+def test_a_file_that_is_not_there_is_named_and_takes_no_folder(corpus: SimpleNamespace):
+    file = corpus.root / "later.json"
+    for model, message in (
+        (f"predictions:{file}", rf"{file} does not exist: check the URI"),
+        ("randm", "model .*randm: no such folder, and no address .* constant:TEXT, random or predictions:FILE"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            judged(corpus, "later", model, benchmark=["mcq"])
+    with pytest.raises(FileNotFoundError, match=r"corpus/tst.json does not exist: check the URI"):
+        judged(corpus, "later", "random", benchmark=["mcq"], split="tst")
+    wrong = [{"id": str(number), "prediction": "yes"} for number in range(9)]
+    storage.write_json(str(file), wrong)
+    with pytest.raises(ValueError, match=r"has no answer to test/\d+ \(ids there: 0, 1, 2, ...\)"):
+        judged(corpus, "later", f"predictions:{file}", benchmark=["mcq"])
+    storage.write_json(str(file), corpus.rows)
+    assert values(judged(corpus, "later", f"predictions:{file}", benchmark=["mcq"]), "audio") == {"mcq": 1.0}
+
+
 def test_another_models_scores_are_not_overwritten(corpus: SimpleNamespace, truth: dict[str, Any]):
     with pytest.raises(ValueError, match=r"holds answers of another configuration \(differing: model\)"):
         judged(corpus, "truth", "random")

@@ -135,7 +135,7 @@ def test_a_job_that_was_killed_goes_on_with_what_is_missing(whole: EvaluateConfi
 def test_answers_of_another_configuration_or_to_other_questions_are_refused(whole: EvaluateConfig):
     with pytest.raises(ValueError, match=r"holds answers of another configuration \(differing: max_new_tokens\)"):
         evaluate(whole.model_copy(update={"max_new_tokens": 7}))
-    with pytest.raises(ValueError, match=r"holds answers of another configuration \(differing: the input itself\)"):
+    with pytest.raises(ValueError, match=r"holds answers of another configuration \(differing: questions\)"):
         evaluate(whole.model_copy(update={"limit": 3}))
 
 

@@ -35,7 +35,7 @@ from mellow_platform.synthesis.checks import apply, blind, support
 from mellow_platform.synthesis.endpoint import Access, EndpointWriter, Pace
 from mellow_platform.synthesis.filters import contradictions, given_away, near_duplicates, reason_of
 from mellow_platform.synthesis.forms import ASPECTS, BadAnswerError, parse, schema, unbounded
-from mellow_platform.synthesis.mixture import Pair, check_share, mix
+from mellow_platform.synthesis.mixture import Pair, check_share, existing_pairs, mix
 from mellow_platform.synthesis.passes import Part, read_parts, run_pass
 from mellow_platform.synthesis.prompts import Prompts
 from mellow_platform.synthesis.rules import RuleWriter
@@ -628,6 +628,14 @@ def test_without_any_endpoint_the_built_in_corpus_gets_questions_that_preprocess
     read = plan_source(PreprocessConfig(corpus=by_rules.output, audio_root=f"{scenes}/audio", output="/o"))
     assert {split: len(table) for split, table in read.records.items()} == {s: len(r) for s, r in records.items()}
     assert "| train |" in storage.read_bytes(storage.join(by_rules.output, "report.md")).decode()
+
+
+def test_what_this_job_wrote_is_not_mixed_in_as_existing(by_rules, scenes):
+    found = existing_pairs([], config([], "/o", existing=by_rules.output))
+    known = existing_pairs([], config([], "/o", existing=scenes))
+    assert {pair.record for pair in found["val"]} == {pair.record for pair in known["val"]}
+    assert {pair.record for pair in found["train"]} <= {pair.record for pair in known["train"]}
+    assert len(found["train"]) == report_of(by_rules)["mixture"]["splits"]["train"]["existing"]
 
 
 def test_a_corpus_whose_remaking_was_killed_is_not_taken_for_finished(by_rules, monkeypatch):

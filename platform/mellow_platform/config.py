@@ -588,7 +588,9 @@ class SynthesizeConfig(Section):
     max_failed_share: float = Field(0.05, ge=0, le=1, description="share of failed requests past which the job fails")
     seed: int = Field(0, ge=0, description="of partners, draws and the places of right choices")
     existing: Uri | None = Field(
-        None, description="folder with train.json, val.json, test.json to mix in, questions that a model wrote excepted"
+        None,
+        description="folder with train.json, val.json, test.json to mix in, except for ReasonAQA's synthetic questions "
+        "(Clotho-MCQ, Clotho-Detail, AudioCaps-MCQ, AudioCaps-Detail) and those that this job wrote",
     )
     synthetic_share: float | None = Field(
         None,

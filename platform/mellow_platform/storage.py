@@ -81,8 +81,18 @@ def exists(uri: str) -> bool:
 
 
 def read_bytes(uri: str) -> bytes:
+    """Return all bytes of a file.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+    """
     fs, path = filesystem(uri)
-    return fs.cat_file(path)
+    try:
+        return fs.cat_file(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{uri} does not exist: check the URI and, on S3, AWS_ENDPOINT_URL and the keys"
+        ) from error
 
 
 def read_range(uri: str, offset: int, size: int) -> bytes:

@@ -32,7 +32,7 @@ NOISE_LEVEL = 0.1  # standard deviation, full scale 1
 RATE = 32_000  # Hz, of clips that are made WAV
 UNANSWERED, REFUSED = "unanswered", "refused"  # after all retries; for good
 KEPT = "answers so far are kept: submit the job again to go on"
-AT_FAULT_ALONE = 4  # questions without an answer, of which others may get one; of more, none does
+AT_FAULT_ALONE = 4  # so many questions of a part may be at fault that they have no answer; of more, the endpoint is
 TEXT_SHOWN = 200  # characters of a body that is no answer
 NEEDS_AUDIO = "; a model that insists on audio takes endpoint.text_only: silence"
 HOPELESS = {401: "check OPENAI_API_KEY", 403: "check OPENAI_API_KEY", 404: "check the URL and endpoint.model"}
@@ -343,7 +343,10 @@ def given(benchmark: str, items: Iterable[Item], uri: str) -> list[Reply]:
     for id, answer in zip(table["id"].to_pylist(), table[text].to_pylist(), strict=True):
         if found.setdefault(str(id), answer or "") != (answer or ""):
             raise ValueError(f"{uri} has two answers to question {id}: keep one")
-    missing = "no_prediction", f"{uri} has no answer to it"
-    # MMAU's own ids come without the benchmark's name.
-    answers = [found.get(item.id, found.get(item.id.removeprefix("mmau/"))) for item in items]
-    return [Reply(text) if text is not None else Reply(error=missing[0], detail=missing[1]) for text in answers]
+    there = ", ".join(list(found)[:3]) or "none"
+    replies = []
+    for item in items:
+        own = found.get(item.id, found.get(item.id.removeprefix("mmau/")))  # MMAU's ids come without its name
+        detail = f"{uri} has no answer to {item.id} (ids there: {there}, ...)"
+        replies.append(Reply(own) if own is not None else Reply(error="no_prediction", detail=detail))
+    return replies

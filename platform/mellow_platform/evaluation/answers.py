@@ -10,7 +10,7 @@ The output folder gets
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -90,12 +90,14 @@ def listen(config: EvaluateConfig, asked: Sequence[Question], source: Source) ->
     progress = Progress("questions", len(asked) * len(conditions), there, rejected_are="without an answer")
     missing = [{"name": name} | part for name, part in parts.items() if name not in done]
     clips = list(dict.fromkeys(clip for question in asked for clip in question.clips))[:CLIPS_OF_THE_MEAN]
+    failed = _failed(done)
     for receipt in _answer_parts(config, questions, missing, clips, key, model, works):
-        done[receipt["name"]] = receipt
         progress.add(receipt["questions"], sum(receipt["failed"].values()))
-        stop_if_too_many(_failed(done)[receipt["condition"]], len(asked), config)
-    for counts in _failed(done).values():
-        stop_if_too_many(counts, len(asked), config)
+        failed[receipt["condition"]].update(receipt["failed"])
+        stop_if_too_many(failed[receipt["condition"]], receipt["first"], len(asked), config)
+    for condition, counts in failed.items():
+        first = next((each["first"] for each in done.values() if each["condition"] == condition and each["first"]), "")
+        stop_if_too_many(counts, first, len(asked), config)
     storage.remove_partial(config.output)
     return {
         condition: _read(config, [name for name, part in parts.items() if part["condition"] == condition])
@@ -108,11 +110,11 @@ def _asked_under(condition: str, config: EvaluateConfig) -> str:
     return f"{condition}-{config.endpoint.text_only}" if config.is_remote and condition == "text_only" else condition
 
 
-def _failed(receipts: dict[str, dict[str, Any]]) -> dict[str, Counter[str]]:
+def _failed(receipts: dict[str, dict[str, Any]]) -> defaultdict[str, Counter[str]]:
     """Return how many questions of parts have no answer, by condition and reason."""
-    failed: dict[str, Counter[str]] = {}
+    failed: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for receipt in receipts.values():
-        failed.setdefault(receipt["condition"], Counter()).update(receipt["failed"])
+        failed[receipt["condition"]].update(receipt["failed"])
     return failed
 
 
@@ -129,7 +131,17 @@ def _served_model(config: EvaluateConfig, key: SecretStr) -> str:
 
 
 def _model_of(config: EvaluateConfig, source: Source) -> str:
-    """Return the SHA-256 of the model's folder, having made sure that its encoder wrote the shards."""
+    """Return the SHA-256 of the model's folder, having made sure that its encoder wrote the shards.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: another encoder wrote them.
+    """
+    if not storage.exists(config.model):
+        raise FileNotFoundError(
+            f"model {config.model}: no such folder, and no address (http://...), constant:TEXT, random or "
+            "predictions:FILE"
+        )
     if source.manifest and source.manifest.encoder != encoder_digest(load_encoder(config.model)):
         raise ValueError(
             f"{config.shards} was written by an encoder with other weights than {config.model} has: give shards of its "
@@ -144,12 +156,17 @@ def claim(config: EvaluateConfig, asked: Sequence[Question], model: str, source:
     Raises:
         ValueError: it holds others.
     """
-    digest = hashlib.sha256(f"{model} {source.manifest.content_hash if source.manifest else ''}".encode())
-    digest.update(json.dumps(config.shaping, sort_keys=True).encode())
+    questions = hashlib.sha256()
     for question in asked:
-        digest.update(json.dumps(asdict(question)).encode())
-    shaping = config.shaping | ({SERVED: model} if config.is_remote else {})
-    shards.claim(config.output, shaping, digest.hexdigest(), holds="answers")
+        questions.update(json.dumps(asdict(question)).encode())
+    depends_on = config.shaping | {
+        # By `benchmark`, `limit`, and the files that they and their clips come from.
+        "questions": questions.hexdigest(),
+        "shards": source.manifest.content_hash if source.manifest else None,
+        SERVED if config.is_remote else "weights": model,
+    }
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    shards.claim(config.output, depends_on, digest, holds="answers")
 
 
 def _answer_parts(
@@ -222,24 +239,25 @@ class AnswerPart:
         }
         answers = [known[row["row"]] for row in rows]
         receipt = {
-            "name": name,
             "condition": condition,
             "questions": len(rows),
             "failed": dict(Counter(answer["error"] for answer in answers if answer["error"])),
+            "first": next((answer["detail"] for answer in answers if answer["error"]), None),
         }
         table = pa.Table.from_pylist(answers, schema=ANSWER_SCHEMA)
         return shards.write_shard(self.config.output, ANSWERS, name, table, receipt)
 
 
-def stop_if_too_many(failed: Counter[str], questions: int, config: EvaluateConfig) -> None:
-    """Raise ValueError where more than the allowed share of the questions has no answer."""
+def stop_if_too_many(failed: Counter[str], detail: str | None, questions: int, config: EvaluateConfig) -> None:
+    """Raise ValueError, with the reason of one in words, where more than the allowed share has no answer."""
     if not _are_too_many(failed, questions, config):
         return
     counts = ", ".join(f"{reason} {count}" for reason, count in sorted(failed.items()))
-    mend = "mend them and delete it" if failed.keys() - {UNANSWERED} else "submit the job again to ask those again"
+    clips = failed.keys() - {UNANSWERED}
+    mend = f"mend that and delete {config.output}" if clips else "submit the job again to ask those again"
     raise ValueError(
-        f"{failed.total()} of {questions} questions have no answer ({counts}) so far; what there is of {config.output}/"
-        f"{ANSWERS} says why: {mend}, or raise max_failed_share (now {config.max_failed_share:g})"
+        f"{failed.total()} of {questions} questions have no answer ({counts}) so far"
+        f"{detail and f', one since {detail}'}; {mend}, or raise max_failed_share (now {config.max_failed_share:g})"
     )
 
 

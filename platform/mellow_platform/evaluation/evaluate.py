@@ -58,14 +58,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     before = read_baseline(config, questions)
     # What several benchmarks ask alike is asked once.
     asked = list(dict.fromkeys(Question(b.prompt(item), item.clips) for b, items in questions for item in items))
-    if config.listens:
-        said = dict(zip(asked, _by_question(listen(config, asked, source)), strict=True))
-    else:
-        claim(config, asked, "", source)
-        said = {}
+    listened = _by_question(listen(config, asked, source)) if config.listens else []
+    said = dict(zip(asked, listened, strict=config.listens))
     answered = [score(b, items, _replies_to(b, items, said, config)) for b, items in questions]
     for each in answered:
         stop_if_unanswered(each, config)
+    if not config.listens:  # nothing is kept that a failed run could go on with
+        claim(config, asked, "", source)
     report = {
         "model": config.model,
         "split": config.split,

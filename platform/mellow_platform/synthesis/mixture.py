@@ -10,7 +10,7 @@ import numpy as np
 from mellow_platform import storage
 from mellow_platform.config import SYNTHETIC_SUBTYPES, SynthesizeConfig
 from mellow_platform.data.captions import Caption
-from mellow_platform.data.records import SPLITS, Record, read_records
+from mellow_platform.data.records import SPLITS, Record, from_row, read_records
 from mellow_platform.synthesis.candidates import CAPTION_QUESTION, Candidate, deal_letters, record, subtype
 
 
@@ -36,7 +36,8 @@ class Pair:
 def existing_pairs(captions: list[Caption], config: SynthesizeConfig) -> dict[str, list[Pair]]:
     """Return what nobody has to write, by split: captioning with the captions, and the records of `existing`.
 
-    Of the latter, questions that a language model wrote are left out. Tags are no captions.
+    Of the latter, questions that a language model wrote are left out: ReasonAQA's by their names, those of this job by
+    what stands beside them in the folder. Tags are no captions.
 
     Raises:
         FileNotFoundError: a file of the folder is absent.
@@ -50,13 +51,21 @@ def existing_pairs(captions: list[Caption], config: SynthesizeConfig) -> dict[st
             fields = (caption.taskname, caption.clip, "", caption.text, "", CAPTION_QUESTION, text, name)
             found[caption.split][Record(*fields)] = None
     for split in SPLITS if config.existing else ():
-        for known in read_records(storage.join(config.existing or "", f"{split}.json")):
+        for known, kind in _read_existing(config.existing or "", split):
             for clip in known.filepaths:
                 if splits.setdefault(clip, split) != split:
                     raise ValueError(f"{config.existing}: clip {clip} is in {split}, and in {splits[clip]} too")
-            if known.family not in SYNTHETIC_SUBTYPES:
+            if not kind and known.family not in SYNTHETIC_SUBTYPES:
                 found[split][known] = None
     return {split: [Pair(record) for record in records] for split, records in found.items()}
+
+
+def _read_existing(folder: str, split: str) -> list[tuple[Record, str]]:
+    """Return the records of a split with how each was written, which the folder says if a synthesis made it."""
+    marked = storage.join(folder, f"records/{split}.parquet")
+    if storage.exists(marked):
+        return [(from_row(row), row["kind"]) for row in storage.read_tables([marked]).to_pylist()]
+    return [(known, "") for known in read_records(storage.join(folder, f"{split}.json"))]
 
 
 def check_share(existing: dict[str, list[Pair]], requested: int, config: SynthesizeConfig) -> None:

@@ -44,7 +44,7 @@ def markdown(report: dict[str, Any]) -> str:
         ),
         _table(
             "Requests",
-            ("pass", "requests", "failed", "answers", "HTTP retries", "tokens of prompts", "tokens of answers"),
+            ("pass", "requests", "failed", "completions", "HTTP retries", "tokens of prompts", "tokens of answers"),
             [
                 (name, c["requests"], sum(c["failed"].values()), *(c[count] for count in SPENT))
                 for name, c in report["passes"].items()
