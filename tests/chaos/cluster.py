@@ -23,6 +23,7 @@ from tests.conftest import REPOSITORY
 from tests.object_storage import wait_for_port
 
 DRIVER, WORKER, NODE = "driver", "worker", "node"
+START_SECONDS = 180  # that nodes may take: a `ray start` gives up after half a minute, and is started again
 # What does no work of a job: idle workers, agents, and the actors of Ray's own bookkeeping (ray::_StatsActor).
 NOT_BUSY = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_")
 
@@ -178,7 +179,7 @@ class ChaosCluster(contextlib.AbstractContextManager):
         return {node_id: node for node_id, node in nodes.items() if node.state == gcs_pb2.GcsNodeInfo.ALIVE}
 
     def _wait_for_nodes(self, count: int) -> None:
-        for _ in range(60):
+        for _ in range(START_SECONDS):
             if (found := len(self._members())) == count:
                 return
             self._replace_ended()
