@@ -83,7 +83,7 @@ def listen(config: EvaluateConfig, asked: Sequence[Question], source: Source) ->
     }
     done = {name: each for name, each in shards.receipts(config.output, ANSWERS).items() if name in parts}
     works = any(receipt["questions"] > sum(receipt["failed"].values()) for receipt in done.values())
-    if len(done) < len(parts) or any(_are_too_many(own, len(asked), config) for own in _failed(done).values()):
+    if len(done) < len(parts) or any(are_too_many(own, len(asked), config) for own in _failed(done).values()):
         # What an endpoint did not answer may be had now; of a job that is done it is left as it is.
         done = {name: receipt for name, receipt in done.items() if UNANSWERED not in receipt["failed"]}
     there = sum(receipt["questions"] for receipt in done.values())
@@ -250,19 +250,23 @@ class AnswerPart:
 
 def stop_if_too_many(failed: Counter[str], detail: str | None, questions: int, config: EvaluateConfig) -> None:
     """Raise ValueError, with the reason of one in words, where more than the allowed share has no answer."""
-    if not _are_too_many(failed, questions, config):
+    if not are_too_many(failed, questions, config):
         return
-    counts = ", ".join(f"{reason} {count}" for reason, count in sorted(failed.items()))
     clips = failed.keys() - {UNANSWERED}
     mend = f"mend that and delete {config.output}" if clips else "submit the job again to ask those again"
+    since = f", one since {detail}" if detail else ""
     raise ValueError(
-        f"{failed.total()} of {questions} questions have no answer ({counts}) so far"
-        f"{detail and f', one since {detail}'}; {mend}, or raise max_failed_share (now {config.max_failed_share:g})"
+        f"{failed.total()} of {questions} questions have no answer ({in_words(failed)}) so far{since}; {mend}, "
+        f"or raise max_failed_share (now {config.max_failed_share:g})"
     )
 
 
-def _are_too_many(failed: Counter[str], questions: int, config: EvaluateConfig) -> bool:
+def are_too_many(failed: Counter[str], questions: int, config: EvaluateConfig) -> bool:
     return failed.total() > config.max_failed_share * questions
+
+
+def in_words(failed: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(failed.items()))
 
 
 def _clips_of(questions: pa.Table) -> list[str]:

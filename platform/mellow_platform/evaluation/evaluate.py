@@ -18,7 +18,7 @@ import pyarrow as pa
 from mellow_platform import storage
 from mellow_platform.config import EvaluateConfig
 from mellow_platform.evaluation.answerers import Question, Reply, draw, given
-from mellow_platform.evaluation.answers import claim, listen
+from mellow_platform.evaluation.answers import are_too_many, claim, in_words, listen
 from mellow_platform.evaluation.benchmarks import BENCHMARKS, MMAU, Benchmark
 from mellow_platform.evaluation.comparison import PREDICTIONS, compare, read_baseline
 from mellow_platform.evaluation.items import Item, Source
@@ -91,12 +91,11 @@ def stop_if_unanswered(answered: Answered, config: EvaluateConfig) -> None:
     """
     name, questions = answered.benchmark.name, len(answered.items)
     for condition, reasons in answered.without_answer.items():
-        if sum(reasons.values()) > config.max_failed_share * questions:
-            counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+        if are_too_many(reasons, questions, config):
             first = next(reply.detail for reply in answered.replies[condition] if reply.error)
             raise ValueError(
-                f"benchmark {name}: {sum(reasons.values())} of {questions} questions have no answer under {condition} "
-                f"({counts}), the first: {first}; mend them, or raise max_failed_share (now "
+                f"benchmark {name}: {reasons.total()} of {questions} questions have no answer under {condition} "
+                f"({in_words(reasons)}), the first: {first}; mend them, or raise max_failed_share (now "
                 f"{config.max_failed_share:g})"
             )
 

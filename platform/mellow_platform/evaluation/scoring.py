@@ -31,10 +31,10 @@ class Answered:
     scored: dict[str, Scored]
 
     @property
-    def without_answer(self) -> dict[str, dict[str, int]]:
+    def without_answer(self) -> dict[str, Counter[str]]:
         """How many questions have no answer, by condition and reason, where there are any."""
         found = {name: Counter(reply.error for reply in own if reply.error) for name, own in self.replies.items()}
-        return {name: dict(counts) for name, counts in found.items() if counts}
+        return {name: counts for name, counts in found.items() if counts}
 
 
 def score(benchmark: Benchmark, items: list[Item], replies: dict[str, list[Reply]]) -> Answered:
