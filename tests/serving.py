@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import psutil
 import yaml
 
 from jobs.demo import Demo
+from mellow_platform.authentication import read_token
 from mellow_platform.cluster import free_port
 from mellow_platform.config import DemoConfig
 from mellow_platform.data.audio import encode
@@ -74,8 +74,7 @@ class ServedModel(contextlib.AbstractContextManager):
 
 def serve_details(dashboard: str) -> dict[str, Any]:
     """Return what Serve says of itself on a cluster: controller, proxies, applications with their replicas."""
-    token = os.environ.get("RAY_AUTH_TOKEN") or (Path.home() / ".ray/auth_token").read_text().strip()
-    headers = {"Authorization": f"Bearer {token}"}
+    headers = {"Authorization": f"Bearer {read_token()}"}
     response = httpx.get(f"{dashboard}/api/serve/applications/", headers=headers, timeout=30)
     response.raise_for_status()
     return response.json()

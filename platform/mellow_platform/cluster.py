@@ -25,6 +25,8 @@ from typing import Any
 import psutil
 import yaml
 
+from mellow_platform.authentication import authentication, read_token
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEFINITION = REPOSITORY / "infra" / "overlays" / "local"
 FOLDER = REPOSITORY / "runs" / "cluster"
@@ -133,7 +135,8 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """Variables with which `ray job submit` and `serve deploy` find the cluster."""
-        return {"RAY_ADDRESS": self.dashboard, "RAY_DASHBOARD_ADDRESS": self.dashboard, "RAY_AUTH_MODE": "token"}
+        addresses = {"RAY_ADDRESS": self.dashboard, "RAY_DASHBOARD_ADDRESS": self.dashboard}
+        return addresses | authentication(self.folder)
 
     def start_node(self, group: Group) -> Node:
         """Start one more node of a group; it joins by itself some seconds later."""
@@ -145,7 +148,7 @@ class Cluster:
             process = subprocess.Popen(
                 [_program("ray"), *self._start_command(group, address, is_head)],
                 cwd=REPOSITORY,
-                env=_environment(group),
+                env=_environment(group) | authentication(self.folder),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -163,7 +166,7 @@ class Cluster:
             ConnectionError: the dashboard does not answer; the message says what to do.
         """
         request = urllib.request.Request(f"{self.dashboard}/api/v0/nodes?detail=1&limit=1000")
-        request.add_header("Authorization", f"Bearer {_token()}")
+        request.add_header("Authorization", f"Bearer {read_token(authentication(self.folder))}")
         try:
             with urllib.request.urlopen(request, timeout=10) as response:
                 nodes = json.load(response)["data"]["result"]["result"]
@@ -303,7 +306,6 @@ def up(
     if is_taken(dashboard_port):
         raise OSError(f"port {dashboard_port} is in use: stop what listens there, or choose another --dashboard-port")
     groups = read_groups(render(definition))
-    _make_token()
     folder.mkdir(parents=True, exist_ok=True)
     for log in folder.glob("*.log"):
         log.unlink()
@@ -398,7 +400,6 @@ def _environment(group: Group) -> dict[str, str]:
         | {
             "PATH": os.pathsep.join(filter(None, path)),
             "PYTHONPATH": os.pathsep.join(filter(None, python_path)),
-            "RAY_AUTH_MODE": "token",
             # The endpoint's port is that of the head's proxy: other nodes' proxies would share it, and take some of the
             # connections with them when they end.
             "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(free_port()),
@@ -410,20 +411,6 @@ def _environment(group: Group) -> dict[str, str]:
 
 def _program(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
-
-
-def _token_file() -> Path:
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-
-
-def _token() -> str:
-    return os.environ.get("RAY_AUTH_TOKEN") or _token_file().read_text().strip()
-
-
-def _make_token() -> None:
-    """See that there is a token where Ray looks for it; one that is made goes to ~/.ray/auth_token."""
-    if not os.environ.get("RAY_AUTH_TOKEN") and not _token_file().exists():
-        subprocess.run([_program("ray"), "get-auth-token", "--generate"], stdout=subprocess.DEVNULL, check=True)
 
 
 def is_taken(port: int) -> bool:

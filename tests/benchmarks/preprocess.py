@@ -15,13 +15,18 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder alone would be on it
 
+import tests  # noqa: F401  # its token for Ray, before Ray is imported
+
+# isort: split
 import numpy as np
 import ray
 import torch

@@ -17,7 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder alone would be on it
+
+import tests  # noqa: F401  # its token for Ray, before Ray is imported
+
+# isort: split
 import numpy as np
 import ray
 import torch

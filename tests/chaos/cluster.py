@@ -18,6 +18,7 @@ import psutil
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 from ray.core.generated import autoscaler_pb2, gcs_pb2
 
+from mellow_platform.authentication import authentication
 from mellow_platform.cluster import free_port
 from tests.conftest import REPOSITORY
 from tests.object_storage import wait_for_port
@@ -47,9 +48,8 @@ class ChaosCluster(contextlib.AbstractContextManager):
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # with a short name: sockets stand in it
         self.cpus, self.object_store_memory = cpus, object_store_memory
         self.address = f"127.0.0.1:{free_port()}"
-        self.env = os.environ | {
+        self.env = os.environ | authentication(self.folder) | {
             "RAY_ADDRESS": self.address,
-            "RAY_AUTH_MODE": "disabled",
             # A silent node counts as lost after seconds, not the better part of a minute.
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "5000",

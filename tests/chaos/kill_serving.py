@@ -28,6 +28,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import tests  # noqa: F401  # its token for Ray, before Ray is imported
+
+# isort: split
 import httpx
 import psutil
 import yaml

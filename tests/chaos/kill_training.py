@@ -27,6 +27,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder alone would be on it
 
+import tests  # noqa: F401  # its token for Ray, before Ray is imported
+
+# isort: split
 import torch
 
 from mellow_platform import storage

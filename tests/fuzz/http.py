@@ -9,14 +9,15 @@ flipped bits, or no audio at all. Prints how each kind was answered; the endpoin
 no request without an end, no replica was restarted, and memory grew by no more than 5 % in the second half.
 """
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.pop(0)  # this file's folder, in which `http` is this file
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-os.environ["RAY_AUTH_MODE"] = "token"
 
+import tests  # noqa: F401  # its token for Ray, before Ray is imported
+
+# isort: split
 import argparse
 import json
 import random
