@@ -1,281 +1,339 @@
-"""The main job end to end on one machine: corpus, shards, encoder, features, Mellow, scores, and answers over HTTP.
+"""The main job end to end on one machine: corpus, shards, encoder, features, Mellow, answers over HTTP, scores.
 
 make demo                                  # on synthetic scenes
-make demo CORPUS=folder                    # on recordings with labels.json
-python jobs/demo.py --keep true            # leaves the cluster and the endpoint up
+make demo CORPUS=folder                    # on your recordings, see docs/recordings.md
+make demo RESUME=1                         # continue a demo that was stopped
+make demo KEEP=1                           # leave the cluster and the endpoint running
+python jobs/demo.py --port 8001 --dashboard-port 8266 --output runs/second
 
-Starts a local Ray cluster and submits every job to it as one would to any other cluster.
+Starts a local Ray cluster and submits every job to it, as one would to any other cluster.
 """
 
-import base64
 import contextlib
-import json
-import os
+import fcntl
+import re
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import openai
+from typing import IO, Any
 
 from mellow_platform import storage
-from mellow_platform.cluster import free_port, is_taken
 from mellow_platform.config import DemoConfig, load
-from mellow_platform.data.audio import decode, encode
-from mellow_platform.data.records import Record, read_records
-from mellow_platform.data.shards import Manifest
-from mellow_platform.evaluation.report import main_scores, of_main
-from mellow_platform.evaluation.scores import is_right
-from mellow_platform.model.folder import load_model
+from mellow_platform.local_ray import LOG, LocalRay
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 INSTALL_SECONDS = REPOSITORY / ".venv" / "install-seconds"
 CONFIGS = "jobs/configs/mellow-tiny"
-QUESTIONS = 6
-CLUSTER_LOG = "ray.log"
+QUESTIONS, SHOWN = 6, 2  # asked over HTTP at the end, and of them printed
+LOCK = "demo.lock"
+# Stages with what they do, and their seconds on two cores: from these, and the pace so far, follows the time left.
+STAGES = {
+    "cluster": ("start Ray on this machine", 8.0),
+    "corpus": ("write sound scenes and questions about them", 15.0),
+    "preprocess": ("turn clips into spectrograms, questions into tokens", 20.0),
+    "pretrain encoder": ("train the audio encoder to name sounds", 60.0),
+    "encode": ("run the frozen encoder once per clip", 20.0),
+    "train": ("train Mellow to answer", 80.0),
+    "deploy": ("start the HTTP endpoint", 20.0),
+    "ask": ("ask it about clips that it never heard", 3.0),
+    "evaluate": ("score it with audio, with noise, and without audio", 45.0),
+}
+PERCENT = re.compile(r"(\d{1,3}) ?%")
+HEARTBEAT = 30.0  # seconds between two lines of progress if the output is not a terminal
+RESUMING = "to continue, with the options of this demo: make demo RESUME=1"
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Demo:
-    """The stages of the main job, what they printed, and how long they took."""
+class Screen:
+    """What a person sees: a line per stage, while it runs with its progress and the time left.
 
-    def __init__(self, config: DemoConfig):
-        self.config = config
-        self.seconds: dict[str, float] = {}
-        self.metrics_port = free_port()
-        self.environment = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            # Both cores are busy while the endpoint starts; the default of 5 s is too short for that.
-            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-            # The token is the one that `ray start` keeps in ~/.ray/auth_token.
-            "RAY_AUTH_MODE": "token",
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-            "PYTHONWARNINGS": "ignore",
-        }
+    Attributes:
+        seconds: of every finished stage.
+    """
 
-    def uri(self, *parts: str) -> str:
-        return storage.join(self.config.output, *parts)
+    def __init__(self, stages: dict[str, tuple[str, float]]):
+        self.stages, self.seconds = stages, dict[str, float]()
+        self.stage = ""
+        self._start = self._shown = time.monotonic()
+        self._share = 0.0  # of the running stage
+        self._live = sys.stdout.isatty()
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time what happens inside and say so."""
-        print(f"\n=== {name}", flush=True)
-        start = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - start, 1)
-        print(f"=== {name}: {self.seconds[name]} s", flush=True)
+    def running(self, stage: str) -> Iterator[list[str]]:
+        """Show a stage while it runs; what is appended to the yielded list becomes its result."""
+        self.stage, self._share, start = stage, 0.0, time.monotonic()
+        result: list[str] = []
+        self._progress()
+        yield result
+        self.seconds[stage] = round(time.monotonic() - start, 1)
+        print(f"{self._clear}{self._title}  {self.seconds[stage]:5.0f} s  {' '.join(result)}".rstrip(), flush=True)
 
-    @contextlib.contextmanager
-    def cluster(self) -> Iterator[None]:
-        """A Ray cluster of this machine alone; it ends with the demo unless it is to be kept.
+    def follow(self, line: str) -> None:
+        """Take the progress from a line of a job's output, if there is a percentage in it."""
+        if found := PERCENT.findall(line):
+            self._share = min(int(found[-1]), 100) / 100
+            self._progress()
 
-        In a folder of its own (with a short name: sockets stand in it), so that it is nobody's default cluster.
-        """
-        for option, port in (("port", self.config.port), ("dashboard-port", self.config.dashboard_port)):
-            if is_taken(port):
-                raise SystemExit(
-                    f"port {port} is in use: stop what listens there, or run `python jobs/demo.py --{option} N`"
-                )
-        folder = tempfile.mkdtemp(prefix="ray-")
-        command = [
-            "ray", "start", "--head", "--block", "--disable-usage-stats",
-            f"--port={free_port()}", f"--num-cpus={self.config.cpus}", "--include-dashboard=true",
-            "--dashboard-host=127.0.0.1", f"--dashboard-port={self.config.dashboard_port}",
-            f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={self.metrics_port}",
-            "--object-store-memory=1000000000", f"--temp-dir={folder}",
-        ]  # fmt: skip
-        log = Path(self.uri(CLUSTER_LOG))
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
-            )
-        done = False
-        try:
-            self._wait_for_dashboard(process, log)
-            yield
-            done = True
-        finally:
-            if done and self.config.keep:
-                print(f"\nthe cluster and the endpoint stay up; to stop them: kill {process.pid}")
-            else:
-                for end in (signal.SIGTERM, signal.SIGKILL):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, end)
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(10)
-            if done and not self.config.keep:
-                shutil.rmtree(folder, ignore_errors=True)
+    def close(self) -> None:
+        """Delete the line of progress."""
+        print(self._clear, end="", flush=True)
 
     @property
-    def dashboard(self) -> str:
-        return f"http://127.0.0.1:{self.config.dashboard_port}"
+    def left(self) -> float:
+        """Seconds until all stages are done, at the pace so far."""
+        expected = {name: seconds for name, (_, seconds) in self.stages.items()}
+        done = sum(expected[name] for name in self.seconds) + self._share * expected.get(self.stage, 0.0)
+        pace = max(time.monotonic() - self._start, 1.0) / done if done > expected["cluster"] else 1.0
+        return pace * (sum(expected.values()) - done)
 
-    def _wait_for_dashboard(self, process: subprocess.Popen, log: Path) -> None:
-        for _ in range(120):
-            if process.poll() is not None:
-                raise SystemExit(f"ray start failed; {log} says:\n{log.read_text()[-2000:]}")
-            try:
-                urllib.request.urlopen(f"{self.dashboard}/api/version", timeout=2).close()
-                return
-            except urllib.error.HTTPError:
-                return  # it answers; Ray's command line has the token that it asks for
-            except OSError:
-                time.sleep(0.5)
-        raise SystemExit(f"Ray's dashboard did not answer at {self.dashboard} within 60 s; see {log}")
+    @property
+    def _clear(self) -> str:
+        return "\r\x1b[2K" if self._live else ""
 
-    def submit(self, job: str, *arguments: str) -> dict[str, Any]:
-        """Submit a job, pass its output through, and return the JSON of its last line that holds one."""
-        command = [
-            "ray", "job", "submit", "--address", self.dashboard, "--working-dir", ".",
-            "--runtime-env", "infra/runtime_env.yaml", "--", "python", f"jobs/{job}.py", *arguments,
-        ]  # fmt: skip
-        print("$", " ".join(command), flush=True)
-        process = subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert process.stdout
-        result: dict[str, Any] = {}
-        with Path(self.uri(f"{job}.log")).open("a") as log:
-            for line in process.stdout:
-                log.write(line)
-                sys.stdout.write(line)
-                sys.stdout.flush()
-                if line.startswith("{"):
-                    with contextlib.suppress(json.JSONDecodeError):
-                        result = json.loads(line)
-        if process.wait():
-            raise SystemExit(f"job {job} failed; its output stands above and in {self.uri(f'{job}.log')}")
-        return result
+    @property
+    def _title(self) -> str:
+        number = list(self.stages).index(self.stage) + 1
+        return f"[{number}/{len(self.stages)}] {self.stage:17}{self.stages[self.stage][0]:53}"
+
+    def _progress(self) -> None:
+        now = time.monotonic()
+        if not self._live and now - self._shown < HEARTBEAT:
+            return
+        self._shown = now
+        left = f"{self._share:4.0%}  {in_words(self.left)} left in all"
+        print(f"{self._clear}{self._title} {left}", end="" if self._live else "\n", flush=True)
+
+
+def in_words(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(10, round(seconds, -1)):.0f} s"
 
 
 def run(config: DemoConfig) -> dict[str, Any]:
-    """Run every stage and return the summary."""
-    demo = Demo(config)
-    clear(Path(config.output))
-    corpus, recordings = demo.uri("corpus"), config.corpus
+    """Run every stage; print and return the summary.
+
+    Raises:
+        OSError: a port or the output folder is in use.
+        JobError: a job failed.
+    """
+    begun = time.time() - install_seconds_of_this_run()
+    output = Path(config.output)
+    ray = LocalRay(output, config.cpus, config.port, config.dashboard_port)
+    screen = Screen(STAGES)
+    try:
+        with locked(output, config.resume) as lock, contextlib.ExitStack() as stack:
+            with screen.running("cluster") as result:
+                stack.enter_context(ray.running(lock))
+                result.append(ray.dashboard)
+            summary = stages(config, ray, screen, begun)
+            ray.kept = config.keep
+    except BaseException as error:
+        screen.close()
+        if screen.stage and not isinstance(error, SystemExit):
+            words = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+            print(f"The demo stopped at stage {screen.stage!r}: {words}\n  logs: {config.output}/*.log\n  {RESUMING}")
+            raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from error
+        raise
+    if config.keep:
+        print(f"\nThe cluster and the endpoint keep running; to stop them: kill {ray.pid}")
+    return summary
+
+
+def stages(config: DemoConfig, ray: LocalRay, screen: Screen, begun: float) -> dict[str, Any]:
+    """Run the stages on a running cluster, write `summary.json`, and print what came out."""
+
+    def submit(stage: str, job: str, *arguments: str) -> dict[str, Any]:
+        with screen.running(stage) as result:
+            printed = ray.submit(job, *arguments, seen=screen.follow)
+            result.append(RESULTS[stage](printed))
+        return printed
+
+    corpus, recordings = ray.uri("corpus"), config.corpus
     audio_root = recordings or storage.join(corpus, "audio")
     source = ["--source", "recordings", "--recordings", recordings, "--rounds", "40"] if recordings else []
     passes = (["--epochs", "60", "--batch", "8", "--micro-batch", "4"], ["--epochs", "4"]) if recordings else ([], [])
     preprocess = ["--config", f"{CONFIGS}/preprocess.yaml", "--corpus", corpus, "--audio-root", audio_root]
     if recordings:
         preprocess += ["--clips-per-shard", "8"]
-    training = ["--storage", demo.uri("runs"), "--run"]
-    with demo.cluster():
-        with demo.stage("corpus"):
-            demo.submit("make_corpus", "--output", corpus, *source)
-        with demo.stage("preprocess"):
-            demo.submit("preprocess", *preprocess, "--output", demo.uri("log-mel"))
-        with demo.stage("pretrain encoder"):
-            demo.submit(
-                "pretrain_encoder", "--config", f"{CONFIGS}/pretrain_encoder.yaml", "--shards", demo.uri("log-mel"),
-                "--labels", storage.join(corpus, "labels.json"), "--output", demo.uri("encoder"),
-                *training, "encoder", *passes[0],
-            )  # fmt: skip
-        with demo.stage("encode"):
-            demo.submit(
-                "preprocess", *preprocess, "--output", demo.uri("features"),
-                "--features", "encoder", "--encoder", demo.uri("encoder"),
-            )  # fmt: skip
-        with demo.stage("train"):
-            trained = demo.submit(
-                "train", "--config", "jobs/configs/recipes/tiny.yaml", "--shards", demo.uri("features"),
-                "--encoder", demo.uri("encoder"), "--output", demo.uri("model"), *training, "mellow", *passes[1],
-            )  # fmt: skip
-        with demo.stage("evaluate"):
-            demo.submit(
-                "evaluate", "--benchmark", "all", "--model", demo.uri("model"), "--shards", demo.uri("features"),
-                "--mmau", storage.join(corpus, "mmau.json"), "--output", demo.uri("evaluation"),
-            )  # fmt: skip
-        with demo.stage("deploy"):
-            demo.submit("deploy", "--model", demo.uri("model"), "--port", str(config.port))
-        with demo.stage("ask"):
-            served = ask(config, read_records(storage.join(corpus, "test.json")), audio_root)
-    model, _ = load_model(demo.uri("model"))
-    report = storage.read_json(demo.uri("evaluation", "report.json"))
+    training = ["--storage", ray.uri("runs"), "--run"]
+    submit("corpus", "make_corpus", "--output", corpus, *source)
+    submit("preprocess", "preprocess", *preprocess, "--output", ray.uri("log-mel"))
+    submit(
+        "pretrain encoder", "pretrain_encoder", "--config", f"{CONFIGS}/pretrain_encoder.yaml",
+        "--shards", ray.uri("log-mel"), "--labels", storage.join(corpus, "labels.json"),
+        "--output", ray.uri("encoder"), *training, "encoder", *passes[0],
+    )  # fmt: skip
+    features = submit(
+        "encode", "preprocess", *preprocess, "--output", ray.uri("features"),
+        "--features", "encoder", "--encoder", ray.uri("encoder"),
+    )  # fmt: skip
+    trained = submit(
+        "train", "train", "--config", "jobs/configs/recipes/tiny.yaml", "--shards", ray.uri("features"),
+        "--encoder", ray.uri("encoder"), "--output", ray.uri("model"), *training, "mellow", *passes[1],
+    )  # fmt: skip
+    submit("deploy", "deploy", "--model", ray.uri("model"), "--port", str(config.port))
+    with screen.running("ask") as result:
+        served, first_answer = ask(config, corpus, audio_root)
+        right = sum(bool(each["right"]) for each in served)
+        result.append(f"{right} of {len(served)} answers are right, word for word")
+    submit(
+        "evaluate", "evaluate", "--benchmark", "all", "--model", ray.uri("model"), "--shards", ray.uri("features"),
+        "--mmau", storage.join(corpus, "mmau.json"), "--output", ray.uri("evaluation"),
+    )  # fmt: skip
+    report = storage.read_json(ray.uri("evaluation", "report.json"))
     summary = {
-        "seconds": demo.seconds,
+        "seconds": screen.seconds,
         "install_seconds": float(INSTALL_SECONDS.read_text()) if INSTALL_SECONDS.exists() else None,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "examples": Manifest.read(demo.uri("features")).counts["records"],
+        "first_answer_seconds": round(first_answer - begun, 1),
+        "total_seconds": round(time.time() - begun, 1),
+        "parameters": storage.read_json(ray.uri("model", "training.json"))["parameters"],
+        "examples": features["records"],
         "final_loss": round(trained["loss"], 4),
         "examples_per_second": round(trained["examples_per_second"], 1),
         "scores": {
-            name: {"score": each["main"]} | {condition: own["value"] for condition, own in of_main(each).items()}
+            name: {"score": each["main"]}
+            | {condition: scores[each["main"]]["value"] for condition, scores in each["scores"].items()}
             for name, each in report["benchmarks"].items()
         },
         "served": served,
     }
-    storage.write_json(demo.uri("summary.json"), summary)
-    print_report(summary, report)
-    print(f"scores by category, and questions to listen to: {demo.uri('evaluation', 'report.html')}")
+    storage.write_json(ray.uri("summary.json"), summary)
+    print_report(config, summary, Path(ray.uri("evaluation", "report.md")).read_text())
     return summary
 
 
-def clear(output: Path) -> None:
-    """Delete what an earlier demo left in `output`, and nothing else.
+# A stage's result in a few words, from what its job printed.
+RESULTS = {
+    "corpus": lambda printed: f"{sum(printed['questions'].values()):,} questions",
+    "preprocess": lambda printed: f"{printed['clips']:,} clips, {printed['audio_seconds'] / 60:.0f} min of sound",
+    "pretrain encoder": lambda printed: f"{printed['step']:,} steps, loss {printed['loss']:.2f}",
+    "encode": lambda printed: f"{printed['clips']:,} clips",
+    "train": lambda printed: f"{printed['step']:,} steps, loss {printed['loss']:.2f}",
+    "deploy": lambda printed: f"http://{printed['http']['host']}:{printed['http']['port']}",
+    "evaluate": lambda printed: f"{len(printed['scores'])} benchmarks",
+}
+
+
+@contextlib.contextmanager
+def locked(output: Path, resume: bool) -> Iterator[IO[str]]:
+    """Hold the output folder for one demo, emptied of what an earlier one left unless that is resumed.
 
     Raises:
-        SystemExit: the folder holds something, and no demo wrote it.
+        OSError: another demo uses the folder, or it holds files that no demo wrote.
     """
-    if output.exists() and any(output.iterdir()) and not (output / CLUSTER_LOG).exists():
-        raise SystemExit(f"{output} holds files that no demo wrote: choose another --output")
-    shutil.rmtree(output, ignore_errors=True)
+    if output.exists() and any(output.iterdir()) and not any((output / name).exists() for name in (LOCK, LOG)):
+        raise OSError(f"{output} holds files that no demo wrote: choose another folder with --output")
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(
+                f"{output} is in use by another demo, or by a cluster that a demo kept: stop it, or choose another "
+                "folder with --output"
+            ) from None
+        if not resume:
+            for entry in output.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry.name != LOCK:
+                    entry.unlink()
+        yield lock
 
 
-def ask(config: DemoConfig, records: list[Record], audio_root: str) -> list[dict[str, str | bool]]:
-    """Ask the endpoint about clips of the test split with the official client; print answers beside the truth."""
+def install_seconds_of_this_run() -> float:
+    """Return the seconds that `make` has just installed for; 0 if it found everything installed."""
+    if not INSTALL_SECONDS.exists() or time.time() - INSTALL_SECONDS.stat().st_mtime > 10:
+        return 0.0
+    return float(INSTALL_SECONDS.read_text())
+
+
+def ask(config: DemoConfig, corpus: str, audio_root: str) -> tuple[list[dict[str, Any]], float]:
+    """Ask the endpoint about clips of the test split with OpenAI's client.
+
+    Returns:
+        Questions with their clips, answers and true answers; and the time of the first answer, in seconds since 1970.
+    """
+    import base64
+
+    import openai
+
+    from mellow_platform.data.audio import decode, encode
+    from mellow_platform.data.records import Record, read_records
+    from mellow_platform.evaluation.scores import is_right
+
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{config.port}/v1", api_key="not needed on loopback")
     model = client.models.list().data[0].id
     chosen: dict[str, Record] = {}
     heard: set[str] = set()
-    for record in records:
+    for record in read_records(storage.join(corpus, "test.json")):
         if record.family not in chosen and heard.isdisjoint(record.filepaths):
             chosen[record.family] = record
             heard.update(record.filepaths)
-    served: list[dict[str, str | bool]] = []
+    served: list[dict[str, Any]] = []
+    first_answer = 0.0
     for record in list(chosen.values())[:QUESTIONS]:
         parts: list[Any] = [{"type": "text", "text": record.input}]
-        for path in record.filepaths:
-            data = storage.read_bytes(storage.join(audio_root, path))
-            container = Path(path).suffix.removeprefix(".").lower()
+        clips = [storage.join(audio_root, path) for path in record.filepaths]
+        for clip in clips:
+            data, container = storage.read_bytes(clip), Path(clip).suffix.removeprefix(".").lower()
             if container not in ("wav", "flac", "ogg", "mp3"):
                 data, container = encode(decode(data, 32_000), 32_000, "WAV"), "wav"
             audio = {"data": base64.b64encode(data).decode(), "format": container}
             parts.append({"type": "input_audio", "input_audio": audio})
         completion = client.chat.completions.create(model=model, messages=[{"role": "user", "content": parts}])
+        first_answer = first_answer or time.time()
         answer = completion.choices[0].message.content or ""
-        right = is_right(record, answer)
-        print(f"\n{', '.join(record.filepaths)}\n  question: {record.input}")
-        print(f"  answer:   {answer}\n  truth:    {record.answer}")
-        served.append({"question": record.input, "answer": answer, "truth": record.answer, "right": right})
-    return served
+        asked = {"question": record.input, "answer": answer, "truth": record.answer, "right": is_right(record, answer)}
+        served.append(asked | {"clips": clips})
+    return served, first_answer
 
 
-def print_report(summary: dict[str, Any], report: dict[str, Any]) -> None:
-    right = sum(bool(item["right"]) for item in summary["served"])
-    print("\n=== report\n")
-    print("\n".join(main_scores(report)))
-    stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items())
-    install = f", installation {summary['install_seconds']:.0f} s" if summary["install_seconds"] else ""
-    print(f"stages: {stages}{install}")
-    print(f"parameters: {summary['parameters']:,}; final loss {summary['final_loss']}")
-    print(f"served answers that match the truth: {right} of {len(summary['served'])}")
+def print_report(config: DemoConfig, summary: dict[str, Any], report: str) -> None:
+    """Print scores, questions with answers, where everything is, and what to do next."""
+    here = Path.cwd()
+
+    def shown(path: str) -> str:
+        short = path.removeprefix(f"{here}/")
+        return f"'{short}'" if " " in short else short
+
+    table = [line for line in report.split("\n\n")[1].splitlines() if line.startswith("|")]
+    print(f"\nScores of the model ({summary['parameters']:,} parameters) on clips that it never heard, and of the same")
+    print("model without them; chance is a choice among the given answers. Intervals are 95 %.\n")
+    print("\n".join(table))
+    for each in summary["served"][:SHOWN]:
+        print(f"\n  {' and '.join(map(shown, each['clips']))}")
+        print(f"  question  {each['question']}\n  answer    {each['answer']}\n  truth     {each['truth']}")
+    folder = shown(config.output)
+    clip, question = shown(summary["served"][0]["clips"][0]), summary["served"][0]["question"].replace('"', "'")
+    print(f"\nScores by kind of question, with clips to listen to:  {folder}/evaluation/report.html")
+    print(f"The model:                                            {folder}/model")
+    print(
+        f"{in_words(summary['total_seconds'])} in all, {in_words(summary['first_answer_seconds'])} to the first answer"
+    )
+    print("\nNext:")
+    if not config.keep:
+        print(f'  .venv/bin/mellow ask {clip} "{question}" --model {folder}/model')
+        print("  make demo RESUME=1 KEEP=1      # the endpoint again, in a minute; it stays up for the next two lines")
+    url = f"http://127.0.0.1:{config.port}"
+    print(f'  curl {url}/v1/audio/questions -F file=@{clip} -F question="{question}"')
+    print(f"  open {url} in a browser")
+    print("  make demo CORPUS=folder OUTPUT=runs/mine      # train on your recordings: folder/label/*.wav")
+
+
+def interrupt(*_: object) -> None:
+    """End the demo once, however often Ctrl-C is pressed: the cluster ends in order."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     config = load(DemoConfig)
+    for number in ENDING:
+        signal.signal(number, interrupt)
     run(config)
     print("demo: ok")
 

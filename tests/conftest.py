@@ -19,13 +19,12 @@ import ray
 import torch
 from playwright.sync_api import Browser, sync_playwright
 
-from jobs.demo import Demo
 from mellow_platform import storage
-from mellow_platform.cluster import free_port
-from mellow_platform.config import DemoConfig, PreprocessConfig
+from mellow_platform.config import PreprocessConfig
 from mellow_platform.data import corpus
 from mellow_platform.data.scenes import Scene
 from mellow_platform.features.preprocess import preprocess
+from mellow_platform.local_ray import LocalRay
 from mellow_platform.model import (
     HTSATEncoder,
     MellowConfig,
@@ -68,23 +67,22 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRay]:
     """A cluster as the demo starts it, to submit jobs to."""
-    ports = {"port": free_port(), "dashboard_port": free_port()}
-    demo = Demo(DemoConfig(output=str(tmp_path_factory.mktemp("demo")), corpus=None, keep=False, cpus=8, **ports))
+    demo = LocalRay(tmp_path_factory.mktemp("demo"), cpus=8)
     # What is asked of metrics is soon seen; a gauge is kept for two intervals, and set with every health check.
     demo.environment["RAY_metrics_report_interval_ms"] = "5000"
-    with demo.cluster():
+    with demo.running():
         yield demo
 
 
 @pytest.fixture(scope="module")
-def endpoint(demo: Demo) -> str:
+def endpoint(demo: LocalRay) -> str:
     """Where an untrained tiny model is served."""
     write_tiny_model(demo.uri("model"))
-    deployed = demo.submit("deploy", "--model", demo.uri("model"), "--port", str(demo.config.port))
+    deployed = demo.submit("deploy", "--model", demo.uri("model"), "--port", str(demo.port))
     assert deployed["applications"] == {"endpoint": "RUNNING", "mellow": "RUNNING"}
-    return f"http://127.0.0.1:{demo.config.port}"
+    return f"http://127.0.0.1:{demo.port}"
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,9 @@ import numpy as np
 import psutil
 import yaml
 
-from jobs.demo import Demo
 from mellow_platform.authentication import read_token
-from mellow_platform.cluster import free_port
-from mellow_platform.config import DemoConfig
 from mellow_platform.data.audio import encode
+from mellow_platform.local_ray import LocalRay
 from tests.conftest import REPOSITORY, write_tiny_model
 
 RATE = 32_000
@@ -33,24 +31,23 @@ class ServedModel(contextlib.AbstractContextManager):
     """
 
     def __init__(self, folder: Path, change: Change | None = None, cpus: int = 8):
-        ports = {"port": free_port(), "dashboard_port": free_port()}
-        self._demo = Demo(DemoConfig(output=str(folder), corpus=None, keep=False, cpus=cpus, **ports))
+        self._ray = LocalRay(folder, cpus)
         self._stack = contextlib.ExitStack()
         self._change = change
-        self.url = f"http://127.0.0.1:{ports['port']}"
-        self.model = self._demo.uri("model")
+        self.url = f"http://127.0.0.1:{self._ray.port}"
+        self.model = self._ray.uri("model")
 
     def __enter__(self) -> "ServedModel":
-        self._stack.enter_context(self._demo.cluster())
+        self._stack.enter_context(self._ray.running())
         try:
             write_tiny_model(self.model)
             config = yaml.safe_load((REPOSITORY / "serve/config.yaml").read_text())
             if self._change:
                 self._change(*config["applications"])
-            file = Path(self._demo.uri("serve.yaml"))
+            file = Path(self._ray.uri("serve.yaml"))
             file.write_text(yaml.safe_dump(config))
-            port = str(self._demo.config.port)
-            self._demo.submit("deploy", "--model", self.model, "--port", port, "--serve", str(file))
+            port = str(self._ray.port)
+            self._ray.submit("deploy", "--model", self.model, "--port", port, "--serve", str(file))
         except BaseException:
             self._stack.close()
             raise
@@ -61,7 +58,7 @@ class ServedModel(contextlib.AbstractContextManager):
 
     def replicas(self, application: str) -> list[dict[str, Any]]:
         """Return the running replicas of an application."""
-        return replicas_of(serve_details(self._demo.dashboard), application)
+        return replicas_of(serve_details(self._ray.dashboard), application)
 
     def processes(self) -> dict[int, psutil.Process]:
         """Return the processes that requests go through, by id: the proxy and all replicas."""

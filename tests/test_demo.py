@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from jobs.demo import LOCK, locked
 from mellow_platform import storage
 from mellow_platform.cluster import free_port
+from mellow_platform.local_ray import LOG
 from tests.conftest import REPOSITORY
 
 # Families that nothing but listening answers. How many sounds there are is mostly the same number, and the order of
@@ -32,3 +34,24 @@ def test_the_demos_model_is_right_by_listening_and_near_chance_without(tmp_path:
         assert scores["audio"]["low"] > max(scores[control]["high"] for control in CONTROLS), name
         assert abs(scores["noise"]["value"] - scores["text_only"]["value"]) < 0.1, name
         assert all(scores[control]["high"] >= scores["chance"]["value"] for control in CONTROLS), name
+
+
+def test_a_demo_deletes_only_what_a_demo_wrote(tmp_path: Path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(OSError, match="holds files that no demo wrote"), locked(tmp_path, resume=False):
+        pass
+    assert (tmp_path / "thesis.txt").exists()
+    (tmp_path / LOG).touch()
+    with locked(tmp_path, resume=True):
+        assert (tmp_path / "thesis.txt").exists()
+    with locked(tmp_path, resume=False):
+        assert [entry.name for entry in tmp_path.iterdir()] == [LOCK]
+
+
+def test_a_folder_belongs_to_one_demo_at_a_time(tmp_path: Path):
+    with (
+        locked(tmp_path, resume=False),
+        pytest.raises(OSError, match=f"{tmp_path} is in use by another demo.* --output"),
+        locked(tmp_path, resume=False),
+    ):
+        pass

@@ -26,10 +26,9 @@ import pytest
 import soundfile
 import yaml
 
-from jobs.demo import CLUSTER_LOG, Demo, clear
-from mellow_platform.cluster import free_port
 from mellow_platform.data.audio import encode
 from mellow_platform.data.records import Record, write_records
+from mellow_platform.local_ray import JobError, LocalRay
 from tests.conftest import REPOSITORY, write_tiny_model
 from tests.serving import replicas_of, serve_details
 
@@ -84,14 +83,14 @@ def ask(client: openai.OpenAI, *parts: dict[str, Any], **options: Any) -> Any:
     return create(**{"model": "mellow", "messages": [message], "max_tokens": 8} | options)
 
 
-def test_a_submitted_corpus_job_writes_the_corpus(demo: Demo):
+def test_a_submitted_corpus_job_writes_the_corpus(demo: LocalRay):
     arguments = ["--train-clips", "3", "--val-clips", "1", "--test-clips", "2", "--rounds", "1"]
     printed = demo.submit("make_corpus", "--output", demo.uri("corpus"), *arguments)
     assert set(printed["questions"]) == {"train", "val", "test"}
     assert len(list(Path(demo.uri("corpus", "audio")).rglob("*.flac"))) == 6
 
 
-def test_workers_run_the_submitted_code_and_not_the_installed_one(demo: Demo, tmp_path: Path):
+def test_workers_run_the_submitted_code_and_not_the_installed_one(demo: LocalRay, tmp_path: Path):
     for part in ("platform", "infra"):
         shutil.copytree(REPOSITORY / part, tmp_path / part, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     (tmp_path / "platform/mellow_platform/__init__.py").write_text('"""Changed."""\nMARK = "of the submitted copy"\n')
@@ -111,27 +110,16 @@ def test_workers_run_the_submitted_code_and_not_the_installed_one(demo: Demo, tm
     assert json.dumps(["of the submitted copy"] * 2) in result.stdout, result.stdout + result.stderr
 
 
-def test_a_second_demo_on_the_same_ports_is_refused(demo: Demo):
-    second = Demo(demo.config.model_copy(update={"port": free_port()}))
-    message = rf"port {demo.config.dashboard_port} is in use: .* --dashboard-port N"
-    with pytest.raises(SystemExit, match=message), second.cluster():
+def test_a_taken_port_is_refused_with_its_option(demo: LocalRay, tmp_path: Path):
+    second = LocalRay(tmp_path, cpus=2, dashboard_port=demo.dashboard_port)
+    with pytest.raises(OSError, match=rf"{demo.dashboard_port} is in use.* --dashboard-port"), second.running():
         pass
 
 
-def test_the_demo_deletes_only_what_a_demo_wrote(tmp_path: Path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(SystemExit, match="holds files that no demo wrote"):
-        clear(tmp_path)
-    assert (tmp_path / "thesis.txt").exists()
-    (tmp_path / CLUSTER_LOG).touch()
-    clear(tmp_path)
-    assert not tmp_path.exists()
-
-
-def test_a_job_with_a_wrong_option_fails_and_says_so(demo: Demo, capsys: pytest.CaptureFixture):
-    with pytest.raises(SystemExit, match="job make_corpus failed"):
+def test_a_failed_job_raises_its_last_words_and_names_its_log(demo: LocalRay):
+    with pytest.raises(JobError, match="--trainclips is not an option; did you mean --train-clips") as error:
         demo.submit("make_corpus", "--output", demo.uri("x"), "--trainclips", "3")
-    assert "--trainclips is not an option; did you mean --train-clips?" in capsys.readouterr().out
+    assert demo.uri("make_corpus.log") in str(error.value)
 
 
 @pytest.mark.parametrize("container", ["WAV", "FLAC", "OGG", "MP3"])
@@ -404,7 +392,7 @@ def test_a_body_that_is_no_request_is_refused_in_openais_shape(endpoint: str, bo
     assert response.headers["x-request-id"]
 
 
-def metric(demo: Demo, name: str, **tags: str) -> dict[str, float]:
+def metric(demo: LocalRay, name: str, **tags: str) -> dict[str, float]:
     """Return what Prometheus would see of a metric by replica, of those whose tags are these."""
     found: dict[str, float] = {}
     for line in httpx.get(f"http://127.0.0.1:{demo.metrics_port}/metrics").text.splitlines():
@@ -432,7 +420,7 @@ def settled(read: Callable[[], Reading], seconds: float = 12.0) -> Reading:
     return last
 
 
-def test_prometheus_sees_requests_tokens_first_tokens_caches_and_queue(demo: Demo, client: openai.OpenAI):
+def test_prometheus_sees_requests_tokens_first_tokens_caches_and_queue(demo: LocalRay, client: openai.OpenAI):
     def counts() -> list[float]:
         names = (
             "mellow_requests_total",
@@ -449,7 +437,7 @@ def test_prometheus_sees_requests_tokens_first_tokens_caches_and_queue(demo: Dem
     assert eventually(lambda: all(metric(demo, name) for name in gauges))
 
 
-def test_clients_that_go_away_free_their_slots(demo: Demo, client: openai.OpenAI):
+def test_clients_that_go_away_free_their_slots(demo: LocalRay, client: openai.OpenAI):
     busy = {"max_tokens": 300, "temperature": 2.0, "stream": True}
 
     def leave(seed: int) -> None:
@@ -465,11 +453,11 @@ def test_clients_that_go_away_free_their_slots(demo: Demo, client: openai.OpenAI
     assert ask(client, text_part(), clip()).choices
 
 
-def deploy(demo: Demo, *arguments: str) -> dict[str, Any]:
-    return demo.submit("deploy", "--port", str(demo.config.port), *arguments)
+def deploy(demo: LocalRay, *arguments: str) -> dict[str, Any]:
+    return demo.submit("deploy", "--port", str(demo.port), *arguments)
 
 
-def known_answers(demo: Demo, client: openai.OpenAI, folder: Path, answer: str | None = None) -> list[str]:
+def known_answers(demo: LocalRay, client: openai.OpenAI, folder: Path, answer: str | None = None) -> list[str]:
     """Write a gate: what the served model says of two clips, or a given answer; return the options that name it."""
     records = []
     for seed in range(2):
@@ -481,7 +469,7 @@ def known_answers(demo: Demo, client: openai.OpenAI, folder: Path, answer: str |
 
 
 def test_a_version_takes_over_without_a_failed_request_and_one_that_fails_the_gate_never_answers(
-    demo: Demo, client: openai.OpenAI, tmp_path: Path, capsys: pytest.CaptureFixture
+    demo: LocalRay, client: openai.OpenAI, tmp_path: Path
 ):
     folders = {name: tmp_path / name for name in ("right", "wrong")}
     for folder in folders.values():
@@ -504,9 +492,8 @@ def test_a_version_takes_over_without_a_failed_request_and_one_that_fails_the_ga
     with ThreadPoolExecutor(2) as pool:
         loads = [pool.submit(load) for _ in range(2)]
         try:
-            with pytest.raises(SystemExit, match="job deploy failed"):
+            with pytest.raises(JobError, match="does not pass the gate"):
                 deploy(demo, "--model", demo.uri("next"), *wrong)
-            assert "does not pass the gate" in capsys.readouterr().out
             assert set(answers) == {before}
             deploy(demo, "--model", demo.uri("model"), *right)
             assert set(answers) == {before}
@@ -520,7 +507,7 @@ def test_a_version_takes_over_without_a_failed_request_and_one_that_fails_the_ga
     assert set(answers) == {before, after}
 
 
-def test_the_endpoint_is_judged_as_the_folder_that_it_serves_is(demo: Demo, client: openai.OpenAI, tmp_path: Path):
+def test_the_endpoint_is_judged_as_the_folder_that_it_serves_is(demo: LocalRay, client: openai.OpenAI, tmp_path: Path):
     records = []
     for seed in range(3):
         (tmp_path / f"{seed}.wav").write_bytes(sound(seed))
@@ -531,7 +518,7 @@ def test_the_endpoint_is_judged_as_the_folder_that_it_serves_is(demo: Demo, clie
     fields = ["--benchmark", "clotho-aqa", "--corpus", str(tmp_path), "--audio-root", str(tmp_path), "--workers", "1"]
     fields += ["--max-new-tokens", "16", "--conditions", "audio,noise,text_only", "--endpoint.text-only", "silence"]
     said = {}
-    for name, model in (("folder", demo.uri("judged")), ("endpoint", f"http://127.0.0.1:{demo.config.port}/v1")):
+    for name, model in (("folder", demo.uri("judged")), ("endpoint", f"http://127.0.0.1:{demo.port}/v1")):
         demo.submit("evaluate", *fields, "--model", model, "--output", demo.uri("judged-by", name))
         table = pq.read_table(demo.uri("judged-by", name, "predictions.parquet"))
         rows = table.select(["condition", "prediction", "error"]).to_pylist()
@@ -540,7 +527,7 @@ def test_the_endpoint_is_judged_as_the_folder_that_it_serves_is(demo: Demo, clie
     assert said["folder"] == said["endpoint"]
 
 
-def test_another_name_is_served_beside(demo: Demo, client: openai.OpenAI):
+def test_another_name_is_served_beside(demo: LocalRay, client: openai.OpenAI):
     write_tiny_model(demo.uri("other"), seed=2)
     deploy(demo, "--model", demo.uri("other"), "--name", "other")
     assert [model.id for model in client.models.list().data] == ["mellow", "other"]
@@ -550,7 +537,7 @@ def test_another_name_is_served_beside(demo: Demo, client: openai.OpenAI):
     assert says[1].model == "other"
 
 
-def test_a_model_that_nobody_asks_has_no_replica_and_wakes_for_a_question(demo: Demo, client: openai.OpenAI):
+def test_a_model_that_nobody_asks_has_no_replica_and_wakes_for_a_question(demo: LocalRay, client: openai.OpenAI):
     config = yaml.safe_load((REPOSITORY / "serve/config.yaml").read_text())
     scaling = config["applications"][1]["deployments"][0]["autoscaling_config"]
     scaling |= {"min_replicas": 0, "downscale_delay_s": 1, "look_back_period_s": 11}
@@ -562,7 +549,7 @@ def test_a_model_that_nobody_asks_has_no_replica_and_wakes_for_a_question(demo: 
 
 
 @pytest.fixture(scope="module")
-def strict(demo: Demo, endpoint: str) -> str:
+def strict(demo: LocalRay, endpoint: str) -> str:
     """The same endpoint with small limits and keys, and two replicas of its model; what follows is asked of it."""
     keys = Path(demo.uri("keys.txt"))
     keys.write_text(f"# who may ask\nalice {hashlib.sha256(b'open sesame').hexdigest()}\n")
@@ -670,7 +657,7 @@ def test_a_url_is_fetched_from_a_host_that_is_allowed_and_no_further(alice: open
         server.shutdown()
 
 
-def test_the_same_clips_go_to_the_replica_that_has_them_cached(demo: Demo, alice: openai.OpenAI):
+def test_the_same_clips_go_to_the_replica_that_has_them_cached(demo: LocalRay, alice: openai.OpenAI):
     def misses() -> float:
         return sum(metric(demo, "mellow_cache_total", cache="prefix", outcome="miss", application="mellow").values())
 

@@ -205,12 +205,12 @@ class Cluster:
             if node.alive:
                 # `ray start` ends its node on this.
                 os.kill(node.pid, signal.SIGTERM)
-        _wait(started, STOP_SECONDS)
+        wait(started, STOP_SECONDS)
         left = started | self._processes()
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        _wait(left, STOP_SECONDS)
+        wait(left, STOP_SECONDS)
         shutil.rmtree(self.temporary, ignore_errors=True)
         (self.folder / STATE).unlink(missing_ok=True)
 
@@ -425,7 +425,7 @@ def _runs(process: psutil.Process) -> bool:
     return False
 
 
-def _wait(processes: set[psutil.Process], seconds: float) -> None:
+def wait(processes: set[psutil.Process], seconds: float) -> None:
     """Wait until all have ended, at most so long."""
     until = time.monotonic() + seconds
     while any(process.is_running() and _runs(process) for process in processes) and time.monotonic() < until:

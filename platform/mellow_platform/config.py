@@ -772,7 +772,8 @@ class DemoConfig(Section):
 
     output: Uri = Field("runs/demo", description="folder for everything the demo writes")
     corpus: Uri | None = Field(None, description="folder of recordings with labels.json, in place of synthetic scenes")
-    keep: bool = Field(False, description="leave the cluster and the endpoint up")
+    keep: bool = Field(False, description="leave the cluster and the endpoint running")
+    resume: bool = Field(False, description="continue what a stopped demo left in `output`")
     cpus: int = Field(4, ge=4, description="logical CPUs of the cluster, more than a small machine has cores")
     port: int = Field(8000, ge=1, le=65535, description="of the HTTP endpoint")
     dashboard_port: int = Field(8265, ge=1, le=65535, description="of Ray's dashboard")

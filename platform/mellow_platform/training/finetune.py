@@ -344,7 +344,13 @@ def publish(tuning: Finetuning, progress: Progress, processor: MellowProcessor, 
         digests = {path.name: storage.sha256(path) for path in sorted(Path(folder).iterdir())}
     # Written last: a folder without it is not all there.
     storage.write_json(
-        storage.join(config.output, PUBLISHED), {"run": progress.folder, "step": chosen.step, "files": digests}
+        storage.join(config.output, PUBLISHED),
+        {
+            "run": progress.folder,
+            "step": chosen.step,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "files": digests,
+        },
     )
 
 
