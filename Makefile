@@ -2,42 +2,53 @@
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/installed
-CORPUS ?=
-KEEP ?=
+# PyPI's torch for Linux comes with CUDA: gigabytes that a machine without an NVIDIA GPU has no use for.
+CPU_TORCH ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint lock format clean
+.PHONY: help install demo test test-extended test-all lint lock format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(INSTALLED) ## set up .venv with pip
+install: $(VENV)/installed-dev ## set up .venv with pip, for everything
 
-# The seconds that installation takes are kept for the demo's report.
-$(INSTALLED): pyproject.toml
-	@start=$$(date +%s); set -e; \
+# `demo` is what the demo runs, `dev` what tests and checks need besides. The demo reports the seconds of its part.
+$(VENV)/installed-%: pyproject.toml
+	@set -e; start=$$(date +%s); \
+	$(PYTHON) platform/mellow_platform/doctor.py --before-install; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
-	echo "installing into $(VENV) (a few minutes the first time)"; \
-	$(BIN)/python -m pip install --quiet --progress-bar off --editable '.[dev]'; \
+	echo "Installing into $(VENV); the first time takes one to three minutes."; \
+	if [ "$$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && ! $(BIN)/python -m pip show --quiet torch 2> /dev/null \
+	    && $(BIN)/python -c 'from urllib.request import urlopen; urlopen("$(CPU_TORCH)/torch/", timeout=3)' 2> /dev/null; then \
+	    torch=$$($(BIN)/python -c 'import tomllib; print(next(name for name in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if name.startswith("torch>")))'); \
+	    $(BIN)/python -m pip install --quiet --progress-bar off --index-url $(CPU_TORCH) "$$torch"; \
+	fi; \
+	$(BIN)/python -m pip install --quiet --progress-bar off --editable '.[$*]'; \
+	if [ $* = dev ]; then touch $(VENV)/installed-demo; fi; \
 	echo $$(( $$(date +%s) - start )) > $(VENV)/install-seconds; touch $@
 
-demo: $(INSTALLED) ## run the main job end to end; CORPUS=folder of recordings, KEEP=1 leaves it up
-	@$(BIN)/python jobs/demo.py $(if $(CORPUS),--corpus $(abspath $(CORPUS))) $(if $(KEEP),--keep true)
+demo: $(VENV)/installed-demo ## the main job end to end; CORPUS=folder RESUME=1 KEEP=1 OUTPUT=folder PORT=n DASHBOARD_PORT=n
+	@$(BIN)/python jobs/demo.py $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(OUTPUT),--output "$(OUTPUT)") \
+	    $(if $(PORT),--port $(PORT)) $(if $(DASHBOARD_PORT),--dashboard-port $(DASHBOARD_PORT)) \
+	    $(if $(KEEP),--keep true) $(if $(RESUME),--resume true)
 
-test: $(INSTALLED) ## run the tests
-	@$(BIN)/python -m pytest -m "not slow"
+test: $(VENV)/installed-dev ## run the tests
+	@$(BIN)/python -m pytest -m "not extended and not slow"
 
-test-all: $(INSTALLED) ## run the tests, slow ones included
+test-extended: $(VENV)/installed-dev ## run second proofs, which leave `make test`; .ci/run runs both
+	@$(BIN)/python -m pytest -m "extended and not slow"
+
+test-all: $(VENV)/installed-dev ## run all tests, those that take minutes each included
 	@$(BIN)/python -m pytest
 
-lint: $(INSTALLED) ## check format, style and types
+lint: $(VENV)/installed-dev ## check format, style and types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy platform/mellow_platform jobs serve tests
 
 lock: ## resolve the image's locked packages again
 	@infra/image/lock.sh
 
-format: $(INSTALLED) ## put the code into the house format
+format: $(VENV)/installed-dev ## put the code into the house format
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 clean: ## delete what runs and installation left

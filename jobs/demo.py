@@ -120,10 +120,10 @@ def run(config: DemoConfig) -> dict[str, Any]:
     """
     begun = time.time() - install_seconds_of_this_run()
     output = Path(config.output)
-    ray = LocalRay(output, config.cpus, config.port, config.dashboard_port)
     screen = Screen(STAGES)
     try:
         with locked(output, config.resume) as lock, contextlib.ExitStack() as stack:
+            ray = LocalRay(output, config.cpus, config.port, config.dashboard_port)
             with screen.running("cluster") as result:
                 stack.enter_context(ray.running(lock))
                 result.append(ray.dashboard)

@@ -17,7 +17,8 @@ compile() {
 }
 
 # Everything but torch. Its build for CPUs resolves here, since the other one brings CUDA's libraries into the list.
-compile requirements.lock pyproject.toml --extra mlflow --extra otel \
+compile requirements.lock pyproject.toml --extra train --extra metrics \
+    --extra synthesis --extra gguf --extra mlflow --extra otel \
     --find-links "$TORCH_INDEX/torch/" --override <(echo "torch==$TORCH+cpu") --no-emit-package torch "$@"
 # The two builds of torch. PyPI has the one with CUDA; the other stands in PyTorch's own index alone.
 compile torch-cpu.lock <(echo "torch==$TORCH+cpu") --no-deps --default-index "$TORCH_INDEX"

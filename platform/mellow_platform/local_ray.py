@@ -7,6 +7,7 @@ directory is written, and no process of the cluster outlives it.
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -166,6 +167,9 @@ class LocalRay:
         runtime_env = yaml.safe_load((REPOSITORY / "infra/runtime_env.yaml").read_text())
         runtime_env["py_modules"] = [str(REPOSITORY / module) for module in runtime_env["py_modules"]]
         client = JobSubmissionClient(self.dashboard)
+        logging.getLogger("ray").setLevel(
+            logging.ERROR
+        )  # it names every file that it packs, and those that it does not
         submitted = client.submit_job(
             entrypoint=shlex.join(["python", f"jobs/{job}.py", *arguments]),
             runtime_env=runtime_env | {"working_dir": str(REPOSITORY)},

@@ -5,19 +5,24 @@ to `BENCHMARKS`.
 """
 
 import dataclasses
+import functools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mellow_platform.data.questions import VERDICTS
 from mellow_platform.data.records import lettered
-from mellow_platform.evaluation.captions import CaptionScorer
 from mellow_platform.evaluation.items import Item, Source, merged
 from mellow_platform.evaluation.measures import Classification, Mean, MeanOverFamilies, Measure
 from mellow_platform.evaluation.scores import choice_text, chosen, matches, normal
+from mellow_platform.extras import require
+
+if TYPE_CHECKING:  # of the extra `metrics`, imported where it is used
+    from mellow_platform.evaluation.captions import CaptionScorer
 
 
 @dataclass(frozen=True)
@@ -152,10 +157,24 @@ def _verdict(item: Item, text: str) -> int | None:
     return found[0] if len(found) == 1 and not NEGATED.search(said) else None
 
 
+@functools.cache
+def _caption_scorer() -> "CaptionScorer":
+    """Return the scorer of all descriptions: what it cannot compute is said once."""
+    from mellow_platform.evaluation.captions import CaptionScorer
+
+    return CaptionScorer()
+
+
 class Description(OfFamilies):
     """Descriptions in words of one's own, scored against references."""
 
-    scorer = CaptionScorer()  # of all of them: what cannot be computed is said once
+    def __init__(self) -> None:
+        """Raises ImportError without the extra `metrics`."""
+        require("pycocoevalcap", extra="metrics")
+
+    @property
+    def scorer(self) -> "CaptionScorer":
+        return _caption_scorer()
 
     def records(self, source: Source) -> list[Item]:
         return merged(super().records(source))

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from mellow_platform import storage
+from mellow_platform.extras import require
 
 # Mellow ends answers with `<|endoftext|>` and pads with `!`, whichever SmolLM2 the weights come from (the Instruct
 # version has another end token). Tokenizers without them keep their own.
@@ -22,6 +23,7 @@ END_TOKEN, PADDING_TOKEN = "<|endoftext|>", "!"
 def _source(decoder: str) -> tuple[str, dict[str, str]]:
     """Return the arguments of `from_pretrained` for `decoder`."""
     if decoder.endswith(".gguf"):
+        require("gguf", extra="gguf")
         path = Path(decoder)
         if not path.is_file():
             raise FileNotFoundError(f"{decoder}: no such GGUF file")

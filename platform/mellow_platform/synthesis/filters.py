@@ -8,15 +8,16 @@ import functools
 import re
 import unicodedata
 from collections.abc import Iterable
-from typing import Any
-
-from datasketch import MinHash
-from py3langid.langid import MODEL_FILE, LanguageIdentifier
+from typing import TYPE_CHECKING, Any
 
 from mellow_platform.config import FiltersSection
 from mellow_platform.data.records import Record, lettered
 from mellow_platform.synthesis.candidates import Candidate, hypothesis
 from mellow_platform.synthesis.words import FUNCTION_WORDS, content_words, holds_phrase, words
+
+if TYPE_CHECKING:  # packages of the extra `synthesis`, imported where they are used
+    from datasketch import MinHash
+    from py3langid.langid import LanguageIdentifier
 
 # A text shorter than so many bytes looks like any language, and is let pass; of longer ones the identifier has to be as
 # sure as this that they are in a language outside the list.
@@ -180,7 +181,9 @@ def check_languages(limits: FiltersSection) -> None:
 
 
 @functools.cache
-def _identifier() -> LanguageIdentifier:
+def _identifier() -> "LanguageIdentifier":
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
@@ -224,7 +227,9 @@ def near_duplicates(candidates: Iterable[Candidate], similarity: float) -> set[s
     return found
 
 
-def _signature(text: str) -> MinHash:
+def _signature(text: str) -> "MinHash":
+    from datasketch import MinHash
+
     found, signature = words(text), MinHash(num_perm=PERMUTATIONS)
     signature.update_batch([f"{one} {two}".encode() for one, two in zip(["", *found], [*found, ""], strict=True)])
     return signature

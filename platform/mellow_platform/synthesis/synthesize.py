@@ -33,6 +33,7 @@ from mellow_platform.config import FiltersSection, SynthesizeConfig
 from mellow_platform.data import shards
 from mellow_platform.data.captions import read_captions
 from mellow_platform.data.records import SPLITS, write_records
+from mellow_platform.extras import require
 from mellow_platform.synthesis import asked, checks
 from mellow_platform.synthesis.answers import Answer
 from mellow_platform.synthesis.asked import Request
@@ -69,6 +70,7 @@ def synthesize(config: SynthesizeConfig) -> dict[str, Any]:
         RuntimeError: the endpoint cannot be asked; what it has answered is kept for the next run.
     """
     begun = time.monotonic()
+    require("datasketch", "py3langid", extra="synthesis")
     captions = read_captions(config.captions, config.taskname, config.clip_name, config.limit)
     existing = existing_pairs(captions, config)
     requests = asked.plan(captions, config)

@@ -15,6 +15,7 @@ import torch
 from mellow_platform import storage
 from mellow_platform.config import TrainConfig
 from mellow_platform.data.shards import Manifest
+from mellow_platform.extras import require
 from mellow_platform.model import (
     MellowConfig,
     MellowForConditionalGeneration,
@@ -43,6 +44,7 @@ def finetune(config: TrainConfig) -> dict[str, Any]:
     Raises:
         ValueError: configuration and shards do not go together, or the run of this name was begun with other values.
     """
+    require("deepspeed", extra="train")
     validation = load_examples(config, "val") if config.validate_every else None
     if validation is not None and not len(validation):
         raise ValueError(

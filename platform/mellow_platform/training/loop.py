@@ -13,6 +13,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from mellow_platform import storage
 from mellow_platform.config import RunSection
 from mellow_platform.data.shards import Manifest
+from mellow_platform.extras import require
 from mellow_platform.training.batches import Examples, Plan
 from mellow_platform.training.checkpoints import CheckpointStore
 
@@ -46,7 +47,9 @@ def run_training(
 
     Raises:
         ValueError: the run of this name was begun with other values.
+        ImportError: an extra is missing here.
     """
+    require(config.tracking, extra="mlflow" if config.tracking == "mlflow" else "train")
     folder = storage.join(config.storage, config.run)
     begin(folder, config)
     check_resize(folder, config)

@@ -2,8 +2,6 @@
 
 import tempfile
 
-from torch.utils.tensorboard import SummaryWriter
-
 from mellow_platform import storage
 from mellow_platform.config import RunSection
 
@@ -12,23 +10,17 @@ class Tracker:
     """Writes metrics by step; a run that is resumed goes on in its place."""
 
     def __init__(self, config: RunSection, run: str, step: int):
-        """Open the tracker that `config` names for the run in the folder `run`, which is at `step`.
-
-        Raises:
-            ImportError: mlflow is asked for and not installed.
-        """
+        """Open the tracker that `config` names for the run in the folder `run`, which is at `step`."""
         self.run = run
         self.folder: tempfile.TemporaryDirectory[str] | None = None
         if config.tracking == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
             self.folder = tempfile.TemporaryDirectory()
             self.writer = SummaryWriter(self.folder.name, purge_step=step + 1)
             return
-        try:
-            import mlflow
-        except ImportError as error:
-            raise ImportError(
-                "tracking: mlflow needs it installed on the workers: pip install 'mellow-platform[mlflow]'"
-            ) from error
+        import mlflow
+
         self.mlflow = mlflow
         mlflow.set_experiment("mellow")
         known = mlflow.search_runs(filter_string=f"tags.run_folder = '{run}'", output_format="list")
