@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -21,12 +21,14 @@ from mellow_platform.config import Dtype, GateSection
 from mellow_platform.data.audio import decode
 from mellow_platform.data.records import read_records
 from mellow_platform.evaluation.scores import is_right
-from mellow_platform.inference.engine import Engine
 from mellow_platform.inference.request import Answer, QueueFull, Request, Stream, Token
 from serve.exchange import FRONT_END_CHANGED, MODEL, Chosen, FrontEnd, Piece, Refusal, Written
 from serve.metrics import ModelMetrics
 from serve.placement import preferably_on
 from serve.schema import MAX_NEW_TOKENS
+
+if TYPE_CHECKING:
+    from mellow_platform.inference.engine import Engine
 
 HEALTHY_SECONDS = 20.0  # within which the engine has to get through a step; reading 26 long choices takes some
 # Between two messages of a stream: each costs three processes more than a token of a small model does, and nobody
@@ -76,6 +78,10 @@ class Model:
     """A replica: answers requests of the endpoint with an engine that batches continuously."""
 
     def __init__(self, arguments: Arguments):
+        from mellow_platform.inference.engine import (
+            Engine,  # loads for seconds, and building the application needs none
+        )
+
         self._engine = Engine.load(
             arguments.folder,
             dtype=arguments.dtype,
@@ -225,7 +231,7 @@ class Model:
         return Piece(token.id, tokenizer.decode([token.id]), token.text, token.logprob)
 
 
-def check_gate(gate: GateSection, engine: Engine, folder: str) -> None:
+def check_gate(gate: GateSection, engine: "Engine", folder: str) -> None:
     """Ask `engine`, which holds the model of `folder`, the questions of a gate.
 
     Raises:

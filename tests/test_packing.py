@@ -19,11 +19,12 @@ from mellow_platform.features.preprocess import preprocess
 from mellow_platform.model import HTSATEncoder, MellowConfig, MellowForConditionalGeneration, encoder_config
 from mellow_platform.model.configuration_mellow import tiny_decoder_config
 from mellow_platform.model.folder import load_processor, save_pretrained
-from mellow_platform.training.batches import Plan, batches
+from mellow_platform.training.batches import batches
 from mellow_platform.training.checkpoints import CheckpointStore
 from mellow_platform.training.examples import AnswerExamples, RecordNames, Texts
 from mellow_platform.training.finetune import finetune, load_examples
 from mellow_platform.training.flops import ModelFlops
+from mellow_platform.training.plan import Plan
 from tests.conftest import write_corpus
 
 VOCABULARY = 128
@@ -319,7 +320,7 @@ def test_recordings_are_heard_in_a_window_of_their_own_in_every_epoch(cluster: N
     assert np.array_equal(heard(0, long[0]), heard(0, long[0]))
     assert not np.array_equal(heard(0, long[0]), heard(1, long[0]))
     assert not np.array_equal(heard(0, long[0]), heard(0, long[1]))
-    whole = extractor.log_mel(longer[None, :])[0].numpy()
+    whole = extractor.spectrogram(longer[None, :])[0].numpy()
     short = next(number for number in range(len(examples)) if number not in long)
     assert np.array_equal(heard(0, short), heard(1, short))
     assert heard(0, short).shape == heard(0, long[0]).shape < whole.shape

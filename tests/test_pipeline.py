@@ -25,7 +25,8 @@ from mellow_platform.model.decoder import load_decoder
 from mellow_platform.model.folder import load_model, load_processor, save_pretrained
 from mellow_platform.training.checkpoints import CheckpointStore
 from mellow_platform.training.finetune import finetune
-from mellow_platform.training.tagger import TaggedClips, pretrain
+from mellow_platform.training.tagged_clips import TaggedClips
+from mellow_platform.training.tagger import pretrain
 from tests.conftest import write_corpus
 
 CLIPS = {"train": 24, "val": 2, "test": 6}

@@ -21,11 +21,12 @@ from mellow_platform.features.preprocess import preprocess
 from mellow_platform.features.store import FeatureStore
 from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.folder import load_model, load_processor, save_pretrained
-from mellow_platform.training.batches import Plan, batches
+from mellow_platform.training.batches import batches
 from mellow_platform.training.checkpoints import FOLDER, MARKER, STATE, CheckpointStore
 from mellow_platform.training.finetune import BETAS, build_model, finetune, load_examples, train_answers
 from mellow_platform.training.gate import check_published
 from mellow_platform.training.loop import MOST_RESIZED, RESULT, begin, learning_rate_factor, run_training, total_steps
+from mellow_platform.training.plan import Plan
 from tests.conftest import write_corpus, write_features
 
 STEPS = 20

@@ -180,9 +180,9 @@ class Engined:
     def _parts(self, pair: Pair, prefix: int, prompt: int) -> dict[str, float]:
         decoder, cache, extractor = self.engine._decoder, self.engine._cache, self.engine.processor.feature_extractor
         embeddings = torch.randn(1, prefix, decoder.shape.hidden) * 0.05
-        spectrograms = extractor.log_mel(np.stack(pair))
+        spectrograms = extractor.spectrogram(np.stack(pair))
         return {
-            "front end, 2 clips": fastest(lambda: extractor.log_mel(np.stack(pair))),
+            "front end, 2 clips": fastest(lambda: extractor.spectrogram(np.stack(pair))),
             "encoder, 2 clips": fastest(
                 lambda: [self.engine._model.audio_encoder(row) for row in spectrograms.split(1)]
             ),

@@ -95,10 +95,10 @@ class Job:
         """Return the seconds in which the shards of the first `clips` are written."""
         self.turn += 1
         config = self.settings(self.folder / "out" / f"{self.workers}-{self.turn}", **fields)
-        shapes = feature_shapes(config, extractor, encoder_config("mellow-v0"))
+        shapes = feature_shapes(config, extractor.front_end, encoder_config("mellow-v0"))
         rows = shard_rows(self.clips[:clips], clips_a_shard)
         start = time.perf_counter()
-        receipts = list(write_clip_shards(rows, config, extractor, shapes))
+        receipts = list(write_clip_shards(rows, config, extractor.spectrogram, shapes))
         seconds = time.perf_counter() - start
         assert sum(receipt["read"] for receipt in receipts) == len(self.clips[:clips])
         return seconds

@@ -32,10 +32,11 @@ from torch import nn
 from mellow_platform import training
 from mellow_platform.config import TrainConfig
 from mellow_platform.model import MellowConfig, MellowForConditionalGeneration
-from mellow_platform.training.batches import MicroBatch, Plan, batches
+from mellow_platform.training.batches import MicroBatch, batches
 from mellow_platform.training.examples import AnswerExamples, RecordNames, Texts
 from mellow_platform.training.finetune import BETAS, Finetuning
 from mellow_platform.training.flops import ModelFlops, measured_peak
+from mellow_platform.training.plan import Plan
 
 THREADS = 2
 VOCABULARY, PAD_TOKEN = 49152, 17

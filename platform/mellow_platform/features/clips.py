@@ -9,7 +9,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +19,12 @@ import torch
 from mellow_platform.config import PreprocessConfig
 from mellow_platform.data import shards
 from mellow_platform.data.audio import AudioError, Limits, decode, encode
+from mellow_platform.data.log_mel import FrontEnd, LogMel
 from mellow_platform.data.partners import SILENCE
 from mellow_platform.data.sources import Address, read_clips
-from mellow_platform.model import MellowFeatureExtractor, load_encoder
-from mellow_platform.model.encoders import AudioEncoderConfig
+
+if TYPE_CHECKING:
+    from mellow_platform.model.encoders import AudioEncoderConfig
 
 ENCODER_BATCH = 16
 SILENCE_ID = hashlib.sha256(SILENCE.encode()).hexdigest()
@@ -34,13 +36,13 @@ QUIETEST = -120.0  # dB that digital silence counts as
 Shapes = dict[str, list[int]]
 
 
-def feature_shapes(config: PreprocessConfig, extractor: MellowFeatureExtractor, encoder: AudioEncoderConfig) -> Shapes:
+def feature_shapes(config: PreprocessConfig, front_end: FrontEnd, encoder: "AudioEncoderConfig") -> Shapes:
     """Return the arrays that are stored of a clip with their shapes; [-1] is a recording of any length."""
     if config.features == "encoder":
         return {"frames": [encoder.num_frames, encoder.frame_size], "latent": [encoder.hidden_size]}
     if config.features == "waveform":
         return {"waveform": [-1]}
-    return {"log_mel": [extractor.num_frames, extractor.feature_size]}
+    return {"log_mel": [front_end.num_frames, front_end.feature_size]}
 
 
 def shard_rows(clips: list[tuple[str, Address]], clips_per_shard: int) -> list[dict[str, Any]]:
@@ -59,7 +61,7 @@ def shard_rows(clips: list[tuple[str, Address]], clips_per_shard: int) -> list[d
 
 
 def write_clip_shards(
-    rows: list[dict[str, Any]], config: PreprocessConfig, extractor: MellowFeatureExtractor, shapes: Shapes
+    rows: list[dict[str, Any]], config: PreprocessConfig, log_mel: LogMel, shapes: Shapes
 ) -> Iterator[dict[str, Any]]:
     """Make the shards that `rows` describe on Ray Data, and yield their receipts as they are done."""
     if not rows:
@@ -69,7 +71,7 @@ def write_clip_shards(
     dataset = dataset.map(
         decode_shard,
         fn_kwargs={
-            "extractor": extractor,
+            "log_mel": log_mel,
             "limits": Limits(**config.limits.model_dump()),
             "min_seconds": config.min_seconds,
             "whole": config.features == "waveform",
@@ -93,7 +95,7 @@ def write_clip_shards(
 
 
 def decode_shard(
-    row: dict[str, Any], extractor: MellowFeatureExtractor, limits: Limits, min_seconds: float, whole: bool
+    row: dict[str, Any], log_mel: LogMel, limits: Limits, min_seconds: float, whole: bool
 ) -> dict[str, Any]:
     """Decode the clips of a shard row.
 
@@ -104,11 +106,13 @@ def decode_shard(
         ValueError: a clip's bytes are not those that stock was taken of.
     """
     torch.set_num_threads(1)
-    rate = extractor.sampling_rate
+    front_end = log_mel.front_end
+    rate = front_end.sampling_rate
     out: dict[str, Any] = {"name": row["name"], "expected": len(row["clip_ids"])}
     out |= {"clip_ids": [], "filepaths": [], "splits": [], "seconds": [], "levels": []}
     flacs: list[bytes] = []
-    log_mel = np.empty((0 if whole else len(row["clip_ids"]), extractor.num_frames, extractor.feature_size), np.float16)
+    clips = 0 if whole else len(row["clip_ids"])
+    features = np.empty((clips, front_end.num_frames, front_end.feature_size), np.float16)
     rejected = []
     addresses = [Address(**values) for values in json.loads(row["addresses"])]
     ids = dict(zip((address.path for address in addresses), row["clip_ids"], strict=True))
@@ -117,7 +121,7 @@ def decode_shard(
     for address, data in itertools.chain(read_clips(recorded, limits), silence):
         clip_id = ids[address.path]
         try:
-            waveform = _decoded(address, data, clip_id, rate, limits, min_seconds, extractor.clip_samples)
+            waveform = _decoded(address, data, clip_id, rate, limits, min_seconds, front_end.clip_samples)
         except AudioError as error:
             rejected.append({"clip_id": clip_id, "reason": error.reason, "detail": str(error)})
             continue
@@ -125,14 +129,14 @@ def decode_shard(
         if whole:
             flacs.append(encode(np.clip(waveform, -1.0, 1.0), rate))
         else:
-            log_mel[len(out["clip_ids"])] = extractor(waveform)["input_features"][0].numpy()
+            features[len(out["clip_ids"])] = log_mel(log_mel.fit(waveform)[None])[0].numpy()
         out["clip_ids"].append(clip_id)
         out["filepaths"].append(address.path)
         out["splits"].append(address.split)
         out["seconds"].append(len(waveform) / rate)
         out["levels"].append(max(QUIETEST, 10 * float(np.log10(power + 1e-30))))
     out["rejected"] = json.dumps(rejected)
-    return out | ({"waveform": flacs} if whole else {"log_mel": log_mel[: len(out["clip_ids"])]})
+    return out | ({"waveform": flacs} if whole else {"log_mel": features[: len(out["clip_ids"])]})
 
 
 def _decoded(
@@ -155,6 +159,8 @@ class EncodeShard:
     """Ray Data actor that replaces a shard row's `log_mel` by what the frozen encoder makes of it."""
 
     def __init__(self, encoder: str):
+        from mellow_platform.model import load_encoder  # not in the processes that decode: it loads for seconds
+
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cpu":
             torch.set_num_threads(1)

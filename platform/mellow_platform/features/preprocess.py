@@ -53,7 +53,7 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
         else encoder_config(config.size, encoder=config.encoder_name)
     )
     extractor = MellowFeatureExtractor.for_encoder(encoder, config.short_clip)
-    shapes = feature_shapes(config, extractor, encoder)
+    shapes = feature_shapes(config, extractor.front_end, encoder)
 
     stock = write_stock(plan.units, config)
     records = plan.records or stocked_records(stock.table, config)
@@ -134,7 +134,7 @@ def clip_stage(
     for receipt in receipts.values():
         progress.rejected += add(receipt)
     remaining = [row for row in rows if row["name"] not in receipts]
-    for receipt in write_clip_shards(remaining, config, extractor, shapes):
+    for receipt in write_clip_shards(remaining, config, extractor.spectrogram, shapes):
         receipts[receipt["name"]] = receipt
         progress.add(receipt["expected"], add(receipt), sum(receipt["seconds"]))
     for shard in rows:

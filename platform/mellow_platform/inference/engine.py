@@ -234,7 +234,7 @@ class Engine:
 
     def encode(self, waveforms: Sequence[np.ndarray]) -> list[ClipFeatures]:
         """Return what the encoder makes of waveforms [samples], in fp16 as shards store it."""
-        fitted = [self.processor.feature_extractor.fit(waveform) for waveform in waveforms]
+        fitted = [self.processor.feature_extractor.spectrogram.fit(waveform) for waveform in waveforms]
         encoded = self._call(lambda: [self._encode(waveform) for waveform in fitted]).result()
         return [ClipFeatures(*(part[0].half().cpu().numpy() for part in parts)) for parts in encoded]
 
@@ -451,7 +451,7 @@ class Engine:
 
     def _encode(self, waveform: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return frames [1, F, classes] and latent [1, H] of a fitted waveform."""
-        spectrogram = self.processor.feature_extractor.log_mel(waveform[None])
+        spectrogram = self.processor.feature_extractor.spectrogram(waveform[None])
         encoded = self._model.audio_encoder(spectrogram.to(self.device, self._model.dtype))
         return encoded.frames, encoded.latent
 

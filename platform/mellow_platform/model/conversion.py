@@ -82,7 +82,7 @@ def constants(model: MellowForConditionalGeneration, extractor: MellowFeatureExt
     values = {
         f"{ENCODER}spectrogram_extractor.stft.conv_real.weight": torch.from_numpy(transform.real)[:, None].float(),
         f"{ENCODER}spectrogram_extractor.stft.conv_imag.weight": torch.from_numpy(transform.imag)[:, None].float(),
-        MEL_BANK: torch.from_numpy(extractor.mel_filters).clone(),
+        MEL_BANK: torch.from_numpy(extractor.spectrogram.filters).clone(),
     }
     for name, layer in model.named_modules():
         if isinstance(layer, ClapAudioLayer):

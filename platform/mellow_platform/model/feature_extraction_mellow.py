@@ -3,15 +3,13 @@
 from dataclasses import asdict, fields
 
 import numpy as np
-import torch
-from transformers.audio_utils import mel_filter_bank
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
 
-from .configuration_mellow import encoder_config
-from .encoders import AudioEncoderConfig, FrontEnd
+from mellow_platform.data.log_mel import FrontEnd, LogMel
 
-SHORT_CLIP_RULES = ("pad", "repeat")
+from .configuration_mellow import encoder_config
+from .encoders import AudioEncoderConfig
 
 
 class MellowFeatureExtractor(SequenceFeatureExtractor):
@@ -44,23 +42,13 @@ class MellowFeatureExtractor(SequenceFeatureExtractor):
         **kwargs,
     ):
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
-        if short_clip not in SHORT_CLIP_RULES:
-            raise ValueError(f"short_clip {short_clip!r} is not one of {', '.join(SHORT_CLIP_RULES)}")
         self.clip_seconds = clip_seconds
         self.n_fft = n_fft
         self.hop_length = hop_length
         self.min_frequency = min_frequency
         self.max_frequency = max_frequency
         self.short_clip = short_clip
-        self.mel_filters = mel_filter_bank(
-            num_frequency_bins=1 + n_fft // 2,
-            num_mel_filters=feature_size,
-            min_frequency=min_frequency,
-            max_frequency=max_frequency,
-            sampling_rate=sampling_rate,
-            norm="slaney",
-            mel_scale="slaney",
-        ).astype(np.float32)
+        self.spectrogram = LogMel(self.front_end, short_clip)
 
     @classmethod
     def from_size(cls, size: str, short_clip: str = "pad", encoder: str = "htsat") -> "MellowFeatureExtractor":
@@ -91,7 +79,7 @@ class MellowFeatureExtractor(SequenceFeatureExtractor):
 
     @property
     def clip_samples(self) -> int:
-        return round(self.clip_seconds * self.sampling_rate)
+        return self.front_end.clip_samples
 
     @property
     def num_frames(self) -> int:
@@ -99,38 +87,7 @@ class MellowFeatureExtractor(SequenceFeatureExtractor):
         return self.front_end.num_frames
 
     def to_dict(self) -> dict:
-        return {key: value for key, value in super().to_dict().items() if key != "mel_filters"}
-
-    def fit(self, waveform: np.ndarray) -> np.ndarray:
-        """Return float32 `waveform` [n] cut or filled to [clip_samples].
-
-        Raises:
-            ValueError: not one channel, or no samples.
-        """
-        waveform = np.asarray(waveform, np.float32)
-        if waveform.ndim != 1:
-            raise ValueError(f"waveform of shape {waveform.shape}: average the channels to one first")
-        if len(waveform) == 0:
-            raise ValueError("waveform has 0 samples")
-        missing = self.clip_samples - len(waveform)
-        if missing <= 0:
-            return waveform[: self.clip_samples]
-        return np.pad(waveform, (0, missing), mode="wrap" if self.short_clip == "repeat" else "constant")
-
-    def log_mel(self, waveforms: np.ndarray) -> torch.Tensor:
-        """Return decibels [clips, frames, bands] of fitted waveforms [clips, clip_samples]."""
-        spectrum = torch.stft(
-            torch.from_numpy(np.ascontiguousarray(waveforms)),
-            self.n_fft,
-            self.hop_length,
-            window=torch.hann_window(self.n_fft),
-            center=True,
-            pad_mode="reflect",
-            return_complex=True,
-        )
-        power = spectrum.real.square() + spectrum.imag.square()
-        mel = power.transpose(1, 2) @ torch.tensor(self.mel_filters)  # a copy: Ray hands out read-only arrays
-        return 10.0 * torch.log10(torch.clamp(mel, min=1e-10))
+        return {key: value for key, value in super().to_dict().items() if key != "spectrogram"}
 
     def __call__(
         self, raw_speech: np.ndarray | list[np.ndarray], sampling_rate: int | None = None, **kwargs
@@ -145,4 +102,5 @@ class MellowFeatureExtractor(SequenceFeatureExtractor):
                 f"waveforms are at {sampling_rate} Hz, the model hears {self.sampling_rate} Hz: resample them"
             )
         clips = [raw_speech] if isinstance(raw_speech, np.ndarray) and raw_speech.ndim == 1 else raw_speech
-        return BatchFeature({"input_features": self.log_mel(np.stack([self.fit(clip) for clip in clips]))})
+        fitted = np.stack([self.spectrogram.fit(clip) for clip in clips])
+        return BatchFeature({"input_features": self.spectrogram(fitted)})

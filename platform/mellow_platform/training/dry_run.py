@@ -10,11 +10,11 @@ from mellow_platform import storage
 from mellow_platform.config import TrainConfig
 from mellow_platform.model import MellowForConditionalGeneration
 from mellow_platform.model.folder import load_processor
-from mellow_platform.training.batches import Plan
 from mellow_platform.training.examples import AnswerExamples
 from mellow_platform.training.finetune import build_model
 from mellow_platform.training.flops import ModelFlops
 from mellow_platform.training.loop import plan_of, total_steps
+from mellow_platform.training.plan import Plan
 
 SAMPLE = 16  # micro-batches that the work of a step is taken from
 GIB = 2**30

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from mellow_platform.config import PartnerDraws
 from mellow_platform.data.shards import Manifest, read_records
 from mellow_platform.features.store import FeatureStore
-from mellow_platform.training.batches import Arrays
+from mellow_platform.training.plan import Arrays
 
 # What `forward` calls the arrays that shards hold of a clip.
 NETWORK_NAMES = {"log_mel": "input_features", "frames": "audio_frames", "latent": "audio_latent"}

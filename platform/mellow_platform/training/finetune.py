@@ -25,12 +25,13 @@ from mellow_platform.model import (
 )
 from mellow_platform.model.decoder import load_decoder, load_decoder_config, load_tokenizer
 from mellow_platform.model.folder import load_processor, save_model
-from mellow_platform.training.batches import MicroBatch, Plan, batches
+from mellow_platform.training.batches import MicroBatch, batches
 from mellow_platform.training.checkpoints import Tensors
 from mellow_platform.training.examples import AnswerExamples
 from mellow_platform.training.flops import ModelFlops, measured_peak
 from mellow_platform.training.gate import Question, check_published, greedy_answers
 from mellow_platform.training.loop import learning_rate_factor, plan_of, prepare_worker, run_training
+from mellow_platform.training.plan import Plan
 from mellow_platform.training.progress import Progress
 
 BETAS = (0.9, 0.98)

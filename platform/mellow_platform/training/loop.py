@@ -14,8 +14,8 @@ from mellow_platform import storage
 from mellow_platform.config import RunSection
 from mellow_platform.data.shards import Manifest
 from mellow_platform.extras import require
-from mellow_platform.training.batches import Examples, Plan
 from mellow_platform.training.checkpoints import CheckpointStore
+from mellow_platform.training.plan import Examples, Plan
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from mellow_platform import storage
 from mellow_platform.config import RunSection
-from mellow_platform.training.batches import Examples, Plan
 from mellow_platform.training.checkpoints import POSITION, CheckpointStore, Saved, Tensors
 from mellow_platform.training.loop import RESULT, is_stopped, total_steps
+from mellow_platform.training.plan import Examples, Plan
 from mellow_platform.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)

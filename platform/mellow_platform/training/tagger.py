@@ -7,7 +7,6 @@ cross-entropy over the clip's tags (arXiv 2202.00874).
 import contextlib
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -15,9 +14,7 @@ import torch
 
 from mellow_platform import storage
 from mellow_platform.config import EncoderConfig
-from mellow_platform.data.labels import read_labels, vocabulary
 from mellow_platform.data.shards import Manifest
-from mellow_platform.features.store import FeatureStore
 from mellow_platform.model import MellowFeatureExtractor, encoder_config
 from mellow_platform.model.encoders import encoder_parts
 from mellow_platform.model.folder import save_pretrained
@@ -25,53 +22,7 @@ from mellow_platform.training.batches import batches
 from mellow_platform.training.checkpoints import Tensors
 from mellow_platform.training.loop import learning_rate_factor, plan_of, prepare_worker, run_training
 from mellow_platform.training.progress import Progress
-
-
-class TaggedClips:
-    """The clips of the train split that have labels: spectrograms and tags by number."""
-
-    def __init__(self, ids: list[str], spectrograms: np.ndarray, targets: np.ndarray, names: list[str]):
-        """
-        Args:
-            ids: path of each clip.
-            spectrograms: log-mel, fp16 [clips, frames, bands].
-            targets: [clips, classes], 1 where the clip has the tag.
-            names: of the classes.
-        """
-        self.ids, self.spectrograms, self.targets, self.names = ids, spectrograms, targets, names
-        self.sizes = np.ones(len(ids))
-
-    @classmethod
-    def load(cls, config: EncoderConfig) -> "TaggedClips":
-        """Read the clips that `config` trains on.
-
-        Raises:
-            ValueError: the shards hold no spectrograms, or no clip of the train split has labels.
-        """
-        Manifest.read_with(config.shards, "logmel")
-        store = FeatureStore.load(config.shards)
-        clips = read_labels(config.labels)
-        names = vocabulary(clips)
-        by_file = {clip.file: clip.labels for clip in clips}
-        files = zip(store.filepaths, store.splits, strict=True)
-        rows = [row for row, (path, split) in enumerate(files) if path in by_file and split == "train"]
-        if not rows:
-            raise ValueError(f"no clip of the train split of {config.shards} stands in {config.labels}")
-        targets = np.zeros((len(rows), len(names)), np.float32)
-        for place, row in enumerate(rows):
-            for label in by_file[store.filepaths[row]]:
-                targets[place, names.index(label)] = 1.0
-        return cls([store.filepaths[row] for row in rows], store.arrays["log_mel"][rows], targets, names)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def order(self, seed: int, epoch: int) -> np.ndarray:
-        return np.random.default_rng([seed, epoch]).permutation(len(self))
-
-    def collate(self, seed: int, epoch: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """Return spectrograms and tags of the numbered clips; neither depends on the epoch."""
-        return {"input_features": self.spectrograms[numbers].astype(np.float32), "targets": self.targets[numbers]}
+from mellow_platform.training.tagged_clips import TaggedClips
 
 
 def pretrain(config: EncoderConfig) -> dict[str, Any]:

@@ -1,46 +1,12 @@
 """What every audio encoder gives the rest of the platform, and the front end it hears."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from transformers.utils import ModelOutput
 
-
-@dataclass(frozen=True)
-class FrontEnd:
-    """The log-mel spectrogram that an encoder hears; the defaults are Mellow's published ones.
-
-    Attributes:
-        feature_size: number of Slaney mel bands.
-        sampling_rate: of the waveforms, in Hz.
-        clip_seconds: length every clip is brought to.
-        n_fft: samples in a periodic Hann window.
-        hop_length: samples between frames.
-        min_frequency, max_frequency: of the bands, in Hz.
-    """
-
-    feature_size: int = 64
-    sampling_rate: int = 32_000
-    clip_seconds: float = 10.0
-    n_fft: int = 1024
-    hop_length: int = 320
-    min_frequency: float = 50.0
-    max_frequency: float = 14_000.0
-
-    @property
-    def num_frames(self) -> int:
-        """Frames of one clip's spectrogram (1001 as published)."""
-        return 1 + round(self.clip_seconds * self.sampling_rate) // self.hop_length
-
-    def differences(self, other: "FrontEnd") -> str:
-        """Return the values in which `other` is another front end, for an error message; empty where it is the same."""
-        theirs = asdict(other)
-        return ", ".join(
-            f"{name} {value:g} against {theirs[name]:g}"
-            for name, value in asdict(self).items()
-            if value != theirs[name]
-        )
+from mellow_platform.data.log_mel import FrontEnd
 
 
 @dataclass
