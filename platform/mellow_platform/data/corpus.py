@@ -22,6 +22,11 @@ from mellow_platform.data.scenes import Scene, draw_scene, render
 from mellow_platform.data.splits import Term, deal, group_key, terms
 
 SCENE_RATES = (32_000, 44_100)  # Hz
+# Families of questions about labels and about categories of recordings, and the words of the first family.
+QUESTIONS = {
+    "label": ("Recordings-Heard-MCQ", "Recordings-Presence", "what is heard?"),
+    "category": ("Recordings-Category-MCQ", "Recordings-Category-Presence", "what kind of sound is it?"),
+}
 
 
 def scene_clip(seed: int, split: str, number: int) -> tuple[Scene, bytes]:
@@ -73,7 +78,8 @@ def write_scene_corpus(output: str, scenes: dict[str, list[Scene]], *, seed: int
 def recording_corpus(folder: str, output: str, seed: int, rounds: int) -> dict[str, Any]:
     """Write questions on what is heard in a folder of labelled recordings, and `corpus.json`, which is returned.
 
-    The right answer of a question is always a label that has training clips, and so are the wrong ones.
+    Answers, right and wrong ones, are labels that have training clips. In val and test, every such label of a clip is
+    asked about once; in train, one label and one category of a clip in each of the rounds.
 
     Raises:
         ValueError: the labels cannot be read, there are fewer than 10 recordings or 4 labels, or no label has training
@@ -90,14 +96,16 @@ def recording_corpus(folder: str, output: str, seed: int, rounds: int) -> dict[s
         )
     splits = deal(clips, seed)
     train_terms = sorted({term for clip in splits["train"] for term in terms(clip)})
-    records: dict[str, list[Record]] = {}
+    records: dict[str, list[Record]] = {split: [] for split in SPLITS}
     answers: dict[str, Counter[Term]] = {split: Counter() for split in SPLITS}
     for split, members in splits.items():
         rng = np.random.default_rng([seed, SPLITS.index(split)])
-        turns = [clip for _ in range(rounds if split == "train" else 1) for clip in members]
-        records[split] = [
-            question for clip in turns for question in _recording_questions(clip, train_terms, answers[split], rng)
-        ]
+        for clip in members * (rounds if split == "train" else 1):
+            known = [term for term in terms(clip) if term in train_terms]
+            for term in _rarest(known, answers[split], rng) if split == "train" else known:
+                if questions := _recording_questions(clip, term, train_terms, rng):
+                    records[split] += questions
+                    answers[split][term] += 1
     summary = _summary(recordings, splits, records, answers) | {"seed": seed}
     if not records["test"]:
         column = recordings.group_field
@@ -207,39 +215,38 @@ def _write_mmau(output: str, records: Sequence[Record], audio_root: str) -> None
     storage.write_json(storage.join(output, "mmau.json"), entries)
 
 
+def _rarest(known: Sequence[Term], answers: Counter[Term], rng: np.random.Generator) -> list[Term]:
+    """Return one label and one category of a clip, if it has any: those that have been the right answer least often."""
+    shuffled = [known[number] for number in rng.permutation(len(known))]
+    return [
+        min(of_kind, key=lambda term: answers[term])
+        for kind in QUESTIONS
+        if (of_kind := [term for term in shuffled if term[0] == kind])
+    ]
+
+
 def _recording_questions(
-    clip: ClipLabels, train_terms: Sequence[Term], answers: Counter[Term], rng: np.random.Generator
+    clip: ClipLabels, term: Term, train_terms: Sequence[Term], rng: np.random.Generator
 ) -> list[Record]:
-    """Draw a question of every family that fits a clip, and count their right answers in `answers`.
+    """Return a multiple-choice question whose right answer is `term`, and one with yes or no.
 
-    If a clip has several labels, the right answer is the one that has been it least often. The clip's labels are
-    never wrong answers.
-
-    Args:
-        train_terms: labels and categories of training clips.
+    Wrong answers are drawn from `train_terms` of the same kind without the clip's own; if there are none, so are
+    questions.
     """
-    records = []
+    kind, right = term
+    wrong = [text for other, text in train_terms if other == kind and text not in clip.labels]
+    if not wrong:
+        return []
+    choice_family, presence_family, question = QUESTIONS[kind]
+    order = [str(item) for item in rng.permutation([right, *rng.permutation(wrong)[:3]])]
+    choices = lettered(order)
+    present = rng.random() < 0.5
+    heard = right if present else rng.choice(wrong)
 
-    def add(family: str, question: str, answer: str) -> None:
-        caption = ", ".join(clip.names)
-        records.append(Record("recordings", clip.file, "", caption, "", question, answer, f"Recordings-{family}"))
+    def record(family: str, text: str, answer: str) -> Record:
+        return Record("recordings", clip.file, "", ", ".join(clip.names), "", text, answer, family)
 
-    for kind, own, families, question in (
-        ("label", clip.names, ("Heard-MCQ", "Presence"), "what is heard?"),
-        ("category", clip.categories, ("Category-MCQ", "Category-Presence"), "what kind of sound is it?"),
-    ):
-        known = [term for term in train_terms if term[0] == kind and term[1] in own]
-        wrong = [text for of, text in train_terms if of == kind and text not in clip.labels]
-        if not known or not wrong:
-            continue
-        term = min((known[number] for number in rng.permutation(len(known))), key=lambda term: answers[term])
-        answers[term] += 1
-        right = term[1]
-        order = [str(item) for item in rng.permutation([right, *rng.permutation(wrong)[:3]])]
-        choices = lettered(order)
-        add(families[0], " ".join([question, *choices]), choices[order.index(right)])
-        if records[-1].choices != tuple(choices):
-            raise ValueError(f"a label of {order} contains a choice's letter, as in 'b) ': rename it")
-        present = rng.random() < 0.5
-        add(families[1], f"is this heard: {right if present else rng.choice(wrong)}?", "yes" if present else "no")
-    return records
+    multiple_choice = record(choice_family, " ".join([question, *choices]), choices[order.index(right)])
+    if multiple_choice.choices != tuple(choices):
+        raise ValueError(f"a label of {order} contains a choice's letter, as in 'b) ': rename it")
+    return [multiple_choice, record(presence_family, f"is this heard: {heard}?", "yes" if present else "no")]
