@@ -95,13 +95,14 @@ def recording_corpus(folder: str, output: str, seed: int, rounds: int) -> dict[s
             f"questions{''.join(f'; {warning}' for warning in recordings.warnings)}"
         )
     splits = deal(clips, seed)
-    train_terms = sorted({term for clip in splits["train"] for term in terms(clip)})
+    in_train = {term for clip in splits["train"] for term in terms(clip)}
+    train_terms = sorted(in_train)
     records: dict[str, list[Record]] = {split: [] for split in SPLITS}
     answers: dict[str, Counter[Term]] = {split: Counter() for split in SPLITS}
     for split, members in splits.items():
         rng = np.random.default_rng([seed, SPLITS.index(split)])
         for clip in members * (rounds if split == "train" else 1):
-            known = [term for term in terms(clip) if term in train_terms]
+            known = [term for term in terms(clip) if term in in_train]
             for term in _rarest(known, answers[split], rng) if split == "train" else known:
                 if questions := _recording_questions(clip, term, train_terms, rng):
                     records[split] += questions
