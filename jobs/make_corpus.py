@@ -2,6 +2,7 @@
 
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
     python jobs/make_corpus.py --output /data/scenes
+python jobs/make_corpus.py --source recordings --recordings /data/ESC-50-master --output /data/corpus
 """
 
 import json
@@ -31,7 +32,10 @@ def main() -> None:
     config = load(CorpusConfig)
     if config.source == "recordings":
         assert config.recordings
-        counts = corpus.recording_corpus(config.recordings, config.output, config.seed, config.rounds)
+        summary = corpus.recording_corpus(config.recordings, config.output, config.seed, config.rounds)
+        for warning in summary["warnings"]:
+            print(f"warning: {warning}")
+        result = {key: value for key, value in summary.items() if key not in ("warnings", "labels")}
     else:
         clips = dict(zip(SPLITS, (config.train_clips, config.val_clips, config.test_clips), strict=True))
         rows = [
@@ -47,7 +51,8 @@ def main() -> None:
             split: [scene for part in parts if part["split"] == split for scene in part["scenes"]] for split in SPLITS
         }
         counts = corpus.write_scene_corpus(config.output, scenes, seed=config.seed, rounds=config.rounds)
-    print(json.dumps({"corpus": config.output, "questions": counts}))
+        result = {"questions": counts}
+    print(json.dumps({"corpus": config.output} | result))
 
 
 if __name__ == "__main__":

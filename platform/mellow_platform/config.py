@@ -59,7 +59,7 @@ class CorpusConfig(Section):
     """`jobs/make_corpus.py`: write a corpus that needs no download."""
 
     source: Literal["scenes", "recordings"] = Field("scenes", description="synthetic scenes, or a folder of recordings")
-    recordings: Uri | None = Field(None, description="folder with labels.json, for source: recordings")
+    recordings: Uri | None = Field(None, description="folder of labelled recordings, see docs/recordings.md")
     output: Uri = Field(description="folder to write the corpus to")
     seed: int = Field(0, description="the same seed gives the same bytes")
     train_clips: int = Field(1600, ge=1, description="scenes in the train split")
@@ -70,7 +70,7 @@ class CorpusConfig(Section):
     @model_validator(mode="after")
     def _recordings_need_a_folder(self) -> "CorpusConfig":
         if self.source == "recordings" and not self.recordings:
-            raise ValueError("source: recordings needs `recordings`, a folder with labels.json")
+            raise ValueError("source: recordings needs `recordings`, a folder of labelled recordings")
         return self
 
 

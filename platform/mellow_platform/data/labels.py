@@ -1,24 +1,43 @@
-"""Tags of clips for training the encoder: the corpora's own `labels.json`, or AudioSet's CSV layout."""
+"""Labels of clips: `labels.json` for the encoder and for questions about recordings, or AudioSet's CSV layout."""
 
 import csv
 import io
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mellow_platform import storage
 
+# Fields and columns, in lower case, that say which clips have one origin; the first one that a table has counts.
+# src_file is ESC-50's, fsid (fsID) UrbanSound8K's: the recording on freesound.org that a clip was cut from.
+GROUP_FIELDS = ("group", "speaker", "source", "kit", "src_file", "fsid", "uploader")
+
 
 @dataclass(frozen=True, slots=True)
 class ClipLabels:
-    """A clip's path under the audio root, and its tags."""
+    """Labels of one clip.
+
+    Attributes:
+        file: path under the audio root.
+        labels: every tag of the clip, its categories included.
+        categories: those of `labels` that name a kind of sound ("birds"), where `label` and `category` are apart.
+        group: name that clips of one origin share (a speaker, a long recording, a drum kit); empty if unknown.
+    """
 
     file: str
     labels: tuple[str, ...]
+    categories: tuple[str, ...] = ()
+    group: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Labels that name the sound itself; a clip whose only label is its category is named by that."""
+        return tuple(label for label in self.labels if label not in self.categories) or self.labels
 
 
 def read_labels(uri: str) -> list[ClipLabels]:
-    """Read tags from `labels.json`, or from an AudioSet segment list (`*.csv`).
+    """Read labels from `labels.json`, or from an AudioSet segment list (`*.csv`).
 
-    JSON: a list of `{file, labels: [...]}` or `{file, label, category}`.
+    JSON: a list of `{file, labels: [...]}` or `{file, label, category}`, with a group (see `GROUP_FIELDS`) or without.
     CSV: `YTID, start, end, "mid,mid"`; the names of the mids come from `class_labels_indices.csv` beside it, and
     clip files are `<YTID>.wav`.
 
@@ -33,23 +52,46 @@ def write_labels(uri: str, clips: list[ClipLabels]) -> None:
 
 
 def vocabulary(clips: list[ClipLabels]) -> list[str]:
-    """Return every tag once, sorted."""
+    """Return every label once, sorted."""
     return sorted({label for clip in clips for label in clip.labels})
+
+
+def group_field(fields: Collection[str]) -> str:
+    """Return which of `fields`, in lower case, holds the group; empty if none does."""
+    return next((name for name in GROUP_FIELDS if name in fields), "")
 
 
 def _read_json(uri: str) -> list[ClipLabels]:
     entries = storage.read_json(uri)
     if not isinstance(entries, list):
         raise ValueError(f"{uri}: expected a JSON list, found {type(entries).__name__}")
+    rows = [{str(key).lower(): value for key, value in e.items()} if isinstance(e, dict) else {} for e in entries]
+    group = group_field({name for row in rows for name in row})
     clips = []
-    for number, entry in enumerate(entries):
-        fields = entry if isinstance(entry, dict) else {}
-        names = fields.get("labels") or [fields[key] for key in ("label", "category") if key in fields]
-        names = [str(name).rstrip(".").lower() for name in names]
-        if not isinstance(fields.get("file"), str) or not names:
-            raise ValueError(f"{uri}: entry {number} needs `file` and `labels` (or `label` and `category`): {entry!r}")
-        clips.append(ClipLabels(fields["file"], tuple(names)))
+    for number, row in enumerate(rows):
+        named = row.get("labels") or [row[key] for key in ("label", "category") if row.get(key) is not None]
+        labels = [_label(value) for value in named] if isinstance(named, list) else []
+        if not isinstance(row.get("file"), str) or not labels or not all(labels):
+            raise ValueError(
+                f"{uri}: entry {number} needs `file` and a list `labels` (or `label` and `category`): "
+                f"{entries[number]!r:.200}"
+            )
+        categories = labels[1:] if not row.get("labels") else []
+        origin = row.get(group)
+        clips.append(
+            ClipLabels(
+                row["file"],
+                tuple(dict.fromkeys(labels)),
+                tuple(categories),
+                "" if origin is None else str(origin),
+            )
+        )
     return clips
+
+
+def _label(value: object) -> str:
+    """Return a label in lower case without its full stop; empty for null, a list or an object."""
+    return " ".join(str(value).split()).rstrip(".").lower() if isinstance(value, str | int | float) else ""
 
 
 def _read_audioset(uri: str) -> list[ClipLabels]:
