@@ -11,6 +11,7 @@ Starts a local Ray cluster and submits every job to it, as one would to any othe
 
 import contextlib
 import fcntl
+import os
 import re
 import shutil
 import signal
@@ -27,13 +28,14 @@ from mellow_platform.local_ray import LOG, LocalRay
 REPOSITORY = Path(__file__).resolve().parent.parent
 INSTALL_SECONDS = REPOSITORY / ".venv" / "install-seconds"
 CONFIGS = "jobs/configs/mellow-tiny"
+ENCODER_EXAMPLES, TRAINING_EXAMPLES = 1700, 18_000  # that recordings are trained on, over all epochs
 QUESTIONS, SHOWN = 6, 2  # asked over HTTP at the end, and of them printed
 LOCK = "demo.lock"
 # Stages with what they do, and their seconds on two cores: from these, and the pace so far, follows the time left.
 STAGES = {
     "cluster": ("start Ray on this machine", 8.0),
     "corpus": ("write sound scenes and questions about them", 15.0),
-    "preprocess": ("turn clips into spectrograms, questions into tokens", 20.0),
+    "preprocess": ("turn the training clips into spectrograms", 20.0),
     "pretrain encoder": ("train the audio encoder to name sounds", 60.0),
     "encode": ("run the frozen encoder once per clip", 20.0),
     "train": ("train Mellow to answer", 80.0),
@@ -152,21 +154,28 @@ def stages(config: DemoConfig, ray: LocalRay, screen: Screen, begun: float) -> d
 
     corpus, recordings = ray.uri("corpus"), config.corpus
     audio_root = recordings or storage.join(corpus, "audio")
-    source = ["--source", "recordings", "--recordings", recordings, "--rounds", "40"] if recordings else []
-    passes = (["--epochs", "60", "--batch", "8", "--micro-batch", "4"], ["--epochs", "4"]) if recordings else ([], [])
-    preprocess = ["--config", f"{CONFIGS}/preprocess.yaml", "--corpus", corpus, "--audio-root", audio_root]
+    written = submit(
+        "corpus", "make_corpus", "--output", corpus,
+        *(["--source", "recordings", "--recordings", recordings] if recordings else []),
+    )  # fmt: skip
+    passes, shards = ([], []), ["--decode-workers", str(os.cpu_count() or 2)]
     if recordings:
-        preprocess += ["--clips-per-shard", "8"]
+        # A set of any size gets about as many steps.
+        encoder_epochs = max(3, round(ENCODER_EXAMPLES / written["recordings"]["train"]))
+        epochs = min(4.0, max(1.0, TRAINING_EXAMPLES / written["questions"]["train"]))
+        passes = (["--epochs", str(encoder_epochs), "--micro-batch", "4"], ["--epochs", f"{epochs:.2f}"])
+        shards += ["--clips-per-shard", "8"]
+    preprocess = ["--config", f"{CONFIGS}/preprocess.yaml", "--audio-root", audio_root, *shards]
+    labels = storage.join(corpus, "labels.json")
     training = ["--storage", ray.uri("runs"), "--run"]
-    submit("corpus", "make_corpus", "--output", corpus, *source)
-    submit("preprocess", "preprocess", *preprocess, "--output", ray.uri("log-mel"))
+    submit("preprocess", "preprocess", *preprocess, "--labels", labels, "--output", ray.uri("log-mel"))
     submit(
         "pretrain encoder", "pretrain_encoder", "--config", f"{CONFIGS}/pretrain_encoder.yaml",
-        "--shards", ray.uri("log-mel"), "--labels", storage.join(corpus, "labels.json"),
-        "--output", ray.uri("encoder"), *training, "encoder", *passes[0],
+        "--shards", ray.uri("log-mel"), "--labels", labels, "--output", ray.uri("encoder"),
+        *training, "encoder", *passes[0],
     )  # fmt: skip
     features = submit(
-        "encode", "preprocess", *preprocess, "--output", ray.uri("features"),
+        "encode", "preprocess", *preprocess, "--corpus", corpus, "--output", ray.uri("features"),
         "--features", "encoder", "--encoder", ray.uri("encoder"),
     )  # fmt: skip
     trained = submit(

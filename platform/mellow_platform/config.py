@@ -62,10 +62,15 @@ class CorpusConfig(Section):
     recordings: Uri | None = Field(None, description="folder of labelled recordings, see docs/recordings.md")
     output: Uri = Field(description="folder to write the corpus to")
     seed: int = Field(0, description="the same seed gives the same bytes")
-    train_clips: int = Field(1600, ge=1, description="scenes in the train split")
-    val_clips: int = Field(60, ge=1, description="scenes in the val split")
-    test_clips: int = Field(240, ge=1, description="scenes in the test split")
-    rounds: int = Field(3, ge=1, description="how often every question family is asked of a training clip")
+    train_clips: int = Field(1000, ge=1, description="scenes in the train split")
+    val_clips: int = Field(40, ge=1, description="scenes in the val split")
+    test_clips: int = Field(160, ge=1, description="scenes in the test split")
+    rounds: int | None = Field(
+        None,
+        ge=1,
+        description="times that every question family is asked of a training clip; default: 3 of scenes, of recordings "
+        "as many as give 12,000 questions, 40 at most",
+    )
 
     @model_validator(mode="after")
     def _recordings_need_a_folder(self) -> "CorpusConfig":
@@ -142,6 +147,9 @@ class PreprocessConfig(Section):
     max_failed_share: float = Field(0.05, ge=0, le=1, description="quarantined share of clips past which the job fails")
     clips_per_shard: int = Field(64, ge=1, description="clips in a shard")
     records_per_shard: int = Field(4096, ge=1, description="records in a shard")
+    decode_workers: int | None = Field(
+        None, ge=1, description="tasks that decode clips or tokenise questions at a time; default: one per logical CPU"
+    )
     encoder_workers: int = Field(2, ge=1, description="actors that run the encoder")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each encoder actor")
 
@@ -154,7 +162,7 @@ class PreprocessConfig(Section):
     @property
     def shaping(self) -> dict[str, Any]:
         """The fields that the bytes of the shards depend on."""
-        others = {"output", "max_failed_share", "encoder_workers", "gpus_per_worker"}
+        others = {"output", "max_failed_share", "decode_workers", "encoder_workers", "gpus_per_worker"}
         return self.model_dump(exclude=others)
 
     @model_validator(mode="after")

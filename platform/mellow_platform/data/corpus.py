@@ -22,6 +22,9 @@ from mellow_platform.data.scenes import Scene, draw_scene, render
 from mellow_platform.data.splits import Term, deal, group_key, terms
 
 SCENE_RATES = (32_000, 44_100)  # Hz
+SCENE_ROUNDS = 3
+# Of recordings: a clip is asked about its label and its category, by multiple choice and by presence, in each round.
+TRAINING_QUESTIONS, QUESTIONS_A_ROUND, MOST_ROUNDS = 12_000, 4, 40
 # Families of questions about labels and about categories of recordings, and the words of the first family.
 QUESTIONS = {
     "label": ("Recordings-Heard-MCQ", "Recordings-Presence", "what is heard?"),
@@ -63,23 +66,23 @@ def scene_records(scenes: Sequence[Scene], split: str, seed: int, rounds: int) -
 def write_scene_corpus(output: str, scenes: dict[str, list[Scene]], *, seed: int, rounds: int) -> dict[str, int]:
     """Write records and labels of scenes whose audio is in place; return the number of questions a split."""
     counts = {}
-    labels = []
     for split in SPLITS:
         records = scene_records(scenes[split], split, seed, rounds if split == "train" else 1)
         write_records(storage.join(output, f"{split}.json"), records)
         counts[split] = len(records)
         if split == "test":
             _write_mmau(output, records, "./audio")
-        labels += [ClipLabels(scene_path(split, n), tuple(s.labels)) for n, s in enumerate(scenes[split])]
+    labels = [ClipLabels(scene_path("train", n), tuple(s.labels)) for n, s in enumerate(scenes["train"])]
     write_labels(storage.join(output, "labels.json"), labels)
     return counts
 
 
-def recording_corpus(folder: str, output: str, seed: int, rounds: int) -> dict[str, Any]:
+def recording_corpus(folder: str, output: str, seed: int, rounds: int | None = None) -> dict[str, Any]:
     """Write questions on what is heard in a folder of labelled recordings, and `corpus.json`, which is returned.
 
     Answers, right and wrong ones, are labels that have training clips. In val and test, every such label of a clip is
-    asked about once; in train, one label and one category of a clip in each of the rounds.
+    asked about once; in train, one label and one category of a clip in each of the rounds, whose default number
+    gives about `TRAINING_QUESTIONS`.
 
     Raises:
         ValueError: the labels cannot be read, there are fewer than 10 recordings or 4 labels, or no label has training
@@ -95,6 +98,7 @@ def recording_corpus(folder: str, output: str, seed: int, rounds: int) -> dict[s
             f"questions{''.join(f'; {warning}' for warning in recordings.warnings)}"
         )
     splits = deal(clips, seed)
+    rounds = rounds or min(MOST_ROUNDS, max(1, TRAINING_QUESTIONS // (QUESTIONS_A_ROUND * len(splits["train"]))))
     in_train = {term for clip in splits["train"] for term in terms(clip)}
     train_terms = sorted(in_train)
     records: dict[str, list[Record]] = {split: [] for split in SPLITS}

@@ -76,6 +76,7 @@ def write_clip_shards(
             "min_seconds": config.min_seconds,
             "whole": config.features == "waveform",
         },
+        compute=ray.data.TaskPoolStrategy(size=config.decode_workers),
         **RETRIED,
     )
     if config.encoder:

@@ -91,7 +91,7 @@ def write_record_shards(
         ray.init()  # as Ray Data does by itself; the clips may have been done by an earlier run
     write = ray.remote(max_retries=-1)(write_record_shard)
     under_way: list[ray.ObjectRef] = []
-    most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    most = config.decode_workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     for number in range(max(1, -(-len(records) // size))):
         name = f"{number:06d}"
         if name not in done:
