@@ -11,6 +11,7 @@ Starts a local Ray cluster and submits every job to it, as one would to any othe
 
 import contextlib
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -341,6 +342,7 @@ def interrupt(*_: object) -> None:
 
 def main() -> None:
     config = load(DemoConfig)
+    logging.disable(logging.INFO)  # Ray prints every file that it packs, or leaves out
     for number in ENDING:
         signal.signal(number, interrupt)
     run(config)

@@ -50,7 +50,8 @@ def main() -> None:
         scenes: dict[str, list[Scene]] = {
             split: [scene for part in parts if part["split"] == split for scene in part["scenes"]] for split in SPLITS
         }
-        counts = corpus.write_scene_corpus(config.output, scenes, seed=config.seed, rounds=config.rounds or corpus.SCENE_ROUNDS)
+        rounds = config.rounds or corpus.SCENE_ROUNDS
+        counts = corpus.write_scene_corpus(config.output, scenes, seed=config.seed, rounds=rounds)
         result = {"questions": counts}
     print(json.dumps({"corpus": config.output} | result))
 

@@ -7,7 +7,6 @@ directory is written, and no process of the cluster outlives it.
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import shlex
 import shutil
@@ -162,14 +161,13 @@ class LocalRay:
         """
         # Loading Ray takes a second, and it reads the token's variables once.
         os.environ.update({name: self.environment[name] for name in authentication(self.folder)})
+        # Ray warns that it leaves out .git, as infra/runtime_env.yaml does anyway.
+        os.environ["RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES"] = ""
         from ray.job_submission import JobStatus, JobSubmissionClient
 
         runtime_env = yaml.safe_load((REPOSITORY / "infra/runtime_env.yaml").read_text())
         runtime_env["py_modules"] = [str(REPOSITORY / module) for module in runtime_env["py_modules"]]
         client = JobSubmissionClient(self.dashboard)
-        logging.getLogger("ray").setLevel(
-            logging.ERROR
-        )  # it names every file that it packs, and those that it does not
         submitted = client.submit_job(
             entrypoint=shlex.join(["python", f"jobs/{job}.py", *arguments]),
             runtime_env=runtime_env | {"working_dir": str(REPOSITORY)},
