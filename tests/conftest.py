@@ -45,12 +45,31 @@ BROWSER_OPTIONS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-
 NEEDS_KUBECTL = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed: nothing renders")
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """A Ray cluster of this process's own, with more logical CPUs than the machine may have cores."""
-    ray.init("local", num_cpus=8, include_dashboard=False, object_store_memory=500_000_000, logging_level="warning")
-    yield
+class SharedRay:
+    """The Ray cluster of this process, which modules share as long as they ask for the same in the same environment."""
+
+    started: tuple[int, int, dict[str, str]] | None = None
+
+    @classmethod
+    def use(cls, num_cpus: int = 8, object_store_memory: int = 500_000_000) -> None:
+        """Start a cluster with so many logical CPUs and bytes, unless one runs already."""
+        variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        wanted = (num_cpus, object_store_memory, variables)
+        if ray.is_initialized() and cls.started == wanted:
+            return
+        ray.shutdown()
+        memory, cls.started = {"object_store_memory": object_store_memory}, wanted
+        ray.init("local", num_cpus=num_cpus, include_dashboard=False, logging_level="warning", **memory)
+
+
+def pytest_sessionfinish() -> None:
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> None:
+    """A Ray cluster of this process's own, with more logical CPUs than the machine may have cores."""
+    SharedRay.use()
 
 
 @pytest.fixture(scope="module")

@@ -133,6 +133,7 @@ def result(grid: AblationConfig) -> dict[str, Any]:
     return run_ablation(grid)
 
 
+@pytest.mark.extended
 def test_a_grid_is_trained_scored_and_tabulated_and_a_failed_point_keeps_its_reason(grid, result):
     good, failed = result["points"]
     stored = [storage.read_json(storage.join(grid.output, "runs", run["run"], RESULT)) for run in good["runs"]]
@@ -157,6 +158,7 @@ def test_a_grid_is_trained_scored_and_tabulated_and_a_failed_point_keeps_its_rea
     assert Path(grid.output, "table.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.extended
 def test_an_ablation_that_is_submitted_again_trains_what_is_missing_alone(grid, result, made):
     files = {path: path.stat().st_mtime_ns for path in Path(grid.output, "runs").rglob("*")}
     assert files

@@ -266,6 +266,7 @@ def run_job(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
 
 
+@pytest.mark.extended
 def test_a_significantly_lower_score_fails_the_job_and_a_like_one_does_not(
     truth: dict[str, Any], corpus: SimpleNamespace
 ):

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.chaos.kill_preprocess import run
 
 
+@pytest.mark.extended
 def test_a_job_whose_worker_node_and_driver_are_killed_leaves_what_an_undisturbed_one_does(tmp_path: Path):
     result = run(tmp_path, kills=3, seed=0, clips=60)
     assert result["kills"] == 3

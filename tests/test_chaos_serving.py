@@ -4,10 +4,13 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import NEEDS_KUBECTL, REPOSITORY
 
 
 @NEEDS_KUBECTL
+@pytest.mark.extended
 def test_answers_come_and_are_right_while_a_replica_and_the_controller_are_killed():
     command = [sys.executable, "tests/chaos/kill_serving.py", "--victims", "replica", "controller"]
     ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)

@@ -109,6 +109,7 @@ def test_a_cut_question_or_answer_is_counted(whole: EvaluateConfig):
     assert report["seconds_an_answer"]["audio"]["max"] >= report["seconds_an_answer"]["audio"]["median"] > 0
 
 
+@pytest.mark.extended
 def test_a_job_that_was_killed_goes_on_with_what_is_missing(whole: EvaluateConfig, tmp_path: Path, capsys):
     job = whole.model_copy(update={"output": str(tmp_path / "out")})
     (tmp_path / "job.yaml").write_text(json.dumps(job.model_dump()))
@@ -310,6 +311,7 @@ def test_a_question_that_an_endpoint_trips_over_is_wrong_and_the_others_are_answ
     assert not list((made.root / "all-tripped/answers").glob("*"))
 
 
+@pytest.mark.extended
 def test_what_an_endpoint_left_unanswered_is_asked_again_and_nothing_else(made: SimpleNamespace, loud_and_soft: Path):
     folder, server = made.root / "again", Listener()
     texts = ["poison?", *(f"is it loud, {number}?" for number in range(7))]
@@ -347,6 +349,7 @@ def test_what_an_endpoint_left_unanswered_is_asked_again_and_nothing_else(made: 
     assert evaluate(more)["conditions"] == ["audio", "noise"]
 
 
+@pytest.mark.extended
 def test_a_model_that_insists_on_audio_is_told_of_silence_and_keeps_its_other_answers(
     made: SimpleNamespace, listener: Listener, loud_and_soft: Path
 ):

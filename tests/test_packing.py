@@ -377,6 +377,7 @@ def test_padding_that_is_seen_is_work_and_not_useful():
     assert work["tokens"] - work["useful_tokens"] == 6 * max(PROMPTS) - sum(PROMPTS)
 
 
+@pytest.mark.extended
 def test_a_run_with_packs_reports_its_work(shards: str, tmp_path: Path):
     save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")), str(tmp_path / "encoder"))
     config = TrainConfig(

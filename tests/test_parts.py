@@ -394,6 +394,7 @@ def test_training_with_adapters_leaves_the_decoder_and_saves_both(path: SimpleNa
     assert torch.linalg.matrix_rank(difference) <= 4
 
 
+@pytest.mark.extended
 def test_a_run_with_adapters_goes_on_from_its_last_checkpoint(path: SimpleNamespace):
     first = path.result["total_steps"]
     config = path.train.model_copy(update={"epochs": 0.7})

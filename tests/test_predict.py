@@ -111,6 +111,7 @@ def test_every_question_is_answered_about_every_clip_as_the_engine_answers_it(wh
     }  # fmt: skip
 
 
+@pytest.mark.extended
 def test_a_job_that_was_killed_goes_on_and_leaves_the_answers_of_one_that_was_not(whole, tmp_path, capsys):
     job = whole.model_copy(update={"output": str(tmp_path / "out")})
     (tmp_path / "job.yaml").write_text(json.dumps(job.model_dump()))

@@ -191,6 +191,7 @@ def test_waveforms_are_stored_whole_at_the_models_rate(cluster: None, tmp_path):
         FeatureStore.load(str(tmp_path / "mel")).waveform(0)
 
 
+@pytest.mark.extended
 def test_encoded_features_do_not_depend_on_the_number_of_encoders(cluster: None, corpus, tmp_path):
     save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")), str(tmp_path / "encoder"))
     fields = {"features": "encoder", "encoder": str(tmp_path / "encoder")}

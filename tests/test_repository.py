@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mellow_platform.extras import require
 from tests.conftest import REPOSITORY
 
 
@@ -35,9 +36,39 @@ SCRIPTS = sorted(
 @pytest.mark.parametrize(
     "script", [path for path in SCRIPTS if "__main__" in path.read_text()], ids=lambda path: path.stem
 )
+@pytest.mark.extended
 def test_a_benchmark_chaos_or_fuzz_run_starts_as_a_script_without_a_python_path(script: Path, tmp_path: Path):
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, str(script), "--help"]
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "usage:" in result.stdout
+
+
+# Of every extra: what `pip install mellow-platform` alone leaves out.
+EXTRAS = ["deepspeed", "tensorboard", "pycocoevalcap", "datasketch", "py3langid", "gguf", "mlflow", "opentelemetry"]
+WITHOUT_EXTRAS = f"""
+import importlib.abc, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {EXTRAS}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+import serve.ingress, serve.model
+import mellow_platform.inference.engine, mellow_platform.inference.predict, mellow_platform.features.preprocess
+import mellow_platform.evaluation.evaluate, mellow_platform.training.finetune, mellow_platform.training.tagger
+import mellow_platform.synthesis.synthesize, mellow_platform.training.ablation
+"""
+
+
+def test_every_part_loads_without_the_extras():
+    result = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_missing_extra_is_named_with_the_command_that_installs_it():
+    require("numpy", extra="metrics")
+    with pytest.raises(
+        ImportError, match=r"no_such_package is not installed: pip install 'mellow-platform\[metrics\]'"
+    ):
+        require("numpy", "no_such_package", extra="metrics")

@@ -6,7 +6,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from s3fs import S3FileSystem
 
@@ -20,7 +19,7 @@ from mellow_platform.model.folder import load_model, save_model
 from mellow_platform.model.tokenizer import train_tokenizer
 from mellow_platform.training.finetune import finetune
 from mellow_platform.training.tagger import pretrain
-from tests.conftest import write_corpus
+from tests.conftest import SharedRay, write_corpus
 from tests.object_storage import object_store
 
 
@@ -32,13 +31,13 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def cluster_on_s3(bucket: str) -> Iterator[str]:
+def cluster_on_s3(bucket: str) -> str:
     """A Ray cluster whose workers know the S3 server."""
-    ray.init("local", num_cpus=8, include_dashboard=False, object_store_memory=500_000_000, logging_level="warning")
-    yield bucket
-    ray.shutdown()
+    SharedRay.use()
+    return bucket
 
 
+@pytest.mark.extended
 def test_the_whole_path_runs_in_object_storage(cluster_on_s3: str):
     def uri(name: str) -> str:
         return storage.join(cluster_on_s3, name)

@@ -468,6 +468,7 @@ def known_answers(demo: LocalRay, client: openai.OpenAI, folder: Path, answer: s
     return ["--gate.records", str(folder / "gate.json"), "--gate.audio-root", str(folder)]
 
 
+@pytest.mark.extended
 def test_a_version_takes_over_without_a_failed_request_and_one_that_fails_the_gate_never_answers(
     demo: LocalRay, client: openai.OpenAI, tmp_path: Path
 ):
@@ -507,6 +508,7 @@ def test_a_version_takes_over_without_a_failed_request_and_one_that_fails_the_ga
     assert set(answers) == {before, after}
 
 
+@pytest.mark.extended
 def test_the_endpoint_is_judged_as_the_folder_that_it_serves_is(demo: LocalRay, client: openai.OpenAI, tmp_path: Path):
     records = []
     for seed in range(3):
@@ -527,6 +529,7 @@ def test_the_endpoint_is_judged_as_the_folder_that_it_serves_is(demo: LocalRay, 
     assert said["folder"] == said["endpoint"]
 
 
+@pytest.mark.extended
 def test_another_name_is_served_beside(demo: LocalRay, client: openai.OpenAI):
     write_tiny_model(demo.uri("other"), seed=2)
     deploy(demo, "--model", demo.uri("other"), "--name", "other")
@@ -537,6 +540,7 @@ def test_another_name_is_served_beside(demo: LocalRay, client: openai.OpenAI):
     assert says[1].model == "other"
 
 
+@pytest.mark.extended
 def test_a_model_that_nobody_asks_has_no_replica_and_wakes_for_a_question(demo: LocalRay, client: openai.OpenAI):
     config = yaml.safe_load((REPOSITORY / "serve/config.yaml").read_text())
     scaling = config["applications"][1]["deployments"][0]["autoscaling_config"]
@@ -657,6 +661,7 @@ def test_a_url_is_fetched_from_a_host_that_is_allowed_and_no_further(alice: open
         server.shutdown()
 
 
+@pytest.mark.extended
 def test_the_same_clips_go_to_the_replica_that_has_them_cached(demo: LocalRay, alice: openai.OpenAI):
     def misses() -> float:
         return sum(metric(demo, "mellow_cache_total", cache="prefix", outcome="miss", application="mellow").values())

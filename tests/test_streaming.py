@@ -11,6 +11,7 @@ from ray._private.internal_api import memory_summary
 from mellow_platform.features.preprocess import preprocess
 from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.folder import save_pretrained
+from tests.conftest import SharedRay
 from tests.test_preprocess import config, sound
 
 MIB = 1 << 20
@@ -32,10 +33,11 @@ def write_recordings(folder: Path, clips: int) -> None:
     ("clips", "object_store"),
     [(2000, 80 * MIB), pytest.param(6400, 256 * MIB, marks=pytest.mark.slow)],
 )
+@pytest.mark.extended
 def test_a_corpus_larger_than_the_object_store_streams_through(tmp_path, clips, object_store):
     write_recordings(tmp_path / "recordings", clips)
     save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")), str(tmp_path / "encoder"))
-    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=object_store, logging_level="warning")
+    SharedRay.use(num_cpus=2, object_store_memory=object_store)
     try:
         before = psutil.Process().memory_info().rss
         fields = {"features": "encoder", "encoder": str(tmp_path / "encoder"), "encoder_workers": 1}

@@ -720,6 +720,7 @@ def reachable(server: LLMServer, monkeypatch: pytest.MonkeyPatch) -> LLMServer:
     return server
 
 
+@pytest.mark.extended
 def test_a_model_behind_a_failing_server_is_asked_once_for_each_answer(cluster, reachable, tmp_path):
     write_captions(str(tmp_path / "train.csv"), 12, seed=0)
     written_before = Counter(reachable.written)
@@ -754,6 +755,7 @@ def test_a_model_behind_a_failing_server_is_asked_once_for_each_answer(cluster, 
             assert not file.is_file() or KEY.encode() not in file.read_bytes(), f"{file} holds the key"
 
 
+@pytest.mark.extended
 def test_a_job_that_was_killed_asks_again_only_what_was_on_its_way(cluster, reachable, tmp_path, capsys):
     write_captions(str(tmp_path / "train.csv"), 60, seed=1)
     written_before = Counter(reachable.written)
@@ -813,6 +815,7 @@ def test_questions_that_a_last_answer_lacks_are_counted_and_the_others_are_kept(
     assert report["requested"] == report["accepted"] + report["rejected"] + report["failed"] == 120
 
 
+@pytest.mark.extended
 def test_another_prompt_of_a_check_asks_that_check_alone_and_what_was_paid_for_stays_in_the_report(
     cluster, reachable, tmp_path
 ):

@@ -112,6 +112,7 @@ def whole(made: SimpleNamespace) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.extended
 def test_every_zero_stage_on_two_workers_gives_the_losses_of_plain_pytorch(made, plain, stage):
     run = trained(configured(made, f"zero-{stage}", zero_stage=stage))
     np.testing.assert_allclose(run.losses, plain, atol=1e-4)
@@ -130,6 +131,7 @@ def test_zero_stage_2_on_two_workers_gives_the_losses_of_plain_pytorch(plain, wh
         {"zero_stage": 0, "activation_checkpointing": True},
     ],
 )
+@pytest.mark.extended
 def test_offloading_and_activation_checkpointing_change_no_loss_and_go_on(made, whole, changes):
     name = "-".join(map(str, changes.values()))
     cut_back(made, "whole", name, step=10)
@@ -147,6 +149,7 @@ def test_offloading_and_activation_checkpointing_change_no_loss_and_go_on(made, 
         if workers != 2
     ],
 )
+@pytest.mark.extended
 def test_a_checkpoint_of_two_workers_goes_on_with_another_number(made, whole, stage, workers):
     name = f"moved-{stage}-{workers}"
     cut_back(made, "whole", name, step=5)
@@ -167,6 +170,7 @@ def test_resizes_past_those_that_are_tested_are_refused(made, whole):
         trained(configured(made, "elastic-16", scaling={"workers": 16, "min_workers": 2}))
 
 
+@pytest.mark.extended
 def test_a_run_begins_with_as_many_workers_as_there_is_room_for_from_the_fewest_on(made, plain):
     # Of 8 logical CPUs.
     scaling = {"workers": 2, "min_workers": 1, "cpus_per_worker": 5}
@@ -195,6 +199,7 @@ def failing_store(failing: set[int], part: str) -> Callable[[dict[str, Any]], No
 
 
 @pytest.mark.parametrize("part", ["write_log", "write"])
+@pytest.mark.extended
 def test_checkpoints_that_cannot_be_written_lose_no_step_of_the_log(made, whole, part):
     config = configured(made, f"failing-{part}", zero_stage=2)
     result = run_training(failing_store({1, 3}, part), config, load_examples(config))
@@ -225,6 +230,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_examples_and_losses(made, 
     assert storage.list_folder(storage.join(store.run, FOLDER)) == [Path(store.saved()[0].uri).name]
 
 
+@pytest.mark.extended
 def test_going_on_at_the_end_of_an_epoch_neither_skips_nor_repeats_one(made, whole):
     per_epoch = -(-len(load_examples(configured(made, "whole"))) // 8)
     epochs = [whole.examples[start : start + per_epoch] for start in range(0, STEPS, per_epoch)]
@@ -246,6 +252,7 @@ def test_a_complete_run_is_left_as_it_is(made, whole):
     assert before == {path: path.stat().st_mtime_ns for path in (made.root / "whole/run").rglob("*")}
 
 
+@pytest.mark.extended
 def test_a_complete_run_is_published_where_it_was_not_yet(made, whole):
     shutil.copytree(made.root / "whole", made.root / "published")
     config = configured(made, "published", zero_stage=2, output=str(made.root / "elsewhere"))
@@ -300,6 +307,7 @@ def test_metrics_go_to_tensorboard(made, whole):
     assert {"examples_per_second", "data_wait_share", "learning_rate"} <= set(events.Tags()["scalars"])
 
 
+@pytest.mark.extended
 def test_validation_keeps_the_best_and_stops_a_run_that_gets_no_better(made):
     config = configured(
         made, "stopping", learning_rate=3e-2, warmup=0.0, validate_every=2, patience=2, publish="best",
@@ -342,6 +350,7 @@ def test_a_model_is_published_only_as_it_was_trained(made, whole, tmp_path):
         check_published(str(tmp_path / "model"), model, [], [], like=model.frame_embedding.weight)
 
 
+@pytest.mark.extended
 def test_a_model_is_trained_further_on_shards_made_with_its_own_encoder_and_tokenizer(made, whole, tmp_path):
     model, own = str(made.root / "whole/model"), str(tmp_path / "features")
     values = {"corpus": str(made.root / "corpus"), "features": "encoder", "encoder": model}
@@ -363,6 +372,7 @@ def test_a_model_is_trained_further_on_shards_made_with_its_own_encoder_and_toke
         build_model(config, processor)
 
 
+@pytest.mark.extended
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(made):
     config = configured(made, "diverging", learning_rate=1e30, scaling={"workers": 1, "max_failures": 0}, epochs=0.5)
     with pytest.raises(Exception, match=r"step \d+: the loss is nan; lower learning_rate"):
