@@ -159,7 +159,8 @@ def stages(config: DemoConfig, ray: LocalRay, screen: Screen, begun: float) -> d
         "corpus", "make_corpus", "--output", corpus,
         *(["--source", "recordings", "--recordings", recordings] if recordings else []),
     )  # fmt: skip
-    passes, shards = ([], []), ["--decode-workers", str(os.cpu_count() or 2)]
+    passes: tuple[list[str], list[str]] = ([], [])
+    shards = ["--decode-workers", str(os.cpu_count() or 2)]
     if recordings:
         # A set of any size gets about as many steps.
         encoder_epochs = max(3, round(ENCODER_EXAMPLES / written["recordings"]["train"]))

@@ -46,14 +46,18 @@ def test_a_benchmark_chaos_or_fuzz_run_starts_as_a_script_without_a_python_path(
 
 
 # Of every extra: what `pip install mellow-platform` alone leaves out.
-EXTRAS = ["deepspeed", "tensorboard", "pycocoevalcap", "datasketch", "py3langid", "gguf", "mlflow", "opentelemetry"]
+EXTRAS = ["deepspeed", "tensorboard", "pycocoevalcap", "datasketch", "py3langid", "gguf", "mlflow"]
 WITHOUT_EXTRAS = f"""
-import importlib.abc, sys
+import importlib.abc, importlib.util, sys
+find_spec = importlib.util.find_spec
+def is_absent(name):
+    return name.partition(".")[0] in {EXTRAS}
 class Absent(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {EXTRAS}:
+        if is_absent(name):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent())
+importlib.util.find_spec = lambda name, package=None: None if is_absent(name) else find_spec(name, package)
 import serve.ingress, serve.model
 import mellow_platform.inference.engine, mellow_platform.inference.predict, mellow_platform.features.preprocess
 import mellow_platform.evaluation.evaluate, mellow_platform.training.finetune, mellow_platform.training.tagger
@@ -68,7 +72,5 @@ def test_every_part_loads_without_the_extras():
 
 def test_a_missing_extra_is_named_with_the_command_that_installs_it():
     require("numpy", extra="metrics")
-    with pytest.raises(
-        ImportError, match=r"no_such_package is not installed: pip install 'mellow-platform\[metrics\]'"
-    ):
+    with pytest.raises(ImportError, match=r"no_such_package is not installed: .*\[metrics\]"):
         require("numpy", "no_such_package", extra="metrics")

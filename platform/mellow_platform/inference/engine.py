@@ -243,7 +243,7 @@ class Engine:
             raise ValueError(
                 f"max_new_tokens is {request.max_new_tokens}: this engine has room for {self.max_new_tokens}"
             )
-        fit = self.processor.feature_extractor.fit
+        fit = self.processor.feature_extractor.spectrogram.fit
         clips = [fit(clip) if isinstance(clip, np.ndarray) else clip for clip in request.clips]
         for number, clip in enumerate(clips):
             # In the cache, they would spoil whatever is answered from the same slot later on.
