@@ -4,8 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
-import sklearn
-from sklearn.metrics import precision_recall_fscore_support
 
 
 class Measure(ABC):
@@ -90,7 +88,7 @@ class Expected(Measure):
 
 
 class Classification(Measure):
-    """Accuracy, macro precision, recall and F1, and the accuracy of every class, by scikit-learn.
+    """Accuracy, macro precision, recall and F1, and the accuracy of every class, as scikit-learn defines them.
 
     Args:
         truth: [N] number of each answer's class in `classes`.
@@ -103,20 +101,20 @@ class Classification(Measure):
         self.names = ("accuracy", "precision", "recall", "F1", *(f"accuracy of {name!r}" for name in classes))
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        # Answers of the same class to questions of the same class are one answer that counts as often.
-        pairs, number = np.unique(np.stack([self.truth, self.predicted]), axis=1, return_inverse=True)
-        counts = weights @ np.eye(pairs.shape[1])[number.ravel()]
-        with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
-            return np.array([self._scores(pairs[0], pairs[1], row) for row in counts])
-
-    def _scores(self, truth: np.ndarray, predicted: np.ndarray, counts: np.ndarray) -> list[float]:
-        labels = np.arange(len(self.classes))
-        precision, recall, f1, _ = precision_recall_fscore_support(
-            truth, predicted, labels=labels, sample_weight=counts, zero_division=0
-        )
-        accuracy = counts[truth == predicted].sum() / counts.sum()
+        classes = np.arange(len(self.classes))
+        is_class, is_answered = self.truth[:, None] == classes, self.predicted[:, None] == classes
+        right = weights @ (is_class & is_answered)  # [draws, classes], as are the others
+        asked, answered = weights @ is_class, weights @ is_answered
+        precision, recall, f1 = _ratio(right, answered), _ratio(right, asked), _ratio(2 * right, asked + answered)
+        accuracy = right.sum(axis=1) / weights.sum(axis=1)
+        means = [measure.mean(axis=1) for measure in (precision, recall, f1)]
         # The share of a class's questions that are answered right is its recall.
-        return [accuracy, precision.mean(), recall.mean(), f1.mean(), *recall]
+        return np.column_stack([accuracy, *means, recall])
 
     def of(self, rows: np.ndarray) -> "Classification":
         return Classification(self.truth[rows], self.predicted[rows], self.classes)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Return `part / whole`, and 0 where `whole` is 0."""
+    return np.divide(part, whole, out=np.zeros(part.shape), where=whole > 0)
