@@ -165,7 +165,7 @@ def stages(config: DemoConfig, ray: LocalRay, screen: Screen, begun: float) -> d
         # A set of any size gets about as many steps.
         encoder_epochs = max(3, round(ENCODER_EXAMPLES / written["recordings"]["train"]))
         epochs = min(4.0, max(1.0, TRAINING_EXAMPLES / written["questions"]["train"]))
-        passes = (["--epochs", str(encoder_epochs), "--micro-batch", "4"], ["--epochs", f"{epochs:.2f}"])
+        passes = (["--epochs", str(encoder_epochs), "--batch", "8", "--micro-batch", "4"], ["--epochs", f"{epochs:.2f}"])
         shards += ["--clips-per-shard", "8"]
     preprocess = ["--config", f"{CONFIGS}/preprocess.yaml", "--audio-root", audio_root, *shards]
     labels = storage.join(corpus, "labels.json")
