@@ -569,7 +569,9 @@ def as_text(sections: "dict[str, list[Check]]") -> str:
         for check in checks:
             head, indent = f"  {check.state:8} {check.name:16} ", " " * 28
             for text, first, rest in ((check.found, head, indent), (check.remedy, f"{indent}-> ", f"{indent}   ")):
-                lines += textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest)
+                lines += textwrap.wrap(
+                    text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
+                )
         lines.append("")
     notes = sum(check.state == NOTE for checks in sections.values() for check in checks)
     return "\n".join([*lines, f"problems: {problems(sections)}, notes: {notes}"])
