@@ -269,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         top.exit(1, f"mellow: {error}\n")
     except KeyboardInterrupt:
-        top.exit(INTERRUPTED, "\n")
+        top.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

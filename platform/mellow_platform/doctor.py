@@ -85,8 +85,8 @@ def check_python(version: "tuple[int, ...]" = sys.version_info[:3]) -> Check:
         return Check("python", OK, found)
     others = [f"python{OLDEST[0]}.{minor}" for minor in range(OLDEST[1], NEWEST[1] + 1)]
     # One that is found may be a shim of pyenv that refuses to run.
-    there = [name for name in others if _run(name, "--version")]
-    remedy = f"run `make PYTHON={there[0]} ...`" if there else f"install one, then run `make PYTHON={others[0]} ...`"
+    there = next((name for name in others if _run(name, "--version")), "")
+    remedy = f"run `make PYTHON={there} ...`" if there else f"install one, then run `make PYTHON={others[0]} ...`"
     supported = "{}.{} to {}.{}".format(*OLDEST, *NEWEST)
     return Check("python", PROBLEM, f"{found}; Ray and PyTorch have packages for {supported}", remedy)
 

@@ -3,7 +3,6 @@
 Engine and client are imported when they are needed: either takes longer to import than a short answer takes to write.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 FOLDER = "runs/demo/model"  # which `make demo` writes
 URL = "http://127.0.0.1:8000/v1"  # where `make demo KEEP=1` and jobs/deploy.py serve
 OWNER = "mellow-platform"  # of models that the project's endpoint lists
-SAMPLING_RATE = 32_000  # Hz, of every published model
+SAMPLING_RATE = 32_000  # Hz, that clips are decoded to for a check
 SLOTS = 16  # windows that are answered at once
 
 Result = TypeVar("Result")
@@ -118,6 +117,7 @@ def ask(question: Question, model: str | None = None) -> Iterator[Answer]:
         ValueError: a clip is not audio, the folder has no model, or the endpoint refuses the request.
     """
     files = [_read(clip) for clip in question.clips]
+    _decode(question, files, SAMPLING_RATE)  # what is no audio is refused before a model is loaded or a request paid
     if model is None:
         if storage.exists(storage.join(FOLDER, "config.json")):
             return ask_folder(question, files, FOLDER)
@@ -138,11 +138,13 @@ def print_answers(answers: Iterable[Answer], output: TextIO) -> None:
     cut = False
     for answer in answers:
         output.write(f"{answer.seconds}\t" if answer.seconds else "")
-        for piece in answer.pieces:
-            output.write(piece)
+        try:
+            for piece in answer.pieces:
+                output.write(piece)
+                output.flush()
+        finally:  # an error message begins a line of its own
+            output.write("\n")
             output.flush()
-        output.write("\n")
-        output.flush()
         cut |= answer.cut
     if cut:
         print("note: the answer was cut at --max-new-tokens", file=sys.stderr)
@@ -152,14 +154,11 @@ def ask_folder(question: Question, files: Sequence[bytes], folder: str) -> Itera
     """Ask the model in a folder, in this process.
 
     Raises:
-        AudioError: a clip is not usable audio.
         ValueError: the folder has no Mellow.
     """
-    recordings = _decode(question, files, SAMPLING_RATE)
     with _load(folder, SLOTS if question.window == "each" else 1) as engine:
         extractor = engine.processor.feature_extractor
-        if extractor.sampling_rate != SAMPLING_RATE:
-            recordings = _decode(question, files, extractor.sampling_rate)
+        recordings = _decode(question, files, extractor.sampling_rate)
         heard = windows(recordings, extractor.clip_samples, extractor.sampling_rate, question.window)
         requests = [question.request(window.clips) for window in heard]
         names = [_seconds(window.seconds) if len(heard) > 1 else "" for window in heard]
@@ -216,7 +215,6 @@ def ask_endpoint(question: Question, files: Sequence[bytes], url: str) -> Iterat
     The model is OPENAI_MODEL, or the first that the endpoint lists; the key is OPENAI_API_KEY.
 
     Raises:
-        AudioError: a clip is not usable audio.
         ConnectionError: the endpoint does not answer.
         ValueError: it refuses the request, or no key is set.
     """
@@ -298,8 +296,7 @@ def _write(
     containers = CONTAINERS if owner == OWNER else ("wav", "mp3")
     content: list[Any] = [{"type": "text", "text": question.text}]
     for clip, data in zip(question.clips, files, strict=True):
-        with _naming(clip):
-            content.append(input_audio(data, PurePosixPath(clip).suffix, containers))
+        content.append(input_audio(data, PurePosixPath(clip).suffix, containers))
     options: dict[str, Any] = {} if question.seed is None else {"seed": question.seed}
     if question.window != "first":  # other servers refuse what they do not know
         options["extra_body"] = {"window": question.window}
@@ -367,7 +364,6 @@ def _choose(
 ) -> Iterator[Answer]:
     import openai
 
-    _decode(question, files, SAMPLING_RATE)  # so that an error names the clip
     form: list[Any] = [
         ("file", (PurePosixPath(clip).name, data)) for clip, data in zip(question.clips, files, strict=True)
     ]
@@ -399,21 +395,15 @@ def _read(clip: str) -> bytes:
 
 
 def _decode(question: Question, files: Sequence[bytes], sampling_rate: int) -> list[np.ndarray]:
-    """Return the waveforms [samples] of the clips at `sampling_rate` Hz."""
+    """Return the waveforms [samples] of the clips at `sampling_rate` Hz; an error names the clip."""
     recordings = []
     for clip, data in zip(question.clips, files, strict=True):
-        with _naming(clip):
+        try:
             recordings.append(decode(data, sampling_rate))
+        except AudioError as error:
+            message = f"clip {clip}: {str(error).rstrip('.')}; pass an audio file"
+            raise AudioError(error.reason, message) from error
     return recordings
-
-
-@contextlib.contextmanager
-def _naming(clip: str) -> Iterator[None]:
-    """Add the clip's path, and what to do, to an error in decoding."""
-    try:
-        yield
-    except AudioError as error:
-        raise AudioError(error.reason, f"clip {clip}: {str(error).rstrip('.')}; pass an audio file") from error
 
 
 def _seconds(parts: Sequence[tuple[float, float]]) -> str:
