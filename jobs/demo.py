@@ -165,7 +165,10 @@ def stages(config: DemoConfig, ray: LocalRay, screen: Screen, begun: float) -> d
         # A set of any size gets about as many steps.
         encoder_epochs = max(3, round(ENCODER_EXAMPLES / written["recordings"]["train"]))
         epochs = min(4.0, max(1.0, TRAINING_EXAMPLES / written["questions"]["train"]))
-        passes = (["--epochs", str(encoder_epochs), "--batch", "8", "--micro-batch", "4"], ["--epochs", f"{epochs:.2f}"])
+        passes = (
+            ["--epochs", f"{encoder_epochs}", "--batch", "8", "--micro-batch", "4"],
+            ["--epochs", f"{epochs:.2f}"],
+        )
         shards += ["--clips-per-shard", "8"]
     preprocess = ["--config", f"{CONFIGS}/preprocess.yaml", "--audio-root", audio_root, *shards]
     labels = storage.join(corpus, "labels.json")
@@ -267,11 +270,9 @@ def ask(config: DemoConfig, corpus: str, audio_root: str) -> tuple[list[dict[str
     Returns:
         Questions with their clips, answers and true answers; and the time of the first answer, in seconds since 1970.
     """
-    import base64
-
     import openai
 
-    from mellow_platform.data.audio import decode, encode
+    from mellow_platform.completion import input_audio
     from mellow_platform.data.records import Record, read_records
     from mellow_platform.evaluation.scores import is_right
 
@@ -289,11 +290,7 @@ def ask(config: DemoConfig, corpus: str, audio_root: str) -> tuple[list[dict[str
         parts: list[Any] = [{"type": "text", "text": record.input}]
         clips = [storage.join(audio_root, path) for path in record.filepaths]
         for clip in clips:
-            data, container = storage.read_bytes(clip), Path(clip).suffix.removeprefix(".").lower()
-            if container not in ("wav", "flac", "ogg", "mp3"):
-                data, container = encode(decode(data, 32_000), 32_000, "WAV"), "wav"
-            audio = {"data": base64.b64encode(data).decode(), "format": container}
-            parts.append({"type": "input_audio", "input_audio": audio})
+            parts.append(input_audio(storage.read_bytes(clip), Path(clip).suffix))
         completion = client.chat.completions.create(model=model, messages=[{"role": "user", "content": parts}])
         first_answer = first_answer or time.time()
         answer = completion.choices[0].message.content or ""

@@ -26,6 +26,7 @@ import pytest
 import soundfile
 import yaml
 
+from mellow_platform.cli import main
 from mellow_platform.data.audio import encode
 from mellow_platform.data.records import Record, write_records
 from mellow_platform.local_ray import JobError, LocalRay
@@ -257,6 +258,19 @@ def test_given_choices_come_back_with_probabilities_the_likeliest_first(endpoint
     assert probabilities == sorted(probabilities, reverse=True)
     assert body["answer"] == body["choices"][0]["choice"]
     assert body["finish_reason"] == "choice"
+
+
+def test_mellow_ask_prints_the_same_for_the_endpoint_and_its_folder(
+    demo: LocalRay, endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    file = tmp_path / "long.wav"
+    file.write_bytes(base64.b64decode(clip(seconds=12)["input_audio"]["data"]))
+    drawn = ["--window", "each", "--temperature", "1", "--seed", "3", "--max-new-tokens", "8"]
+    for options in ([], drawn, ["--choice", "tone", "--choice", "noise burst"]):
+        for model in (f"{endpoint}/v1", demo.uri("model")):
+            main(["ask", str(file), "which of these is heard?", "--model", model, *options])
+        lines = capsys.readouterr().out.split("\n")[:-1]
+        assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
 
 
 @pytest.mark.parametrize(

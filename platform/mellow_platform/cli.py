@@ -1,5 +1,7 @@
-"""The command `mellow`: model folders (conversion, cards, the way to a model hub), and the cluster of this machine.
+"""The command `mellow`: ask a model, check this machine, convert and publish model folders, run a local cluster.
 
+mellow ask clip.wav "what is heard?"
+mellow doctor
 mellow convert v0.ckpt models/mellow-v0
 mellow export models/mellow-v0 v0.ckpt
 mellow card models/mellow-v0 --report evaluation/report.json
@@ -8,14 +10,36 @@ mellow cluster up --local
 mellow cluster status --local
 mellow cluster down --local
 
-A command imports what it needs when it runs: torch takes seconds, and a cluster is started without it.
+Each command imports what it needs when it runs: torch takes seconds, and help has to be quick.
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mellow_platform import cluster, storage
+INTERRUPTED = 130  # exit status after Ctrl-C, by convention of shells
+WINDOWS = ("first", "each", "pair")  # `mellow_platform.inference.windows.RULES`, which takes numpy to import
+
+
+def ask(arguments: argparse.Namespace) -> None:
+    from mellow_platform.inference import ask
+
+    options = ("max_new_tokens", "temperature", "seed", "window")
+    question = ask.read_question(
+        arguments.words, choices=tuple(arguments.choice), **{name: getattr(arguments, name) for name in options}
+    )
+    ask.print_answers(ask.ask(question, arguments.model), sys.stdout)
+
+
+def examine(arguments: argparse.Namespace) -> None:
+    from mellow_platform import doctor
+
+    sections = doctor.run()
+    print(doctor.as_json(sections) if arguments.json else doctor.as_text(sections), flush=True)
+    if doctor.problems(sections):
+        raise SystemExit(1)
 
 
 def convert(arguments: argparse.Namespace) -> str:
@@ -33,6 +57,7 @@ def export(arguments: argparse.Namespace) -> str:
 
 
 def card(arguments: argparse.Namespace) -> str:
+    from mellow_platform import storage
     from mellow_platform.model.card import CARD, model_card
     from mellow_platform.model.folder import load_model
 
@@ -54,10 +79,17 @@ def upload(arguments: argparse.Namespace) -> str:
 
 
 def cluster_up(arguments: argparse.Namespace) -> str:
+    from mellow_platform import cluster
+
     started = cluster.up(
-        arguments.definition, arguments.folder, arguments.dashboard_port, arguments.object_store_memory
+        arguments.definition or cluster.DEFINITION,
+        arguments.folder or cluster.FOLDER,
+        arguments.dashboard_port,
+        arguments.object_store_memory,
     )
-    exports = " ".join(f"{name}={value}" for name, value in started.environment.items())
+    # What the shell has already, a token among it, is not printed.
+    needed = {name: value for name, value in started.environment.items() if os.environ.get(name) != value}
+    exports = " ".join(f"{name}={value}" for name, value in needed.items())
     return f"""{started.status()}
 
 to submit jobs and deploy:
@@ -68,71 +100,140 @@ to stop: mellow cluster down --local"""
 
 
 def cluster_status(arguments: argparse.Namespace) -> str:
-    return cluster.Cluster.load(arguments.folder).status()
+    from mellow_platform import cluster
+
+    return cluster.Cluster.load(arguments.folder or cluster.FOLDER).status()
 
 
 def cluster_down(arguments: argparse.Namespace) -> str:
-    running = cluster.Cluster.load(arguments.folder)
+    from mellow_platform import cluster
+
+    running = cluster.Cluster.load(arguments.folder or cluster.FOLDER)
     running.down()
     return f"{len(running.nodes)} nodes ended; their logs are in {running.folder}"
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line; every command's `run` does it and returns what it made."""
-    top = argparse.ArgumentParser(prog="mellow", description="Model folders of Mellow. Every path may be an s3:// URI.")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    licence = "of the weights, for the model card (default: %(default)s)"
+    """Return the command line; each command's `run` does the work and returns what to print, or None."""
+    top = argparse.ArgumentParser(
+        prog="mellow",
+        description="Ask Mellow about sounds, check this machine, convert and publish models, run a local cluster.",
+        epilog="If something does not work, start with `mellow doctor`. Every path may be an s3:// URI.",
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    add_ask_command(commands.add_parser("ask", help="answer a question about one or two audio clips"))
+    doctor = "check this machine, the installation and the services, and say how to fix what is wrong"
+    command = commands.add_parser(
+        "doctor",
+        help=doctor,
+        description=f"{doctor[0].upper()}{doctor[1:]}. Exits with status 1 if there is a problem.",
+    )
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    command.set_defaults(run=examine)
 
-    command = commands.add_parser("convert", help="reference checkpoint (v0.ckpt, v0_s.ckpt) to model folder")
-    command.add_argument("checkpoint", help="file that the reference implementation saved")
-    command.add_argument("output", help="folder to write")
+    licence = "license of the weights, for the model card (default: %(default)s)"
+    command = commands.add_parser(
+        "convert", help="convert a reference checkpoint (v0.ckpt, v0_s.ckpt) to a model folder"
+    )
+    command.add_argument("checkpoint", help="checkpoint of the reference implementation")
+    command.add_argument("output", help="model folder to write")
     command.add_argument(
         "--decoder",
         default="HuggingFaceTB/SmolLM2-135M",
-        help="hub name, folder or GGUF file with the tokenizer (default: %(default)s)",
+        help="hub name, folder or GGUF file with the decoder's tokenizer (default: %(default)s)",
     )
     command.add_argument("--license", default="unknown", help=licence)
     command.set_defaults(run=convert)
 
-    command = commands.add_parser("export", help="model folder to reference checkpoint")
-    command.add_argument("folder", help="folder of the model")
-    command.add_argument("checkpoint", help="file to write")
+    command = commands.add_parser("export", help="convert a model folder to a reference checkpoint")
+    command.add_argument("folder", help="model folder to read")
+    command.add_argument("checkpoint", help="checkpoint to write")
     command.set_defaults(run=export)
 
-    command = commands.add_parser("card", help="write the model card of a folder anew, with what is known of it")
-    command.add_argument("folder", help="folder of the model")
-    command.add_argument("--report", help="report.json that jobs/evaluate.py wrote")
-    command.add_argument("--training-data", help="what the model was trained on, in Markdown")
+    command = commands.add_parser("card", help="write the model card (README.md) of a model folder")
+    command.add_argument("folder", help="model folder")
+    command.add_argument("--report", help="report.json of jobs/evaluate.py, for the card's table of scores")
+    command.add_argument("--training-data", help="description of the training data, in Markdown")
     command.add_argument("--license", default="apache-2.0", help=licence)
     command.set_defaults(run=card)
 
     command = commands.add_parser("push", help="upload a model folder to the Hugging Face hub")
-    command.add_argument("folder", help="folder of the model")
-    command.add_argument("repository", help="owner/name, created where it does not exist")
-    command.add_argument("--private", action="store_true", help="create it as a private one")
+    command.add_argument("folder", help="model folder")
+    command.add_argument("repository", help="hub repository, as owner/name; created if it does not exist")
+    command.add_argument("--private", action="store_true", help="create the repository as a private one")
     command.set_defaults(run=upload)
 
-    command = commands.add_parser("cluster", help="the node groups of infra/ as Ray nodes of this machine")
+    command = commands.add_parser("cluster", help="run the node groups of infra/ as Ray nodes on this machine")
     add_cluster_commands(command)
     return top
 
 
+def add_ask_command(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `ask`."""
+    command.description = (
+        "Answer a question about one or two audio clips. The answer is written to stdout token by token; several "
+        "answers are written one per line, after the seconds of the clips that they are about."
+    )
+    command.epilog = (
+        "environment: OPENAI_API_KEY is the endpoint's key (none is needed on this machine); OPENAI_MODEL chooses a "
+        "model of the endpoint (default: the first that it lists)"
+    )
+    command.usage = '%(prog)s CLIP [CLIP] "QUESTION" [options]'
+    command.add_argument(
+        "words", nargs="+", metavar="CLIP [CLIP] QUESTION", help="paths or s3:// URIs of the clips, then the question"
+    )
+    command.add_argument(
+        "--model",
+        metavar="FOLDER_OR_URL",
+        help="model folder, or URL of an endpoint that speaks OpenAI's chat completions (default: runs/demo/model if "
+        "it exists, else http://127.0.0.1:8000/v1)",
+    )
+    command.add_argument(
+        "--choice",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="answer to score; repeat it for each. Prints a probability and the answer per line, the likeliest first",
+    )
+    command.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="tokens an answer is cut to (default: %(default)s)"
+    )
+    command.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 takes the most likely token, more draws tokens at random (default: %(default)s)",
+    )
+    command.add_argument("--seed", type=int, metavar="N", help="seed of drawn tokens (default: another one every time)")
+    command.add_argument(
+        "--window",
+        choices=WINDOWS,
+        default="first",
+        help="part of a clip longer than 10 s: the first 10 s, each 10 s with an answer of its own, or the first and "
+        "the last 10 s as a pair of clips (default: %(default)s)",
+    )
+    command.set_defaults(run=ask)
+
+
 def add_cluster_commands(command: argparse.ArgumentParser) -> None:
     """Add `up`, `status` and `down` to the command `cluster`."""
-    commands = command.add_subparsers(required=True, metavar="COMMAND")
+    commands = command.add_subparsers(required=True, metavar="COMMAND", title="commands")
     up = commands.add_parser("up", help="start the nodes and wait until all have joined")
     up.add_argument(
-        "--definition",
-        type=Path,
-        default=cluster.DEFINITION,
-        help="folder that `kubectl kustomize` renders (default: %(default)s)",
+        "--definition", type=Path, help="folder that `kubectl kustomize` renders (default: infra/overlays/local)"
     )
-    up.add_argument("--dashboard-port", type=int, default=8265, help="of Ray's dashboard (default: %(default)s)")
+    up.add_argument("--dashboard-port", type=int, default=8265, help="port of Ray's dashboard (default: %(default)s)")
     up.add_argument(
-        "--object-store-memory", type=int, default=512 << 20, help="bytes of each node (default: %(default)s)"
+        "--object-store-memory",
+        type=int,
+        default=512 << 20,
+        help="object store of each node, in bytes (default: %(default)s)",
     )
     up.set_defaults(run=cluster_up)
-    status = commands.add_parser("status", help="show the groups, their nodes that are alive, and what these have")
+    status = commands.add_parser(
+        "status", help="print the node groups, their nodes that are alive, and their resources"
+    )
     status.set_defaults(run=cluster_status)
     down = commands.add_parser("down", help="end every process of the cluster")
     down.set_defaults(run=cluster_down)
@@ -141,21 +242,36 @@ def add_cluster_commands(command: argparse.ArgumentParser) -> None:
             "--local",
             action="store_true",
             required=True,
-            help="on this machine, said aloud: on Kubernetes it is `kubectl apply -k infra/overlays/gpu`",
+            help="required; confirms that the cluster runs on this machine (on Kubernetes: kubectl apply -k "
+            "infra/overlays/gpu)",
         )
-        each.add_argument(
-            "--folder", type=Path, default=cluster.FOLDER, help="for the state and the logs (default: %(default)s)"
-        )
+        each.add_argument("--folder", type=Path, help="folder of the cluster's state and logs (default: runs/cluster)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line `arguments` (default: the program's own); a known fault ends it with status 1."""
+    """Run the command line `arguments` (default: the program's own).
+
+    A known error ends it with status 1 and a message, Ctrl-C with status 130.
+    """
     top = parser()
-    chosen = top.parse_args(arguments)
+    chosen, others = top.parse_known_args(arguments)
+    if others:
+        # argparse takes the clip and the question apart if an option is between them.
+        if chosen.run is not ask or any(word.startswith("-") for word in others):
+            top.error(f"unrecognized arguments: {' '.join(others)}")
+        chosen.words += others
     try:
-        print(chosen.run(chosen))
+        result = chosen.run(chosen)
+        if result:
+            print(result, flush=True)
+    except BrokenPipeError:
+        # The reader of stdout (`| head`) is gone: without this, Python reports it once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        top.exit(1)
     except (ValueError, OSError) as error:
         top.exit(1, f"mellow: {error}\n")
+    except KeyboardInterrupt:
+        top.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,40 @@
-"""Reading what a server that speaks OpenAI's chat protocol sends: its client takes whatever has a status of 200."""
+"""Messages of OpenAI's chat protocol: a clip as a part of a request, and the completion in a response.
 
+OpenAI's client takes any response with status 200 for a completion; here it is checked.
+"""
+
+import base64
+from collections.abc import Sequence
 from typing import Any
 
 from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion import Choice
+
+from mellow_platform.data.audio import Limits, decode, encode
+
+CONTAINERS = ("wav", "flac", "ogg", "mp3")  # that the Serve endpoint takes
+WAV_RATE = 32_000  # Hz, of clips that are converted
+
+
+def input_audio(
+    data: bytes, container: str, containers: Sequence[str] = CONTAINERS, limits: Limits | None = None
+) -> dict[str, Any]:
+    """Return a clip as an `input_audio` part of a message.
+
+    Args:
+        data: bytes of the audio file.
+        container: its name or the file's suffix (`flac`, `.flac`).
+        containers: names that the endpoint takes; a clip in another container is converted to 16-bit WAV, one channel.
+        limits: of the clip; by default those of `Limits`.
+
+    Raises:
+        AudioError: the bytes are not usable audio; `reason` says why.
+    """
+    waveform = decode(data, WAV_RATE, limits)
+    container = container.removeprefix(".").lower()
+    if container not in containers:
+        data, container = encode(waveform, WAV_RATE, "WAV"), "wav"
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode(), "format": container}}
 
 
 def read_completion(response: Any) -> ChatCompletion | None:

@@ -1,6 +1,5 @@
 """What can be judged: a Mellow folder, an endpoint that hears, and answers that need no ears to compare with."""
 
-import base64
 import os
 import zlib
 from collections import defaultdict
@@ -16,9 +15,9 @@ import pyarrow as pa
 from pydantic import SecretStr
 
 from mellow_platform import storage
-from mellow_platform.completion import read_completion, said
+from mellow_platform.completion import WAV_RATE, input_audio, read_completion, said
 from mellow_platform.config import EvaluateConfig
-from mellow_platform.data.audio import AudioError, Limits, decode, encode
+from mellow_platform.data.audio import AudioError, Limits, encode
 from mellow_platform.data.sources import Address, read_clips
 from mellow_platform.data.tables import read_table
 from mellow_platform.evaluation.items import Item
@@ -29,7 +28,6 @@ from mellow_platform.inference.request import Answer, Clip, ClipFeatures, Reques
 from mellow_platform.inference.windows import windows
 
 NOISE_LEVEL = 0.1  # standard deviation, full scale 1
-RATE = 32_000  # Hz, of clips that are made WAV
 UNANSWERED, REFUSED = "unanswered", "refused"  # after all retries; for good
 KEPT = "answers so far are kept: submit the job again to go on"
 AT_FAULT_ALONE = 4  # so many questions of a part may be at fault that they have no answer; of more, the endpoint is
@@ -221,14 +219,14 @@ class EndpointAnswerer:
         if without and (gone or not self.works):
             raise ConnectionError(f"{self.config.model} answers nothing: {without[0].detail}; {KEPT}")
 
-    def _reply(self, question: Question, sounds: dict[str, dict[str, str] | AudioError], condition: str) -> Reply:
+    def _reply(self, question: Question, sounds: dict[str, dict[str, Any] | AudioError], condition: str) -> Reply:
         content: list[Any] = [{"type": "text", "text": question.prompt}]
         for clip in question.clips:
             sound = sounds.get(clip)
             if isinstance(sound, AudioError):
                 return Reply(error=sound.reason, detail=str(sound))
             if sound:
-                content.append({"type": "input_audio", "input_audio": sound})
+                content.append(sound)
         try:
             return self._read(self._ask(content))
         except openai.APIStatusError as error:
@@ -261,36 +259,29 @@ class EndpointAnswerer:
         cut = f"answer cut to {self.config.max_new_tokens} tokens" if choice.finish_reason == "length" else None
         return Reply(text, seconds, detail=cut)
 
-    def _sounds(self, clips: set[str], condition: str) -> dict[str, dict[str, str] | AudioError]:
+    def _sounds(self, clips: set[str], condition: str) -> dict[str, dict[str, Any] | AudioError]:
         """Return the clips as parts of a message."""
         if condition == "text_only" and self.config.endpoint.text_only == "omit":
             return {}
         if condition != "audio":
-            samples = 10 * RATE
+            samples = 10 * WAV_RATE
             silence = np.zeros(samples, np.float32)
+            noise = condition == "noise"
             return {
-                clip: _part(encode(noise_for(clip, samples) if condition == "noise" else silence, RATE, "WAV"), "wav")
+                clip: input_audio(encode(noise_for(clip, samples) if noise else silence, WAV_RATE, "WAV"), "wav")
                 for clip in sorted(clips)
             }
         limits = Limits(**self.config.limits.model_dump())
-        sounds: dict[str, dict[str, str] | AudioError] = {}
+        sounds: dict[str, dict[str, Any] | AudioError] = {}
         for address, data in read_clips([Address(clip, "", clip) for clip in sorted(clips)], limits):
             sounds[address.uri] = data if isinstance(data, AudioError) else self._as_sent(address.uri, data, limits)
         return sounds
 
-    def _as_sent(self, uri: str, data: bytes, limits: Limits) -> dict[str, str] | AudioError:
-        container = PurePosixPath(uri).suffix.removeprefix(".").lower()
+    def _as_sent(self, uri: str, data: bytes, limits: Limits) -> dict[str, Any] | AudioError:
         try:
-            waveform = decode(data, RATE, limits)
+            return input_audio(data, PurePosixPath(uri).suffix, self.config.endpoint.formats, limits)
         except AudioError as error:
             return error
-        if container in self.config.endpoint.formats:
-            return _part(data, container)
-        return _part(encode(np.clip(waveform, -1.0, 1.0), RATE, "WAV"), "wav")
-
-
-def _part(data: bytes, container: str) -> dict[str, str]:
-    return {"data": base64.b64encode(data).decode(), "format": container}
 
 
 def endpoint_key() -> SecretStr:

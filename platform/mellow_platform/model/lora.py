@@ -1,11 +1,15 @@
-"""Low-rank adapters on the decoder (LoRA, arXiv 2106.09685), through peft."""
+"""Low-rank adapters on the decoder (LoRA, arXiv 2106.09685), through peft.
 
-from typing import Any
+peft is imported when there are adapters: most models have none.
+"""
 
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from typing import TYPE_CHECKING, Any
+
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 def add_adapters(decoder: PreTrainedModel, lora: dict[str, Any]) -> None:
@@ -17,6 +21,8 @@ def add_adapters(decoder: PreTrainedModel, lora: dict[str, Any]) -> None:
     Raises:
         ValueError: no layer has one of the names in `target_modules`.
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     # GPT-2 stores its matrices as [in, out].
     transposed = any(isinstance(module, Conv1D) for module in decoder.modules())
     inject_adapter_in_model(LoraConfig(**lora, fan_in_fan_out=transposed), decoder)
@@ -39,5 +45,7 @@ def merge_adapters(decoder: PreTrainedModel) -> None:
     decoder.requires_grad_(True)
 
 
-def _adapted(decoder: PreTrainedModel) -> dict[str, LoraLayer]:
+def _adapted(decoder: PreTrainedModel) -> dict[str, "LoraLayer"]:
+    from peft.tuners.lora import LoraLayer
+
     return {path: module for path, module in decoder.named_modules() if isinstance(module, LoraLayer)}
