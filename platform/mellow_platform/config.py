@@ -62,9 +62,9 @@ class CorpusConfig(Section):
     recordings: Uri | None = Field(None, description="folder of labelled recordings, see docs/recordings.md")
     output: Uri = Field(description="folder to write the corpus to")
     seed: int = Field(0, description="the same seed gives the same bytes")
-    train_clips: int = Field(1000, ge=1, description="scenes in the train split")
+    train_clips: int = Field(1200, ge=1, description="scenes in the train split")
     val_clips: int = Field(40, ge=1, description="scenes in the val split")
-    test_clips: int = Field(160, ge=1, description="scenes in the test split")
+    test_clips: int = Field(240, ge=1, description="scenes in the test split")
     rounds: int | None = Field(
         None,
         ge=1,
