@@ -1,4 +1,4 @@
-"""`mellow doctor` and the checks before installation, each under the condition that it is there for."""
+"""`mellow doctor` and the checks before installation, under the conditions that they report."""
 
 import ast
 import json
@@ -189,7 +189,7 @@ def test_cluster_with_its_token(dashboard: str, monkeypatch: pytest.MonkeyPatch,
     assert doctor.check_cluster() == ("Ray cluster", OK, f"Ray 2.60.0 at {dashboard}", "")
 
 
-def test_cluster_that_is_none(dashboard: str, monkeypatch: pytest.MonkeyPatch):
+def test_cluster_at_a_wrong_address(dashboard: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_ADDRESS", f"{dashboard}/elsewhere")
     assert "is not Ray's dashboard" in doctor.check_cluster().found
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")

@@ -117,7 +117,7 @@ def ask(question: Question, model: str | None = None) -> Iterator[Answer]:
         ValueError: a clip is not audio, the folder has no model, or the endpoint refuses the request.
     """
     files = [_read(clip) for clip in question.clips]
-    _decode(question, files, SAMPLING_RATE)  # what is no audio is refused before a model is loaded or a request paid
+    _decode(question, files, SAMPLING_RATE)  # fail before a model is loaded or a request is paid
     if model is None:
         if storage.exists(storage.join(FOLDER, "config.json")):
             return ask_folder(question, files, FOLDER)
@@ -192,7 +192,7 @@ def _load(folder: str, slots: int) -> "Engine":
 
 
 def _silence_libraries() -> None:
-    """Keep transformers, the hub's client and torch from writing to the terminal, and from asking the hub."""
+    """Turn off warnings and progress bars of transformers, the hub client and torch, and requests to the hub."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
