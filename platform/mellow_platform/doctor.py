@@ -71,7 +71,7 @@ class Extra(NamedTuple):
 EXTRAS = (
     Extra("metrics", ("pycocoevalcap",), "caption metrics (CIDEr; with Java also METEOR and SPICE)"),
     Extra("synthesis", ("py3langid", "datasketch"), "language and near-duplicate filters of jobs/synthesize.py"),
-    Extra("train", ("deepspeed",), "DeepSpeed, which jobs/train.py runs on"),
+    Extra("train", ("deepspeed", "tensorboard"), "DeepSpeed, which jobs/train.py runs on, and its metrics"),
     Extra("gguf", ("gguf",), "decoder weights and tokenizers from GGUF files"),
     Extra("mlflow", ("mlflow-skinny",), "experiment tracking with MLflow"),
     Extra("otel", ("opentelemetry-exporter-otlp-proto-http",), "OpenTelemetry traces of the endpoint"),
