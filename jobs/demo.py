@@ -311,6 +311,8 @@ def print_report(config: DemoConfig, summary: dict[str, Any], report: str) -> No
     print(f"\nScores of the model ({summary['parameters']:,} parameters) on clips that it never heard, and of the same")
     print("model without them; chance is a choice among the given answers. Intervals are 95 %.\n")
     print("\n".join(table))
+    if config.corpus:
+        print_recordings(storage.read_json(storage.join(config.output, "corpus", "corpus.json")))
     for each in summary["served"][:SHOWN]:
         print(f"\n  {' and '.join(map(shown, each['clips']))}")
         print(f"  question  {each['question']}\n  answer    {each['answer']}\n  truth     {each['truth']}")
@@ -329,6 +331,19 @@ def print_report(config: DemoConfig, summary: dict[str, Any], report: str) -> No
     print(f'  curl {url}/v1/audio/questions -F file=@{clip} -F question="{question}"')
     print(f"  open {url} in a browser")
     print("  make demo CORPUS=folder OUTPUT=runs/mine      # train on your recordings: folder/label/*.wav")
+
+
+def print_recordings(corpus: dict[str, Any]) -> None:
+    """Print how many recordings there were, in all and of a label, and what guessing comes to."""
+    numbers = ", ".join(f"{count} {split}" for split, count in corpus["recordings"].items())
+    of_label = [sum(each["recordings"].values()) for each in corpus["labels"]]
+    tested = sum(each["questions"]["test"] > 0 for each in corpus["labels"])
+    print(f"\nRecordings: {numbers}; {min(of_label)} to {max(of_label)} per label or category.")
+    print(
+        f"{tested} of {len(of_label)} labels and categories are tested; guessing is right at {corpus['chance']['test']:.2f}."
+    )
+    for warning in corpus["warnings"]:
+        print(f"warning: {warning}")
 
 
 def interrupt(*_: object) -> None:
