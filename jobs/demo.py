@@ -339,9 +339,8 @@ def print_recordings(corpus: dict[str, Any]) -> None:
     of_label = [sum(each["recordings"].values()) for each in corpus["labels"]]
     tested = sum(each["questions"]["test"] > 0 for each in corpus["labels"])
     print(f"\nRecordings: {numbers}; {min(of_label)} to {max(of_label)} per label or category.")
-    print(
-        f"{tested} of {len(of_label)} labels and categories are tested; guessing is right at {corpus['chance']['test']:.2f}."
-    )
+    chance = corpus["chance"]["test"]
+    print(f"{tested} of {len(of_label)} labels and categories are tested; guessing is right at {chance:.2f}.")
     for warning in corpus["warnings"]:
         print(f"warning: {warning}")
 
