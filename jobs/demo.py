@@ -27,13 +27,14 @@ import openai
 
 from mellow_platform import storage
 from mellow_platform.cluster import free_port, is_taken
-from mellow_platform.config import DemoConfig, load
+from mellow_platform.config import DemoConfig
 from mellow_platform.data.audio import decode, encode
 from mellow_platform.data.records import Record, read_records
 from mellow_platform.data.shards import Manifest
 from mellow_platform.evaluation.report import main_scores, of_main
 from mellow_platform.evaluation.scores import is_right
 from mellow_platform.model.folder import load_model
+from mellow_platform.settings import load
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 INSTALL_SECONDS = REPOSITORY / ".venv" / "install-seconds"
