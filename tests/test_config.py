@@ -286,6 +286,6 @@ def test_an_ablation_has_the_locations_of_its_points():
     fields = {"output": "/o", "grid": {"encoder": ["/e1", "/e2"]}, "preprocess": {"corpus": "/c"}}
     read = [(name, uri) for name, uri, exists in AblationConfig(**fields).locations() if exists]
     assert read == [
-        ("train.encoder", "/e1"), ("preprocess.corpus", "/c"), ("preprocess.encoder", "/e1"),
-        ("train.encoder", "/e2"), ("preprocess.encoder", "/e2"),
+        ("train: encoder", "/e1"), ("preprocess: corpus", "/c"), ("preprocess: encoder", "/e1"),
+        ("train: encoder", "/e2"), ("preprocess: encoder", "/e2"),
     ]  # fmt: skip

@@ -801,15 +801,10 @@ class AblationConfig(Section):
         for point in self.points():
             train = self.train_config(point, self.seeds[0])
             made = self.preprocess_config(train) if self.preprocess is not None else None
-            for name, job in {
-                "train": train,
-                "preprocess": made,
-                "evaluate": self.evaluate_config(train, self.output),
-            }.items():
-                read = job.locations() if job else []
-                found += [
-                    (f"{name}.{inner}", uri, True) for inner, uri, exists in read if exists and inner not in written
-                ]
+            jobs = {"train": train, "preprocess": made, "evaluate": self.evaluate_config(train, self.output)}
+            for name, job in jobs.items():
+                read = [(inner, uri) for inner, uri, exists in job.locations() if exists] if job else []
+                found += [(f"{name}: {inner}", uri, True) for inner, uri in read if inner not in written]
         return list(dict.fromkeys(found))
 
     @model_validator(mode="after")

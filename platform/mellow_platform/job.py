@@ -53,8 +53,6 @@ def run(schema: type[Options], work: Callable[[Options], None], cluster: bool = 
     except SystemExit as stop:
         if isinstance(stop.code, str):
             end(stop.code, FAILED)
-        if stop.code == 0 and "ray.train" in sys.modules:
-            end("interrupted", INTERRUPTED)  # how Ray Train ends a run on Ctrl-C
         raise
     except BaseException as error:
         end(explain(error), FAILED)
@@ -74,10 +72,10 @@ def check_locations(config: Section) -> None:
 
 
 def check_cluster(address: str) -> None:
-    """Check that something listens at the address of a Ray cluster; `auto` and `local` are left to Ray.
+    """Check that a Ray cluster can be at an address; `auto` and `local` are left to Ray.
 
     Raises:
-        SystemExit: nothing listens there.
+        SystemExit: nothing listens there, or it is the address of a dashboard.
     """
     url = urlsplit(address if "://" in address else f"//{address}")
     try:
@@ -93,6 +91,11 @@ def check_cluster(address: str) -> None:
             f"no Ray cluster at RAY_ADDRESS={address}: {error.strerror or error}; start the cluster, correct "
             "RAY_ADDRESS, or unset it to run on this machine"
         ) from error
+    if url.scheme in ("http", "https"):
+        raise SystemExit(
+            f"RAY_ADDRESS={address} is the address of a dashboard, which jobs are submitted to: run `ray job submit "
+            f"--working-dir . --runtime-env infra/runtime_env.yaml -- python {sys.argv[0]} ...`"
+        )
 
 
 def explain(error: BaseException) -> str:

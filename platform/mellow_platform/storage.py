@@ -10,6 +10,7 @@ fsspec, s3fs and pyarrow are imported when they are needed: `--help` of a job ne
 """
 
 import atexit
+import contextlib
 import hashlib
 import json
 import os
@@ -23,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import pyarrow as pa
     import pyarrow.compute as pc
     from fsspec import AbstractFileSystem
@@ -107,6 +110,8 @@ def check(uri: str, exists: bool) -> None:
             raise ValueError(f"{uri}: scheme {scheme!r} is not supported ({error}); use a path or s3://") from error
         if exists and not fs.exists(path):
             raise FileNotFoundError(f"{uri}: no such file or folder; check the URI")
+        if not exists and "http" in fs.protocol:
+            raise PermissionError(f"{uri} cannot be written; use a path or s3://")
 
 
 def _check_path(path: Path, exists: bool) -> None:
@@ -136,41 +141,39 @@ def _check_object(uri: str, exists: bool) -> None:
 
     fs, path = url_to_fs(uri, **FIRST_CONTACT)
     fs.retries = 1
-    bucket = path.partition("/")[0]
-    keys = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    bucket, keys = path.partition("/")[0], "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     try:
-        try:
-            fs.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
-        except PermissionError as error:
-            if (code := _code(error)) in WRONG_KEYS:
-                raise PermissionError(f"{uri}: the S3 endpoint refuses the credentials ({code}); {keys}") from error
-            # Keys that may not list the whole bucket may read or write in it.
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{uri}: bucket {bucket!r} does not exist; check the URI and AWS_ENDPOINT_URL, or create the bucket"
-            ) from error
+        _check_bucket(fs, bucket)
         if exists:
-            _check_found(fs, path, uri, keys)
+            fs.info(path)
+    except FileNotFoundError as error:
+        missing = f"bucket {bucket!r} does not exist" if _code(error) else "no such object or folder"
+        raise FileNotFoundError(f"{uri}: {missing}; check the URI and AWS_ENDPOINT_URL") from error
+    except PermissionError as error:
+        if (code := _code(error)) in WRONG_KEYS:
+            raise PermissionError(f"{uri}: the S3 endpoint refuses the credentials ({code}); check {keys}") from error
+        raise PermissionError(f"{uri}: access is denied; check {keys}, and the policy of the bucket") from error
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
-        raise PermissionError(
-            f"{uri}: there are no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        ) from error
+        raise PermissionError(f"{uri}: there are no S3 credentials; set {keys}") from error
     except exceptions.ConnectionError as error:
         endpoint = "{0.scheme}://{0.netloc}".format(urlsplit(str(error.kwargs.get("endpoint_url", ""))))
         raise ConnectionError(f"{uri}: the S3 endpoint {endpoint} does not answer; check AWS_ENDPOINT_URL") from error
-    except exceptions.HTTPClientError:
-        return
+    except (OSError, exceptions.HTTPClientError):
+        return  # the job retries
     except exceptions.BotoCoreError as error:
         raise ValueError(f"{uri}: {error}") from error
 
 
-def _check_found(fs: "AbstractFileSystem", path: str, uri: str, keys: str) -> None:
+def _check_bucket(fs: "AbstractFileSystem", bucket: str) -> None:
+    """Raise s3fs's error if a bucket does not exist or the credentials are wrong.
+
+    Credentials that may not list the whole bucket are valid: they may read or write a part of it.
+    """
     try:
-        fs.info(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{uri}: no such object or folder; check the URI and AWS_ENDPOINT_URL") from error
+        fs.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
     except PermissionError as error:
-        raise PermissionError(f"{uri}: access is denied; {keys}, and the policy of the bucket") from error
+        if _code(error) in WRONG_KEYS:
+            raise
 
 
 def _code(error: OSError) -> str:
@@ -256,7 +259,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 def read_json(uri: str) -> Any:
     try:
         return json.loads(read_bytes(uri))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{uri} is not JSON: {error}") from error
 
 
@@ -287,13 +290,26 @@ def read_tables(uris: list[str], columns: list[str] | None = None, rows: "pc.Exp
 
     def read(uri: str) -> "pa.Table":
         fs, path = arrow_filesystem(uri)
-        try:
+        with parquet_errors(uri):
             return pq.read_table(path, filesystem=fs, columns=columns, filters=rows)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{uri} is not a valid Parquet file: {error} Delete it and run its job again.") from error
 
     with ThreadPoolExecutor(16) as pool:
         return pa.concat_tables(pool.map(read, uris))
+
+
+@contextlib.contextmanager
+def parquet_errors(uri: str) -> "Iterator[None]":
+    """Name the file `uri` in the errors of code that reads it.
+
+    Raises:
+        ValueError: the file is not Parquet, or damaged.
+    """
+    import pyarrow as pa
+
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{uri} cannot be read as Parquet: {error} Delete the file, or write it again.") from error
 
 
 def upload(folder: str | Path, uri: str) -> None:
