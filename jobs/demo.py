@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from mellow_platform import storage
-from mellow_platform.config import DemoConfig, load
+from mellow_platform import job, storage
+from mellow_platform.config import DemoConfig
 from mellow_platform.local_ray import LOG, LocalRay
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -352,8 +352,7 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def main() -> None:
-    config = load(DemoConfig)
+def demo(config: DemoConfig) -> None:
     logging.disable(logging.INFO)  # Ray prints every file that it packs, or leaves out
     for number in ENDING:
         signal.signal(number, interrupt)
@@ -362,4 +361,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    job.run(DemoConfig, demo, cluster=False)

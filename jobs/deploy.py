@@ -10,13 +10,15 @@ import copy
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ray
 import yaml
-from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-from mellow_platform.config import DeployConfig, load
+from mellow_platform import job
+from mellow_platform.config import DeployConfig
+
+if TYPE_CHECKING:
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 ENDPOINT, TEMPLATE = "endpoint", "mellow"  # applications in the Serve configuration file
 TIMEOUT = 600.0  # seconds; a large model comes from object storage first
@@ -31,7 +33,7 @@ class Rollout:
         SystemExit: the model cannot have the name that it is given.
     """
 
-    def __init__(self, config: DeployConfig, client: ServeSubmissionClient, environment: dict[str, Any]):
+    def __init__(self, config: DeployConfig, client: "ServeSubmissionClient", environment: dict[str, Any]):
         if config.name == ENDPOINT:
             raise SystemExit(f"--name {ENDPOINT} is the application that takes HTTP: choose another name")
         self._config, self._client, self._environment = config, client, environment
@@ -113,8 +115,10 @@ def _models(endpoint: Application) -> list[str]:
     return endpoint["deployments"][0]["user_config"]["models"]
 
 
-def main() -> None:
-    config = load(DeployConfig)
+def deploy(config: DeployConfig) -> None:
+    import ray
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
     context = ray.init()
     # The job's packages, by the URIs it was submitted with: replicas import what was submitted.
     environment = dict(ray.get_runtime_context().runtime_env)
@@ -125,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    job.run(DeployConfig, deploy)

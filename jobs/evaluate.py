@@ -1,7 +1,7 @@
 """Answer the questions of benchmarks with a model, and score the answers.
 
-Submitted again after it was killed, it goes on with the answers that are not written. With `--against`, the output of
-another evaluation, it fails where a score is significantly lower.
+Submitted again after it was killed, it resumes with the missing answers. With `--against`, the output of another
+evaluation, it fails if a score is significantly lower.
 
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
     python jobs/evaluate.py --benchmark all --model s3://bucket/model --shards s3://bucket/features \
@@ -10,14 +10,15 @@ ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
 
 import json
 
-from mellow_platform.config import EvaluateConfig, load
-from mellow_platform.evaluation.evaluate import evaluate
-from mellow_platform.evaluation.report import markdown, of_main
+from mellow_platform import job
+from mellow_platform.config import EvaluateConfig
 
 
-def main() -> None:
-    config = load(EvaluateConfig)
-    report = evaluate(config)
+def evaluate(config: EvaluateConfig) -> None:
+    from mellow_platform.evaluation import evaluate as evaluation
+    from mellow_platform.evaluation.report import markdown, of_main
+
+    report = evaluation.evaluate(config)
     print(markdown(report))
     scored = {name: each for name, each in report["benchmarks"].items() if "scores" in each}
     scores = {name: {c: round(s["value"], 4) for c, s in of_main(each).items()} for name, each in scored.items()}
@@ -28,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    job.run(EvaluateConfig, evaluate)

@@ -1,6 +1,6 @@
 """Answer questions about a folder or a table of clips.
 
-Submitted again after it was killed, it goes on with the answers that are not written; when it is done, it does nothing.
+Submitted again after it was killed, it resumes with the missing answers; if it is complete, it does nothing.
 
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
     python jobs/predict.py --model s3://bucket/model --clips s3://bucket/recordings --question "caption the audio." \
@@ -9,14 +9,15 @@ ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
 
 import json
 
-from mellow_platform.config import PredictConfig, load
-from mellow_platform.inference.predict import predict
+from mellow_platform import job
+from mellow_platform.config import PredictConfig
 
 
-def main() -> None:
-    config = load(PredictConfig)
-    print(json.dumps(predict(config), ensure_ascii=False))
+def predict(config: PredictConfig) -> None:
+    from mellow_platform.inference import predict as prediction
+
+    print(json.dumps(prediction.predict(config), ensure_ascii=False))
 
 
 if __name__ == "__main__":
-    main()
+    job.run(PredictConfig, predict)

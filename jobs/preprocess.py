@@ -1,6 +1,6 @@
-"""Turn audio and question-answer records into Parquet shards.
+"""Convert audio and question-answer records to Parquet shards.
 
-Submitted again after it was killed, it goes on with the shards that are not written; when it is done, it does nothing.
+Submitted again after it was killed, it resumes with the missing shards; if it is complete, it does nothing.
 
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
     python jobs/preprocess.py --config jobs/configs/preprocess.yaml --corpus s3://bucket/corpus --output s3://bucket/shards
@@ -8,19 +8,17 @@ ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
 
 import json
 
-from mellow_platform.config import PreprocessConfig, load
-from mellow_platform.features.preprocess import preprocess
+from mellow_platform import job
+from mellow_platform.config import PreprocessConfig
 
 
-def main() -> None:
-    config = load(PreprocessConfig)
-    manifest = preprocess(config)
-    print(
-        json.dumps(
-            {"shards": manifest.configuration["output"], "content_hash": manifest.content_hash, **manifest.counts}
-        )
-    )
+def preprocess(config: PreprocessConfig) -> None:
+    from mellow_platform.features import preprocess as preprocessing
+
+    manifest = preprocessing.preprocess(config)
+    shards = manifest.configuration["output"]
+    print(json.dumps({"shards": shards, "content_hash": manifest.content_hash, **manifest.counts}))
 
 
 if __name__ == "__main__":
-    main()
+    job.run(PreprocessConfig, preprocess)

@@ -8,19 +8,18 @@ ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
 import json
 import time
 
-from mellow_platform.config import EncoderConfig, load
-from mellow_platform.model.encoders import encoder_parts
-from mellow_platform.training.loop import summary
-from mellow_platform.training.tagger import pretrain
+from mellow_platform import job
+from mellow_platform.config import EncoderConfig
 
 
-def main() -> None:
-    config = load(EncoderConfig)
-    encoder_parts(config.encoder_name)  # an unknown name ends the job here, not on workers that would be retried
+def pretrain(config: EncoderConfig) -> None:
+    from mellow_platform.training import tagger
+    from mellow_platform.training.loop import summary
+
     start = time.monotonic()
-    result = pretrain(config)
+    result = tagger.pretrain(config)
     print(json.dumps({"encoder": config.output} | summary(result, time.monotonic() - start)))
 
 
 if __name__ == "__main__":
-    main()
+    job.run(EncoderConfig, pretrain)

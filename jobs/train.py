@@ -7,16 +7,15 @@ ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
 import json
 import time
 
-from mellow_platform.config import TrainConfig, load
-from mellow_platform.model.projections import projection_class
-from mellow_platform.training.dry_run import describe, report
-from mellow_platform.training.finetune import finetune, load_examples
-from mellow_platform.training.loop import summary
+from mellow_platform import job
+from mellow_platform.config import TrainConfig
 
 
-def main() -> None:
-    config = load(TrainConfig)
-    projection_class(config.projection)  # an unknown name ends the job here, not on workers that would be retried
+def train(config: TrainConfig) -> None:
+    from mellow_platform.training.dry_run import describe, report
+    from mellow_platform.training.finetune import finetune, load_examples
+    from mellow_platform.training.loop import summary
+
     if config.dry_run:
         plan = describe(config, load_examples(config))
         print(report(plan))
@@ -28,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    job.run(TrainConfig, train)

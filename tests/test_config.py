@@ -1,20 +1,45 @@
 """Configuration: files, overrides, and what is refused."""
 
+import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 
+from mellow_platform import config as schemas
 from mellow_platform.config import (
     AblationConfig,
     CorpusConfig,
+    DeployConfig,
     EncoderConfig,
+    EvaluateConfig,
     PredictConfig,
     PreprocessConfig,
-    Section,
+    SynthesizeConfig,
     TrainConfig,
-    load,
 )
+from mellow_platform.evaluation.benchmarks import BENCHMARKS
+from mellow_platform.model import ENCODERS, PROJECTIONS
+from mellow_platform.settings import Section, command_line, dashed, flags, help_text, load
 from tests.conftest import REPOSITORY
+
+JOBS: dict[str, type[Section]] = {
+    "ablate": AblationConfig,
+    "demo": schemas.DemoConfig,
+    "deploy": DeployConfig,
+    "evaluate": EvaluateConfig,
+    "make_corpus": CorpusConfig,
+    "predict": PredictConfig,
+    "preprocess": PreprocessConfig,
+    "pretrain_encoder": EncoderConfig,
+    "synthesize": SynthesizeConfig,
+    "train": TrainConfig,
+}
+NO_NOUN = {"of", "to", "before", "after", "for", "with", "in", "by", "as", "what", "how", "who", "where", "whether"}
+each_job = pytest.mark.parametrize("job", JOBS)
 
 REQUIRED = ["--shards", "/s", "--output", "/o", "--storage", "/st", "--run", "r", "--encoder", "/e"]
 
@@ -33,9 +58,12 @@ def test_flags_outrank_the_file_which_outranks_the_defaults(tmp_path: Path):
     ("arguments", "message"),
     [
         (["--learning-rat", "1"], "--learning-rat is not an option; did you mean --learning-rate?"),
-        (["--learning-rate", "fast"], "learning_rate: Input should be a valid number"),
-        (["--zero-stage", "4"], "zero_stage: Input should be less than or equal to 3"),
-        (["--scaling.workers", "0"], "scaling.workers: Input should be greater than or equal to 1"),
+        (["--learning-rate", "fast"], "--learning-rate fast: must be a valid number"),
+        (["--zero-stage", "4"], "--zero-stage 4: must be less than or equal to 3"),
+        (["--scaling.workers", "0"], "--scaling.workers 0: must be greater than or equal to 1"),
+        (["--size", "huge"], "--size huge: must be 'mellow-v0' or 'mellow-tiny'"),
+        (["--batch", "[1"], "--batch [1: not YAML"),
+        (["--init-from", ""], "--init-from : the URI is empty"),
         (["stray"], "'stray' does not belong to any option"),
     ],
 )
@@ -65,13 +93,38 @@ def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_name(tmp_path: Pat
     file.write_text("scaling:\n  worker: 3\n")
     with pytest.raises(SystemExit):
         load(TrainConfig, ["--config", str(file), *REQUIRED])
-    assert "scaling.worker is not a configuration key; did you mean scaling.workers?" in capsys.readouterr().err
+    assert "scaling.worker is not an option; did you mean scaling.workers?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file or directory; expected a YAML file"),
+        (b"a: [1", "is not a YAML file: while parsing a flow sequence"),
+        (b"\xc0", "is not a YAML file: 'utf-8' codec"),
+        (b"- a", "expected `option: value` lines, found list"),
+        (b"scaling: 3", "scaling: must contain `option: value` lines (given 3)"),
+        (
+            b"learning_rate: fast",
+            "learning_rate: must be a valid number, unable to parse string as a number (given 'fast')",
+        ),
+        (b"lora: {target_modules: [1]}", "lora.target_modules: must be a valid string (given 1)"),
+    ],
+)
+def test_a_wrong_file_is_named(content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    file = tmp_path / "train.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        load(TrainConfig, ["--config", str(file), *REQUIRED])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_missing_required_field_says_what_it_is(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
         load(CorpusConfig, [])
-    assert "output is required: folder to write the corpus to" in capsys.readouterr().err
+    assert "--output is required: folder to write the corpus to" in capsys.readouterr().err
 
 
 def test_encoder_features_need_an_encoder(capsys: pytest.CaptureFixture):
@@ -142,5 +195,97 @@ def test_an_unknown_key_of_a_grid_is_refused_with_the_nearest_name(tmp_path: Pat
     "question", ["heard: a dog or a cat?", "is it #1?", "yes", "[a] or b?", "c'était « quoi » ?", "007"]
 )
 def test_text_is_taken_as_it_is_written(question: str):
-    for flags in (["--question", question], [f"--question={question}"]):
-        assert load(PredictConfig, ["--model", "m", "--output", "o", "--clips", "c", *flags]).question == question
+    for arguments in (["--question", question], [f"--question={question}"]):
+        assert load(PredictConfig, ["--model", "m", "--output", "o", "--clips", "c", *arguments]).question == question
+
+
+def choices(annotation: object) -> tuple[str, ...]:
+    """Return the choices anywhere in the type of a field."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return next(filter(None, map(choices, get_args(annotation))), ())
+
+
+@each_job
+def test_every_option_has_a_complete_help_text(job: str):
+    shown = " ".join(command_line(JOBS[job]).format_help().split())
+    for name, field in flags(JOBS[job]).items():
+        text, options = help_text(field), choices(field.annotation)
+        assert text.split()[0].lower() not in NO_NOUN, name
+        assert "None" not in text and text.count("(default: ") <= 1, name
+        assert re.search(r"\(default: |required|instead of", text) or field.is_required(), name
+        assert text in shown and f"{dashed(name)} " in shown
+        assert not options or f"{dashed(name)} {{{','.join(options)}}}" in shown
+
+
+@each_job
+def test_the_usage_line_has_the_required_options(job: str):
+    usage = command_line(JOBS[job]).format_usage()
+    required = [dashed(name) for name, field in flags(JOBS[job]).items() if field.is_required()]
+    assert re.findall(r"--\S+", usage) == required
+    assert usage.endswith("[options]\n")
+
+
+@each_job
+def test_help_imports_nothing_heavy(job: str):
+    if job == "demo":
+        pytest.xfail("jobs/demo.py imports torch at its top")
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{job}.py', '--help']\n"
+        "try:\n"
+        f"    runpy.run_path('jobs/{job}.py', run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    assert stop.code == 0\n"
+        "print('loaded:', *sorted({'torch', 'ray', 'transformers', 'pyarrow', 'fsspec', 'numpy'} & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert result.stdout.startswith(f"usage: {job}.py "), result.stderr
+    assert result.stdout.endswith("\nloaded:\n")
+
+
+@each_job
+def test_every_job_has_its_options(job: str):
+    names = runpy.run_path(str(REPOSITORY / "jobs" / f"{job}.py"))
+    assert names[JOBS[job].__name__] is JOBS[job]
+
+
+def test_the_choices_are_those_of_the_registries():
+    assert get_args(schemas.Encoder) == tuple(ENCODERS)
+    assert get_args(schemas.Tagger) == tuple(
+        name for name, (kind, _) in ENCODERS.items() if "labels" in kind().to_dict()
+    )
+    assert get_args(schemas.Projection) == tuple(PROJECTIONS)
+    assert get_args(schemas.Benchmark) == (*BENCHMARKS, "all", "noise")
+
+
+def test_locations_are_those_of_local_paths_and_uris():
+    config = EvaluateConfig(
+        model="predictions:/answers.jsonl", corpus="/corpus", audio_root={"mmau": "s3://b/mmau", "x": "/x"}, output="/o"
+    )
+    assert config.locations() == [
+        ("model", "/answers.jsonl", True),
+        ("corpus", "/corpus", True),
+        ("audio_root", "s3://b/mmau", True),
+        ("audio_root", "/x", True),
+        ("output", "/o", False),
+    ]
+    assert EvaluateConfig(model="http://localhost/v1", mmau="/m", output="/o").locations()[0] == ("mmau", "/m", True)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "found"),
+    [("HuggingFaceTB/SmolLM2-135M", []), *((uri, [uri]) for uri in ("./folder", "/folder", "s3://b/f", "smollm.gguf"))],
+)
+def test_a_decoder_is_a_location_if_it_is_a_path(decoder: str, found: list[str]):
+    locations = load(TrainConfig, [*REQUIRED, "--decoder", decoder]).locations()
+    assert [uri for name, uri, _ in locations if name == "decoder"] == found
+
+
+def test_an_ablation_has_the_locations_of_its_points():
+    fields = {"output": "/o", "grid": {"encoder": ["/e1", "/e2"]}, "preprocess": {"corpus": "/c"}}
+    read = [(name, uri) for name, uri, exists in AblationConfig(**fields).locations() if exists]
+    assert read == [
+        ("train: encoder", "/e1"), ("preprocess: corpus", "/c"), ("preprocess: encoder", "/e1"),
+        ("train: encoder", "/e2"), ("preprocess: encoder", "/e2"),
+    ]  # fmt: skip

@@ -21,7 +21,8 @@ from ray.scripts.scripts import drain_node
 from ray.serve.schema import ServeDeploySchema
 
 from mellow_platform import cluster
-from mellow_platform.config import EvaluateConfig, PreprocessConfig, Section, TrainConfig, load
+from mellow_platform.config import EvaluateConfig, PreprocessConfig, TrainConfig
+from mellow_platform.settings import Section, load
 from serve.guard import RequestLimits
 from tests.conftest import NEEDS_KUBECTL, REPOSITORY, SHARED
 

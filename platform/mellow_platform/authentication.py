@@ -46,6 +46,11 @@ def use_temporary_token() -> None:
     os.environ.update(authentication(Path(folder)))
 
 
+def is_ray_running() -> bool:
+    """Tell whether `ray start` has started a cluster here, which `ray.init` then connects to with its token."""
+    return Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster").exists()
+
+
 def read_token(environment: Mapping[str, str] = os.environ) -> str:
     """Return the token that Ray uses in an environment, for the header `Authorization: Bearer`.
 

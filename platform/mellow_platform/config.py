@@ -1,75 +1,67 @@
-"""One typed configuration for every job: defaults here, YAML files next to the jobs, overrides on the command line.
+"""Options of every job. `settings` reads them from a YAML file and the command line."""
 
-Each job takes `--config FILE` and a flag for every field (`--learning-rate 3e-4`, `--scaling.workers 4`);
-`--help` lists them. An unknown name is refused with the nearest valid one.
-"""
-
-import argparse
-import difflib
 import hashlib
 import itertools
 import json
-from collections.abc import Collection, Sequence
-from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from mellow_platform import storage
+from mellow_platform.settings import (
+    Decoder,
+    File,
+    Input,
+    Metavar,
+    Model,
+    Name,
+    Names,
+    Output,
+    Section,
+    Separated,
+    nearest,
+    read_yaml,
+    validated,
+)
 
-
-def _separated(value: Any) -> Any:
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-
-
-def _model(value: str) -> str:
-    """Return what answers: a folder as a URI, anything else as it is."""
-    if value.startswith("predictions:"):
-        return f"predictions:{storage.absolute(value.removeprefix('predictions:'))}"
-    is_no_path = value == "random" or value.startswith(("http://", "https://", "constant:"))
-    return value if is_no_path else storage.absolute(value)
-
-
-Uri = Annotated[str, AfterValidator(storage.absolute)]
-Names = Annotated[list[str], BeforeValidator(_separated)]  # [val, test] or, as one writes it in a shell, val,test
-Model = Annotated[str, AfterValidator(_model)]
 Size = Literal["mellow-v0", "mellow-tiny"]
 Partner = Literal["random", "same", "silence"]
 PartnerDraws = Literal["stored", "clip", "question"]
 Dtype = Literal["float32", "int8", "bfloat16"]
 Features = Literal["logmel", "encoder", "waveform"]
+# The registries themselves (`ENCODERS`, `PROJECTIONS`, `BENCHMARKS`) are in modules that import torch.
+Encoder = Literal["htsat", "cnn14", "whisper"]
+Tagger = Literal["htsat", "cnn14"]  # encoders that have a head for tags
+Projection = Literal["mellow", "linear", "mlp", "transformer"]
+Benchmark = Literal[
+    "families", "mmau", "entailment", "difference", "clotho-aqa", "captioning", "mcq", "detail", "all", "noise"
+]
+Condition = Literal["audio", "noise", "text_only", "chance"]
 # Of ReasonAQA, what a large language model wrote from captions alone; 70 % of the train split.
 SYNTHETIC_SUBTYPES = ["Clotho-MCQ", "Clotho-Detail", "AudioCaps-MCQ", "AudioCaps-Detail"]
-AFTER_THE_LAST_STEP = 10**9  # of any run: one that validates every so many steps does it at its end alone
-
-
-class Section(BaseModel):
-    """Base of every configuration: no unknown keys, values checked."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
-
-
-Config = TypeVar("Config", bound=Section)
+AFTER_THE_LAST_STEP = 10**9  # steps; a run that validates every so many steps validates only at its end
 
 
 class CorpusConfig(Section):
-    """`jobs/make_corpus.py`: write a corpus that needs no download."""
+    """Write a corpus for jobs/preprocess.py without a download: synthetic scenes, or labelled recordings."""
 
-    source: Literal["scenes", "recordings"] = Field("scenes", description="synthetic scenes, or a folder of recordings")
-    recordings: Uri | None = Field(None, description="folder of labelled recordings, see docs/recordings.md")
-    output: Uri = Field(description="folder to write the corpus to")
-    seed: int = Field(0, description="the same seed gives the same bytes")
-    train_clips: int = Field(1200, ge=1, description="scenes in the train split")
-    val_clips: int = Field(40, ge=1, description="scenes in the val split")
-    test_clips: int = Field(240, ge=1, description="scenes in the test split")
+    source: Literal["scenes", "recordings"] = Field(
+        "scenes", description="clips of the corpus: synthetic scenes, or the recordings in --recordings"
+    )
+    recordings: Input | None = Field(
+        None, description="folder of labelled recordings (docs/recordings.md); required for --source recordings"
+    )
+    output: Output = Field(description="folder to write the corpus to")
+    seed: int = Field(0, description="seed of the corpus; the same seed gives the same bytes")
+    train_clips: int = Field(1200, ge=1, description="number of scenes in the train split")
+    val_clips: int = Field(40, ge=1, description="number of scenes in the val split")
+    test_clips: int = Field(240, ge=1, description="number of scenes in the test split")
     rounds: int | None = Field(
         None,
         ge=1,
-        description="times that every question family is asked of a training clip; default: 3 of scenes, of recordings "
-        "as many as give 12,000 questions, 40 at most",
+        description="questions of each family per training clip (default: 3 for scenes; for recordings as many as "
+        "give 12,000 questions, 40 at most)",
     )
 
     @model_validator(mode="after")
@@ -80,78 +72,100 @@ class CorpusConfig(Section):
 
 
 class LimitsSection(Section):
-    """Clips past these are quarantined before anything of them is decoded."""
+    """Limits of audio files. Clips over a limit are quarantined before decoding."""
 
-    max_bytes: int = Field(256 << 20, gt=0, description="of a file")
-    max_seconds: float = Field(600.0, gt=0, description="of a recording")
-    max_samples: int = Field(1 << 26, gt=0, description="of all channels together; decoding takes 4 bytes for each")
-    max_channels: int = Field(32, ge=1, description="of a file")
-    min_rate: int = Field(1_000, gt=0, description="sampling rate in Hz")
-    max_rate: int = Field(384_000, gt=0, description="sampling rate in Hz")
+    max_bytes: int = Field(256 << 20, gt=0, description="largest file, in bytes")
+    max_seconds: float = Field(600.0, gt=0, description="longest recording, in seconds")
+    max_samples: int = Field(
+        1 << 26, gt=0, description="most samples of a recording, over all channels; decoding takes 4 bytes per sample"
+    )
+    max_channels: int = Field(32, ge=1, description="most channels of a recording")
+    min_rate: int = Field(1_000, gt=0, description="lowest sampling rate, in Hz")
+    max_rate: int = Field(384_000, gt=0, description="highest sampling rate, in Hz")
 
 
 class PreprocessConfig(Section):
-    """`jobs/preprocess.py`: audio and records to Parquet shards."""
+    """Convert audio and question-answer records to Parquet shards."""
 
     source: Literal["records", "webdataset", "parquet", "recordings"] = Field(
         "records",
-        description="what `corpus` holds: ReasonAQA's train.json, val.json, test.json; tars of audio and .json; "
-        "Parquet with audio bytes; or recordings without questions",
+        description="contents of --corpus: records (ReasonAQA's train.json, val.json, test.json), webdataset (tars "
+        "of audio and .json), parquet (tables with audio bytes), or recordings (audio without questions)",
     )
-    corpus: Uri | None = Field(None, description="folder to read")
-    labels: Uri | None = Field(
-        None, description="labels.json or an AudioSet segment list (*.csv): its clips join the train split"
+    corpus: Input | None = Field(
+        None, description="folder of the corpus; required unless --labels and --audio-root are set"
     )
-    audio_root: Uri | dict[str, Uri] | None = Field(
+    labels: Input | None = Field(
         None,
-        description="what clips' paths are relative to: a folder, or one for each taskname "
-        "({audiocaps: ..., clothov21: ...}); default <corpus>/audio",
+        description="labels.json or AudioSet segment list (*.csv), whose clips are added to the train split "
+        "(default: no further clips)",
     )
-    output: Uri = Field(
-        description="folder to write shards and manifest to; {hash} in it stands for that of configuration and input"
+    audio_root: Input | dict[str, Input] | None = Field(
+        None,
+        description="folder that paths of clips are relative to, or a folder per task name ({audiocaps: URI, "
+        "clothov21: URI}) (default: the folder audio in --corpus)",
     )
-    split: Names = Field(["train", "val", "test"], description="splits to read, as in val,test")
+    output: Output = Field(
+        description="folder to write shards and manifest to; {hash} in it is replaced by the hash of options and input"
+    )
+    split: Names = Field(["train", "val", "test"], description="splits to read")
     limit: int | None = Field(
-        None, ge=1, description="read only the first questions of each split (clips, where there are no questions)"
-    )
-    tasknames: Names | None = Field(None, description="read only questions of these (audiocaps, clothov21)")
-    subtypes: Names | None = Field(None, description="read only questions of these (CLE, AudioCaps-MCQ)")
-    size: Size = Field("mellow-v0", description="model size")
-    encoder_name: str = Field(
-        "htsat",
-        description="htsat, cnn14 or whisper: the encoder whose front end at this size hears the clips, where no "
-        "`encoder` folder brings its own",
-    )
-    decoder: str | None = Field(
         None,
-        description="hub name, folder or GGUF file with the tokenizer; mellow-tiny trains its own without it",
+        ge=1,
+        description="number of questions to read per split, or of clips if there are no questions (default: all)",
     )
-    vocab_size: int = Field(1024, ge=300, description="of the tokenizer that mellow-tiny trains")
+    tasknames: Names | None = Field(
+        None, description="task names of the questions to read, such as audiocaps,clothov21 (default: all)"
+    )
+    subtypes: Names | None = Field(
+        None, description="subtypes of the questions to read, such as CLE,AudioCaps-MCQ (default: all)"
+    )
+    size: Size = Field("mellow-v0", description="model size")
+    encoder_name: Encoder = Field(
+        "htsat",
+        description="audio encoder that the shards are for, which sets the log-mel front end; ignored if --encoder "
+        "is set",
+    )
+    decoder: Decoder | None = Field(
+        None,
+        description="hub name, folder or GGUF file of the tokenizer; required for mellow-v0 unless --encoder is a "
+        "Mellow model (default: a tokenizer trained on the questions)",
+    )
+    vocab_size: int = Field(1024, ge=300, description="tokens of the tokenizer that mellow-tiny trains")
     features: Features = Field(
         "logmel",
-        description="what is stored of a clip: its spectrogram, what the frozen encoder makes of it, or the whole "
-        "recording at the model's rate (16-bit FLAC)",
+        description="features stored per clip: logmel (spectrogram), encoder (frames of the frozen encoder), or "
+        "waveform (whole recording at the model's rate, 16-bit FLAC)",
     )
-    encoder: Uri | None = Field(
+    encoder: Input | None = Field(
         None,
-        description="folder of the frozen encoder, for features: encoder; a whole Mellow gives its encoder and, "
-        "where there is no `decoder`, its tokenizer",
+        description="folder of the frozen encoder, or of a Mellow model, whose tokenizer is then the default of "
+        "--decoder; required for --features encoder",
     )
-    short_clip: Literal["pad", "repeat"] = Field("pad", description="what fills a clip shorter than 10 s")
+    short_clip: Literal["pad", "repeat"] = Field(
+        "pad", description="filling of clips shorter than 10 s: pad (zeros) or repeat (the clip itself)"
+    )
     partner: Partner = Field(
-        "same", description="second clip of a question about one: a random other of its split, itself, or silence"
+        "same",
+        description="second clip of questions about one clip: random (another clip of the split), same (the clip "
+        "itself), or silence",
     )
-    prompt_end_marker: bool = Field(True, description="close prompts with the end token, as answers are")
-    min_seconds: float = Field(0.0, ge=0, description="shorter clips are quarantined")
+    prompt_end_marker: bool = Field(True, description="end token after each prompt, as after answers")
+    min_seconds: float = Field(0.0, ge=0, description="shortest clip, in seconds; shorter clips are quarantined")
     limits: LimitsSection = LimitsSection()
-    max_failed_share: float = Field(0.05, ge=0, le=1, description="quarantined share of clips past which the job fails")
-    clips_per_shard: int = Field(64, ge=1, description="clips in a shard")
-    records_per_shard: int = Field(4096, ge=1, description="records in a shard")
-    decode_workers: int | None = Field(
-        None, ge=1, description="tasks that decode clips or tokenise questions at a time; default: one per logical CPU"
+    max_failed_share: float = Field(
+        0.05, ge=0, le=1, description="share of quarantined clips above which the job fails"
     )
-    encoder_workers: int = Field(2, ge=1, description="actors that run the encoder")
-    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each encoder actor")
+    clips_per_shard: int = Field(64, ge=1, description="number of clips per shard")
+    records_per_shard: int = Field(4096, ge=1, description="number of records per shard")
+    decode_workers: int | None = Field(
+        None,
+        ge=1,
+        description="number of tasks that decode clips or tokenise questions at a time (default: one per logical CPU "
+        "of the cluster)",
+    )
+    encoder_workers: int = Field(2, ge=1, description="number of actors that run the encoder")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs per encoder actor")
 
     @model_validator(mode="after")
     def _encoder_goes_with_features(self) -> "PreprocessConfig":
@@ -175,16 +189,21 @@ class PreprocessConfig(Section):
 
 
 class ScalingSection(Section):
-    """Workers of a training job."""
+    """Workers of the training run."""
 
-    workers: int = Field(2, ge=1, description="training workers")
+    workers: int = Field(2, ge=1, description="number of training workers")
     min_workers: int | None = Field(
-        None, ge=1, description="go on with so few when nodes are lost, and grow again; default: always `workers`"
+        None,
+        ge=1,
+        description="fewest workers to continue with after nodes are lost; the run grows again when nodes join "
+        "(default: always as many as scaling.workers)",
     )
-    gpus_per_worker: float = Field(0.0, ge=0, description="0 trains on CPU (gloo, float32), 1 on GPUs (nccl, bfloat16)")
-    cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs each worker reserves")
-    threads_per_worker: int = Field(1, ge=1, description="CPU threads each worker computes with")
-    max_failures: int = Field(3, ge=-1, description="worker failures after which the run gives up; -1: never")
+    gpus_per_worker: float = Field(
+        0.0, ge=0, description="GPUs per worker: 0 trains on CPUs (gloo, float32), 1 on GPUs (nccl, bfloat16)"
+    )
+    cpus_per_worker: float = Field(1.0, gt=0, description="logical CPUs that each worker reserves")
+    threads_per_worker: int = Field(1, ge=1, description="CPU threads that each worker computes with")
+    max_failures: int = Field(3, ge=-1, description="worker failures after which the run stops; -1: no limit")
 
     @model_validator(mode="after")
     def _fewest_is_not_most(self) -> "ScalingSection":
@@ -194,50 +213,56 @@ class ScalingSection(Section):
 
 
 class RunSection(Section):
-    """What every training job has."""
+    """Options of every training job."""
 
-    shards: Uri = Field(description="folder that preprocess wrote")
-    output: Uri = Field(description="folder to save the trained model to")
-    storage: Uri = Field(description="folder for checkpoints and logs of all runs")
-    run: str = Field(
-        pattern=r"^[\w.-]+$", description="name of the run; the same name goes on from its last checkpoint"
+    shards: Input = Field(description="folder of shards that jobs/preprocess.py wrote")
+    output: Output = Field(description="folder to save the trained model to")
+    storage: Output = Field(description="folder for checkpoints and logs of all runs")
+    run: Name = Field(
+        pattern=r"^[\w.-]+$", description="name of the run; a run of the same name is resumed from its last checkpoint"
     )
     size: Size = Field("mellow-v0", description="model size")
-    seed: int = Field(0, ge=0, description="of weights, order and dropout")
-    epochs: float = Field(1.0, gt=0, description="passes over the training split")
-    batch: int = Field(16, ge=1, description="examples of a step, over all workers, however many these are")
+    seed: int = Field(0, ge=0, description="seed of initial weights, example order and dropout")
+    epochs: float = Field(1.0, gt=0, description="number of passes over the train split")
+    batch: int = Field(16, ge=1, description="examples per step, over all workers")
     micro_batch: int = Field(
-        4, ge=1, description="examples of one forward pass; a worker accumulates gradients over its share of the batch"
+        4, ge=1, description="examples per forward pass; each worker accumulates gradients over its share of the batch"
     )
-    learning_rate: float = Field(1e-3, gt=0, description="peak, after warm-up; a cosine leads to 0")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps that warm up")
-    weight_decay: float = Field(1e-4, ge=0, description="of AdamW")
-    max_grad_norm: float = Field(0.5, gt=0, description="gradients are clipped to this norm")
+    learning_rate: float = Field(
+        1e-3, gt=0, description="peak learning rate, after the warm-up; a cosine schedule then decreases it to 0"
+    )
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a growing learning rate")
+    weight_decay: float = Field(1e-4, ge=0, description="weight decay of AdamW")
+    max_grad_norm: float = Field(0.5, gt=0, description="norm that gradients are clipped to")
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept; the best by validation is kept besides")
+    keep_checkpoints: int = Field(
+        2, ge=1, description="number of latest checkpoints to keep, besides the best by validation"
+    )
     log_every: int = Field(10, ge=1, description="steps between reported losses")
     tracking: Literal["tensorboard", "mlflow"] = Field(
-        "tensorboard", description="where metrics go besides Ray; mlflow needs the extra `mlflow` and its own variables"
+        "tensorboard",
+        description="experiment tracker that receives the metrics, besides Ray; mlflow needs the extra `mlflow` and "
+        "its own environment variables",
     )
     scaling: ScalingSection = ScalingSection()
 
 
 class EncoderConfig(RunSection):
-    """`jobs/pretrain_encoder.py`: train the audio encoder as a sound tagger."""
+    """Train the audio encoder as a sound tagger."""
 
-    labels: Uri = Field(description="labels.json, or an AudioSet segment list (*.csv)")
-    encoder_name: str = Field("htsat", description="audio encoder to train: htsat or cnn14")
-    init_from: Uri | None = Field(None, description="folder of an encoder to go on from")
+    labels: Input = Field(description="labels.json, or AudioSet segment list (*.csv), with the tags of each clip")
+    encoder_name: Tagger = Field("htsat", description="audio encoder to train")
+    init_from: Input | None = Field(None, description="folder of an encoder to start from (default: fresh weights)")
 
 
 class LoRASection(Section):
-    """Adapters on the decoder, whose own weights are then frozen; published: rank 256, alpha 256, dropout 0.1."""
+    """LoRA adapters on the decoder, whose own weights are then frozen. Published: rank 256, alpha 256, dropout 0.1."""
 
-    rank: int = Field(0, ge=0, description="of the adapters; 0 trains the decoder in full")
-    alpha: float = Field(256.0, gt=0, description="the adapters count alpha / rank times")
-    dropout: float = Field(0.1, ge=0, lt=1, description="before the adapters")
+    rank: int = Field(0, ge=0, description="rank of the adapters; 0 trains the whole decoder without adapters")
+    alpha: float = Field(256.0, gt=0, description="scale of the adapters: their output is multiplied by alpha / rank")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout probability of the adapters' input")
     target_modules: Names | None = Field(
-        None, description="layers with adapters; default: q_proj and v_proj, or c_attn of a GPT-2"
+        None, description="layers that get adapters (default: q_proj,v_proj, or c_attn for a GPT-2)"
     )
 
     def peft_fields(self) -> dict[str, Any] | None:
@@ -249,50 +274,72 @@ class LoRASection(Section):
 
 
 class TrainConfig(RunSection):
-    """`jobs/train.py`: fine-tune Mellow on answers."""
+    """Fine-tune Mellow on questions with answers."""
 
-    encoder: Uri | None = Field(None, description="folder of the frozen encoder that made the shards")
-    decoder: str | None = Field(None, description="hub name, folder or GGUF file with the decoder's weights")
-    pretrained: bool = Field(True, description="take the decoder's weights; false: only its shape, with fresh weights")
-    init_from: Uri | None = Field(
-        None, description="folder of a Mellow model to go on from, in place of encoder and decoder"
+    encoder: Input | None = Field(
+        None,
+        description="folder of the frozen encoder that the shards were made with; required unless --init-from is set"
+        " (default: the encoder of --init-from)",
     )
-    projection: str = Field("mellow", description="mellow (as published), linear, mlp or transformer")
+    decoder: Decoder | None = Field(
+        None,
+        description="hub name, folder or GGUF file of the decoder's weights (default: those of --init-from, else "
+        "fresh weights)",
+    )
+    pretrained: bool = Field(
+        True, description="take the weights of --decoder; false takes only its configuration, with fresh weights"
+    )
+    init_from: Input | None = Field(
+        None,
+        description="folder of a Mellow model to start from, instead of --encoder and --decoder; required unless "
+        "--encoder is set",
+    )
+    projection: Projection = Field(
+        "mellow", description="projection from encoder frames to decoder embeddings; mellow is the published one"
+    )
     lora: LoRASection = LoRASection()
     synthetic_share: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="share of synthetic questions among those trained on, of which as many are taken as it allows; "
-        "default: all there are",
+        description="largest share of synthetic questions in training; surplus synthetic questions are left out "
+        "(default: all are used)",
     )
     synthetic_subtypes: Names = Field(
-        SYNTHETIC_SUBTYPES, description="questions that count as synthetic; default: what ReasonAQA had a model write"
+        SYNTHETIC_SUBTYPES, description="subtypes of the questions that count as synthetic"
     )
-    zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed ZeRO stage")
+    zero_stage: int = Field(2, ge=0, le=3, description="DeepSpeed ZeRO stage, 0 to 3")
     activation_checkpointing: bool = Field(
-        False, description="compute the decoder's activations again in the backward pass, to save memory"
+        False, description="recompute the decoder's activations in the backward pass, to save memory"
     )
     offload: Literal["none", "optimizer", "parameters"] = Field(
-        "none", description="what ZeRO keeps in CPU memory: the optimizer's state (from stage 1), or parameters too (3)"
+        "none",
+        description="state that ZeRO keeps in CPU memory: none, optimizer (from stage 1), or parameters too (stage 3)",
     )
-    pad_prompts: bool = Field(True, description="fill prompts to the processor's length with padding that is seen")
+    pad_prompts: bool = Field(
+        True, description="padding of prompts to the processor's prompt length, without an attention mask"
+    )
     partner_draws: PartnerDraws = Field(
         "stored",
-        description="second clip of a question about one: as the shards have it, or, of shards with partner: random, "
-        "drawn anew in every epoch for each clip or (as published) for each question",
+        description="second clip of questions about one clip: stored (as in the shards), or drawn in every epoch per"
+        " clip or per question (as published); draws need shards with --partner random",
     )
     questions_per_pack: int = Field(
-        1, ge=1, description="neighbouring questions on the same clips, which share one encoded prefix"
+        1, ge=1, description="neighbouring questions on the same clips that share one encoded prefix"
     )
     augment: bool = Field(
         False,
-        description="SpecAugment and drop path in the frozen encoder, as published; for features: logmel or waveform",
+        description="apply SpecAugment and drop path in the frozen encoder, as published; needs shards with "
+        "--features logmel or waveform",
     )
-    validate_every: int = Field(0, ge=0, description="steps between validations on the val split; 0: none")
-    validation_examples: int = Field(256, ge=1, description="examples of the val split in a validation")
-    patience: int = Field(0, ge=0, description="validations without a better loss that end the run; 0: none do")
-    publish: Literal["last", "best"] = Field("last", description="weights that `output` gets: last, or best validated")
+    validate_every: int = Field(0, ge=0, description="steps between validations on the val split; 0: no validation")
+    validation_examples: int = Field(256, ge=1, description="examples of the val split per validation")
+    patience: int = Field(
+        0, ge=0, description="validations without a better loss after which the run stops; 0: no early stop"
+    )
+    publish: Literal["last", "best"] = Field(
+        "last", description="weights that are saved to --output: last step, or best validation loss"
+    )
     dry_run: bool = Field(False, description="print the plan (steps, memory, checkpoint size, time) and stop")
 
     @model_validator(mode="after")
@@ -324,67 +371,87 @@ class TrainConfig(RunSection):
 
 
 class EndpointSection(Section):
-    """An OpenAI-compatible endpoint that answers questions about audio; its key is OPENAI_API_KEY's."""
+    """OpenAI-compatible endpoint under evaluation. Its API key is the environment variable OPENAI_API_KEY."""
 
-    model: str | None = Field(None, description="what it calls the model; default: the first that it lists")
-    concurrency: int = Field(8, ge=1, description="requests that a worker has under way")
-    timeout: float = Field(120.0, gt=0, description="seconds for an answer")
-    retries: int = Field(6, ge=0, description="times that a request is repeated, with growing pauses")
+    model: Name | None = Field(
+        None, description="value of `model` in requests (default: the first model that the endpoint lists)"
+    )
+    concurrency: int = Field(8, ge=1, description="simultaneous requests per worker")
+    timeout: float = Field(120.0, gt=0, description="timeout of a request, in seconds")
+    retries: int = Field(6, ge=0, description="retries per request, with exponential back-off")
     formats: Names = Field(
-        ["wav", "mp3"], description="containers of clips that are sent as they are; others are made WAV (PCM, 16 bit)"
+        ["wav", "mp3"], description="audio formats that are sent unchanged; others are converted to WAV (PCM, 16 bit)"
     )
     text_only: Literal["omit", "silence"] = Field(
-        "omit", description="what stands for the clips under text_only: nothing, or silence, which Mellow's own needs"
+        "omit",
+        description="clips under the condition text_only: omit (no audio part), or silence, which Mellow's own "
+        "endpoint needs",
     )
 
 
 class EvaluateConfig(Section):
-    """`jobs/evaluate.py`: answer the questions of benchmarks and score the answers."""
+    """Answer the questions of benchmarks with a model and score the answers."""
 
-    benchmark: Names = Field(
+    benchmark: Annotated[list[Benchmark], Separated] = Field(
         ["families"],
-        description="one or several of families, mmau, entailment, difference, clotho-aqa, captioning, mcq, detail; "
-        "`all` for every one that there are questions of; `noise` beside them for that condition",
+        description="benchmarks to score; `all` for every benchmark that has questions, `noise` beside another one "
+        "for the condition noise",
     )
     model: Model = Field(
-        description="folder of a Mellow; URL of an OpenAI-compatible endpoint (http://127.0.0.1:8000/v1); "
-        "constant:TEXT; random, a choice or another question's answer; predictions:FILE, answers that exist"
+        description="model under evaluation: folder of a Mellow model; URL of an OpenAI-compatible endpoint "
+        "(http://127.0.0.1:8000/v1); constant:TEXT for the same answer to every question; random for a random choice,"
+        " or another question's answer; predictions:URI for a file of answers"
     )
-    shards: Uri | None = Field(None, description="folder that preprocess wrote with features: encoder")
-    corpus: Uri | None = Field(None, description="folder with <split>.json, in place of shards")
-    audio_root: Uri | dict[str, Uri] | None = Field(
+    shards: Input | None = Field(
         None,
-        description="what clips' paths are relative to: a folder, or one for each taskname (mmau is MMAU's); default "
-        "<corpus>/audio, and for MMAU the folder of its file",
+        description="folder of shards that jobs/preprocess.py wrote with --features encoder; required unless "
+        "--corpus or --mmau is set",
     )
-    mmau: Uri | None = Field(None, description="MMAU's file: mmau-test-mini.json, or mmau-test.json without answers")
-    output: Uri = Field(description="folder for answers, scores and report")
-    split: str = Field("test", description="split to answer")
-    conditions: Annotated[list[Literal["audio", "noise", "text_only", "chance"]], BeforeValidator(_separated)] = Field(
+    corpus: Input | None = Field(
+        None, description="folder with SPLIT.json, instead of --shards; required unless --shards or --mmau is set"
+    )
+    audio_root: Input | dict[str, Input] | None = Field(
+        None,
+        description="folder that paths of clips are relative to, or a folder per task name ({audiocaps: URI, mmau: "
+        "URI}) (default: the folder audio in --corpus, and for MMAU the folder of --mmau)",
+    )
+    mmau: Input | None = Field(
+        None,
+        description="MMAU's file: mmau-test-mini.json, or mmau-test.json, which has no answers; required for the "
+        "benchmark mmau",
+    )
+    output: Output = Field(description="folder to write answers, scores and report to")
+    split: Name = Field("test", description="split to answer")
+    conditions: Annotated[list[Condition], Separated] = Field(
         ["audio", "noise", "text_only", "chance"],
         min_length=1,
-        description="the clips themselves; Gaussian noise in their place; nothing that tells of them; a drawn answer",
+        description="inputs to compare: audio (the clips), noise (Gaussian noise instead), text_only (no clips), "
+        "chance (a random answer, no model)",
     )
-    limit: int | None = Field(None, ge=1, description="ask only the first questions of each benchmark")
-    max_new_tokens: int = Field(256, ge=1, description="length an answer is cut to")
+    limit: int | None = Field(None, ge=1, description="number of questions per benchmark (default: all)")
+    max_new_tokens: int = Field(256, ge=1, description="longest answer, in tokens")
     dtype: Dtype | None = Field(
-        None, description="precision: float32 or int8 on CPU, bfloat16 on a GPU; by default the device's own"
+        None,
+        description="precision of the model: float32 or int8 on CPUs, bfloat16 on GPUs (default: float32 on CPUs, "
+        "bfloat16 on GPUs)",
     )
     endpoint: EndpointSection = EndpointSection()
     limits: LimitsSection = LimitsSection()
     max_failed_share: float = Field(
-        0.1, ge=0, le=1, description="share of questions without an answer past which the job fails"
+        0.1, ge=0, le=1, description="share of questions without an answer above which the job fails"
     )
-    against: Uri | None = Field(
-        None, description="output folder of another evaluation: the job fails where a score is significantly lower"
+    against: Input | None = Field(
+        None,
+        description="output folder of another evaluation; the job fails if a score is significantly lower than there"
+        " (default: no comparison)",
     )
-    resamples: int = Field(1000, ge=100, description="draws of clips that the intervals come from")
-    seed: int = Field(0, ge=0, description="of what is drawn")
-    examples: int = Field(6, ge=0, description="questions of each benchmark to listen to in the report, worst first")
-    rows_per_part: int = Field(128, ge=1, description="questions in a file of answers, which is written as a whole")
-    batch_size: int = Field(64, ge=1, description="questions an actor answers at once")
-    workers: int = Field(2, ge=1, description="actors that hold the model, or ask the endpoint")
-    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each actor")
+    resamples: int = Field(1000, ge=100, description="bootstrap samples of clips per confidence interval")
+    seed: int = Field(0, ge=0, description="seed of noise, chance answers and bootstrap samples")
+    examples: int = Field(6, ge=0, description="questions per benchmark to listen to in the report, worst first")
+    rows_per_part: int = Field(128, ge=1, description="questions per output file; a file is written whole")
+    batch_size: int = Field(64, ge=1, description="questions that an actor answers at once")
+    workers: int = Field(2, ge=1, description="number of actors that run the model or call the endpoint")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs per actor")
 
     @property
     def listens(self) -> bool:
@@ -431,44 +498,52 @@ class EvaluateConfig(Section):
 
 
 class PredictConfig(Section):
-    """`jobs/predict.py`: answer questions about a folder or a table of clips."""
+    """Answer questions about a folder or a table of clips."""
 
-    model: Uri = Field(description="folder of the trained model")
-    output: Uri = Field(description="folder to write answers and report to")
-    clips: Uri | None = Field(
-        None, description="folder of recordings, read with its subfolders; what the clips in `table` are relative to"
-    )
-    question: str | None = Field(None, description="asked about every clip of the folder")
-    questions: list[str] = Field([], description="several such, as a list in the file of --config")
-    table: Uri | None = Field(
+    model: Input = Field(description="folder of the trained model")
+    output: Output = Field(description="folder to write answers and report to")
+    clips: Input | None = Field(
         None,
-        description="what to ask about which clip: a .parquet, .csv, .json or .jsonl file with columns clip (URI, or "
-        "path relative to `clips`), question, and where there are any clip2 and choices (a list to score in place of "
-        "writing an answer); other columns are passed through",
+        description="folder of recordings, read with its subfolders; with --table, folder that its clips are "
+        "relative to; required unless --table is set",
+    )
+    question: str | None = Field(
+        None, description="question about every clip in --clips; required unless --questions or --table is set"
+    )
+    questions: Annotated[list[str], Metavar("[TEXT,...]")] = Field(
+        [],
+        description="questions about every clip in --clips, instead of --question; best written as a list in the "
+        "file of --config",
+    )
+    table: Input | None = Field(
+        None,
+        description="table of questions (.parquet, .csv, .json, .jsonl) with columns clip (URI, or path relative to "
+        "--clips), question, and optionally clip2 and choices (a list to score instead of writing an answer); other "
+        "columns are copied to the output; required unless --clips is set",
     )
     window: Literal["first", "each", "pair"] = Field(
         "first",
-        description="what is heard of a recording longer than 10 s: its first window; each window in turn, an answer "
-        "each; or its first and its last window as two clips",
+        description="part of recordings longer than 10 s: first (the first window), each (one answer per window), or"
+        " pair (first and last window as two clips)",
     )
-    max_new_tokens: int = Field(64, ge=1, description="length an answer is cut to")
-    temperature: float = Field(0.0, ge=0, le=10, description="0 takes the most likely token; above 0 tokens are drawn")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="drawn from the most likely tokens that together have this probability"
-    )
-    seed: int = Field(0, ge=0, description="of what is drawn; every answer has a draw of its own that follows from it")
+    max_new_tokens: int = Field(64, ge=1, description="longest answer, in tokens")
+    temperature: float = Field(0.0, ge=0, le=10, description="sampling temperature; 0 takes the most likely token")
+    top_p: float = Field(1.0, gt=0, le=1, description="total probability of the most likely tokens to sample from")
+    seed: int = Field(0, ge=0, description="seed of sampling; every answer has its own seed that follows from this one")
     logprobs: bool = Field(False, description="write the log-probability of every token of an answer")
     dtype: Dtype | None = Field(
-        None, description="precision: float32 or int8 on CPU, bfloat16 on a GPU; by default the device's own"
+        None,
+        description="precision of the model: float32 or int8 on CPUs, bfloat16 on GPUs (default: float32 on CPUs, "
+        "bfloat16 on GPUs)",
     )
     limits: LimitsSection = LimitsSection()
     max_failed_share: float = Field(
-        0.1, ge=0, le=1, description="share of questions without an answer past which the job fails"
+        0.1, ge=0, le=1, description="share of questions without an answer above which the job fails"
     )
-    rows_per_part: int = Field(128, ge=1, description="questions in a file of answers, which is written as a whole")
-    batch_size: int = Field(16, ge=1, description="answers that an actor writes at once")
-    workers: int = Field(2, ge=1, description="actors that hold the model")
-    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of each actor")
+    rows_per_part: int = Field(128, ge=1, description="questions per output file; a file is written whole")
+    batch_size: int = Field(16, ge=1, description="questions that an actor answers at once")
+    workers: int = Field(2, ge=1, description="number of actors that run the model")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs per actor")
 
     @property
     def asked(self) -> list[str]:
@@ -495,124 +570,141 @@ class PredictConfig(Section):
 
 
 class LanguageModelSection(Section):
-    """How `writer: endpoint` asks the model behind OPENAI_BASE_URL; whatever is here changes no question."""
+    """Requests to the endpoint of --writer endpoint. These options change no question."""
 
-    concurrency: int = Field(16, ge=1, description="requests that an actor has under way")
+    concurrency: int = Field(16, ge=1, description="simultaneous requests per actor")
     requests_per_minute: float | None = Field(
         None,
         gt=0,
-        description="of all actors together, repeated ones counted; default: as many as `concurrency` allows",
+        description="most requests per minute over all actors, retries included (default: no limit but "
+        "endpoint.concurrency)",
     )
     retries: int = Field(
-        8, ge=0, description="of a request that met a full server (429), an error (5xx) or a lost connection"
+        8, ge=0, description="retries per request after a full server (429), a server error (5xx) or a lost connection"
     )
-    timeout: float = Field(120.0, gt=0, description="seconds that an answer may take")
-    price_input: float = Field(0.0, ge=0, description="USD for a million tokens of prompts, for the report")
-    price_output: float = Field(0.0, ge=0, description="USD for a million tokens of answers, for the report")
+    timeout: float = Field(120.0, gt=0, description="timeout of a request, in seconds")
+    price_input: float = Field(0.0, ge=0, description="price of prompts in USD per million tokens, for the report")
+    price_output: float = Field(0.0, ge=0, description="price of answers in USD per million tokens, for the report")
 
 
 class VLLMSection(Section):
-    """The engine of `writer: vllm`; its prompts and answers are those of an endpoint."""
+    """Engine of --writer vllm."""
 
-    model: str | None = Field(None, description="hub name or folder of the model")
-    batch_size: int = Field(64, ge=1, description="requests handed to an engine at once")
-    engine: dict[str, Any] = Field({}, description="engine arguments of vLLM ({tensor_parallel_size: 2})")
+    model: Decoder | None = Field(
+        None, description="hub name or folder of the language model; required for --writer vllm"
+    )
+    batch_size: int = Field(64, ge=1, description="requests per call of an engine")
+    engine: dict[str, Any] = Field(
+        {}, description="engine arguments of vLLM, such as {tensor_parallel_size: 2} (default: vLLM's own values)"
+    )
 
 
 class SamplingSection(Section):
-    """What a language model is asked with besides the prompt."""
+    """Sampling of the language model of --writer endpoint or vllm."""
 
-    temperature: float | None = Field(0.7, ge=0, le=2, description="null leaves it to the server")
-    max_tokens: int | None = Field(2048, ge=1, description="length an answer is cut to; null leaves it to the server")
+    temperature: float | None = Field(0.7, ge=0, le=2, description="sampling temperature; null leaves it to the server")
+    max_tokens: int | None = Field(2048, ge=1, description="longest answer, in tokens; null leaves it to the server")
     seed: int | None = Field(
-        0, ge=0, description="sent with a request, one more with each further attempt; null sends none"
+        0, ge=0, description="seed of the first attempt of a request; each further attempt adds 1; null sends no seed"
     )
-    extra: dict[str, Any] = Field({}, description="more of a request's body ({max_completion_tokens: 4096})")
+    extra: dict[str, Any] = Field(
+        {}, description="further fields of a request's body, such as {max_completion_tokens: 4096} (default: none)"
+    )
     response_format: Literal["json_schema", "json_schema_unbounded", "json_object", "none"] = Field(
         "json_schema",
-        description="what holds the endpoint to the form of an answer: the schema itself; the schema without the "
-        "lengths of lists, for servers that refuse these (Anthropic's, Gemini's); JSON of any form, or the prompt "
-        "alone, for servers that know no better; answers are checked against the schema in every case",
+        description="response format that the endpoint enforces: json_schema; json_schema_unbounded, without lengths"
+        " of lists, for servers that refuse them (Anthropic's, Gemini's); json_object; or none. Answers are validated"
+        " against the schema in every case",
     )
 
 
 class FiltersSection(Section):
-    """Which questions are left out of the corpus, besides those whose faults need no number to tell."""
+    """Thresholds that keep a question out of the corpus."""
 
-    min_question_words: int = Field(3, ge=1, description="shorter ones are too_short")
-    max_question_words: int = Field(60, ge=1, description="longer ones, choices included, are too_long")
-    max_answer_words: int = Field(120, ge=1, description="longer answers are too_long")
-    similarity: float = Field(
-        0.7, gt=0, le=1, description="share of common word pairs from which questions on one clip are near_duplicate"
+    min_question_words: int = Field(
+        3, ge=1, description="fewest words of a question; shorter ones are rejected as too_short"
     )
-    languages: Names = Field(["en"], description="codes (ISO 639-1) of the languages to keep")
+    max_question_words: int = Field(
+        60, ge=1, description="most words of a question with its choices; longer ones are rejected as too_long"
+    )
+    max_answer_words: int = Field(
+        120, ge=1, description="most words of an answer; longer ones are rejected as too_long"
+    )
+    similarity: float = Field(
+        0.7,
+        gt=0,
+        le=1,
+        description="share of common word pairs from which two questions on one clip are near_duplicate",
+    )
+    languages: Names = Field(["en"], description="ISO 639-1 codes of the languages to keep")
 
 
 class SynthesizeConfig(Section):
-    """`jobs/synthesize.py`: captions to questions in ReasonAQA's format."""
+    """Write questions in ReasonAQA's format from captions."""
 
-    captions: Annotated[list[Uri], BeforeValidator(_separated)] = Field(
-        description="files to read, several with commas between: AudioCaps or Clotho .csv; any .parquet, .csv, .json "
-        "or .jsonl with columns clip and caption, and where there is one split; ReasonAQA's .json; labels.json"
+    captions: Annotated[list[Input], Separated] = Field(
+        description="files of captions: AudioCaps or Clotho .csv; .parquet, .csv, .json or .jsonl with columns clip,"
+        " caption and optionally split; ReasonAQA's .json; labels.json"
     )
-    output: Uri = Field(description="folder to write the corpus to")
-    taskname: str = Field(
-        "captions",
-        pattern=r"^\w+$",
-        description="of captions that are neither AudioCaps nor Clotho, nor bring their own",
+    output: Output = Field(description="folder to write the corpus to")
+    taskname: Name = Field("captions", pattern=r"^\w+$", description="task name for captions from files that set none")
+    clip_name: Annotated[str, Metavar("TEMPLATE")] = Field(
+        "{youtube_id}.wav",
+        description="path of an AudioCaps clip, a template of {youtube_id}, {start_time} and {audiocap_id}",
     )
-    clip_name: str = Field(
-        "{youtube_id}.wav", description="path of an AudioCaps clip, from {youtube_id}, {start_time} and {audiocap_id}"
+    limit: int | None = Field(None, ge=1, description="number of captions to read per file (default: all)")
+    kinds: Annotated[list[Literal["detail", "mcq", "difference", "entailment"]], Separated, Field(min_length=1)] = (
+        Field(["detail", "mcq", "difference", "entailment"], description="kinds of questions to write per caption")
     )
-    limit: int | None = Field(None, ge=1, description="read only the first captions of each file")
-    kinds: Annotated[
-        list[Literal["detail", "mcq", "difference", "entailment"]], BeforeValidator(_separated), Field(min_length=1)
-    ] = Field(["detail", "mcq", "difference", "entailment"], description="what to ask for about every caption")
     questions: int = Field(
         5,
         ge=1,
         le=20,
-        description="detail questions, and multiple-choice ones, a caption; the rules write at most these",
+        description="detail questions, and multiple-choice questions, per caption; --writer rules writes at most as "
+        "many",
     )
     writer: Literal["rules", "endpoint", "vllm"] = Field(
         "rules",
-        description="who writes: rules, which need no model; the model OPENAI_MODEL behind OPENAI_BASE_URL, with "
-        "OPENAI_API_KEY; or one that vLLM runs on the cluster's GPUs",
+        description="writer of the questions: rules (no model), endpoint (environment variables OPENAI_BASE_URL, "
+        "OPENAI_MODEL, OPENAI_API_KEY), or vllm (a model on the cluster's GPUs)",
     )
-    checks: Annotated[list[Literal["blind", "support"]], BeforeValidator(_separated)] = Field(
+    checks: Annotated[list[Literal["blind", "support"]], Separated] = Field(
         ["blind", "support"],
-        description="what the writer is asked of its questions: to answer them without the caption, and whether the "
-        "caption supports the answer",
+        description="checks of each question by the writer: blind (can it be answered without the caption?), support"
+        " (does the caption support the answer?)",
     )
-    prompts: Uri | None = Field(
-        None, description="folder with prompts (detail.md, mcq.md, ...) in place of those that stand there by default"
+    prompts: Input | None = Field(
+        None,
+        description="folder of prompts (detail.md, mcq.md, ...) that replace the built-in ones (default: the "
+        "built-in prompts)",
     )
     attempts: int = Field(
         3,
         ge=1,
-        description="answers out of form after which a request counts as failed; of the last one, fewer questions are "
-        "taken than were asked for",
+        description="malformed answers after which a request counts as failed; the last one may contain fewer "
+        "questions than requested",
     )
-    max_failed_share: float = Field(0.05, ge=0, le=1, description="share of failed requests past which the job fails")
-    seed: int = Field(0, ge=0, description="of partners, draws and the places of right choices")
-    existing: Uri | None = Field(
+    max_failed_share: float = Field(0.05, ge=0, le=1, description="share of failed requests above which the job fails")
+    seed: int = Field(0, ge=0, description="seed of partners, draws and positions of correct choices")
+    existing: Input | None = Field(
         None,
-        description="folder with train.json, val.json, test.json to mix in, except for ReasonAQA's synthetic questions "
-        "(Clotho-MCQ, Clotho-Detail, AudioCaps-MCQ, AudioCaps-Detail) and those that this job wrote",
+        description="folder with train.json, val.json, test.json to mix in, without ReasonAQA's synthetic questions "
+        "(Clotho-MCQ, Clotho-Detail, AudioCaps-MCQ, AudioCaps-Detail) and those that this job wrote (default: nothing"
+        " is mixed in)",
     )
     synthetic_share: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="share of synthetic questions in the train split (ReasonAQA: 0.7), of which as many are taken as "
-        "it allows; default: all there are",
+        description="largest share of synthetic questions in the train split (ReasonAQA: 0.7); surplus synthetic "
+        "questions are left out (default: all are used)",
     )
     sampling: SamplingSection = SamplingSection()
     filters: FiltersSection = FiltersSection()
     endpoint: LanguageModelSection = LanguageModelSection()
     vllm: VLLMSection = VLLMSection()
-    rows_per_part: int = Field(256, ge=1, description="requests in a file of answers, which is written as a whole")
-    workers: int = Field(2, ge=1, description="actors that write")
+    rows_per_part: int = Field(256, ge=1, description="requests per output file; a file is written whole")
+    workers: int = Field(2, ge=1, description="number of actors that write")
 
     @property
     def shaping(self) -> dict[str, Any]:
@@ -636,36 +728,43 @@ class SynthesizeConfig(Section):
 
 
 class AblationConfig(Section):
-    """`jobs/ablate.py`: train and score every point of a grid with several seeds, and write one table."""
+    """Train and score every point of a grid with several seeds, and write one table."""
 
-    output: Uri = Field(description="folder for shards, runs, models, scores, and the table with its picture")
-    base: str | None = Field(
-        None, description="YAML file of jobs/train.py that every point begins with, relative to the working directory"
+    output: Output = Field(description="folder to write shards, runs, models, scores, and the table with its plot to")
+    base: Annotated[str, Metavar("FILE")] | None = Field(
+        None,
+        description="YAML file of jobs/train.py with options of every point, relative to the working directory "
+        "(default: only --train)",
     )
     train: dict[str, Any] = Field(
-        {}, description="fields of jobs/train.py that all points have, in place of the base's"
+        {},
+        description="options of jobs/train.py for every point; they take precedence over --base (default: only --base)",
     )
     preprocess: dict[str, Any] | None = Field(
         None,
-        description="fields of jobs/preprocess.py (corpus, audio_root) to write shards with, once for each pair of "
-        "encoder and decoder; without them all points read `shards` of `train`",
+        description="options of jobs/preprocess.py (corpus, audio_root) to write shards with, once per pair of "
+        "encoder and decoder (default: all points read `shards` of --train)",
     )
     evaluate: dict[str, Any] | None = Field(
         None,
-        description="fields of jobs/evaluate.py ({split: test}) to score every model with; default: validation only",
+        description="options of jobs/evaluate.py ({split: test}) to score every model with (default: validation only)",
     )
     grid: dict[str, list[Any]] = Field(
-        description="values of each axis, which is a field of jobs/train.py: {projection: [mellow, mlp]}"
+        description="values of each axis, which is an option of jobs/train.py: {projection: [mellow, mlp]}"
     )
     combinations: Literal["all", "one_at_a_time"] = Field(
-        "all", description="every combination of values; or the first of all axes, and that with one of them changed"
+        "all",
+        description="points of the grid: all combinations, or one_at_a_time (the first value of every axis, and that"
+        " point with one axis changed)",
     )
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="every point is trained with each")
+    seeds: Annotated[list[int], Separated] = Field(
+        [0, 1, 2], min_length=1, description="seeds that every point is trained with"
+    )
     metric: Literal["val_accuracy", "val_loss", "accuracy"] = Field(
-        "val_accuracy", description="score that the points are sorted by; accuracy is that of `evaluate`"
+        "val_accuracy", description="score that points are sorted by; accuracy needs --evaluate"
     )
     concurrent: int | None = Field(
-        None, ge=1, description="runs at the same time; default: as many as the cluster has room for at the start"
+        None, ge=1, description="simultaneous runs (default: as many as fit the cluster at the start)"
     )
 
     def points(self) -> list[dict[str, Any]]:
@@ -682,12 +781,12 @@ class AblationConfig(Section):
         Raises:
             ValueError: the base cannot be read, or the fields do not fit; the message names them.
         """
-        values = _yaml_fields(self.base) if self.base else {}
+        values = read_yaml(self.base) if self.base else {}
         values |= self.train | point | {"seed": seed, "storage": storage.join(self.output, "runs")}
         values |= {"run": "unnamed", "output": self.output, "shards": values.get("shards", self.output)}
         # Without validations on the way there is one at the end.
         values["validate_every"] = values.get("validate_every") or AFTER_THE_LAST_STEP
-        config = _checked(TrainConfig, values)
+        config = validated(TrainConfig, values)
         shards = self.preprocess_config(config).output if self.preprocess is not None else config.shards
         return config.model_copy(update={"shards": shards})
 
@@ -695,7 +794,7 @@ class AblationConfig(Section):
         """Return how the shards for a run's encoder and decoder are made, and where."""
         values = {"size": config.size, "features": "encoder", "encoder": config.encoder or config.init_from}
         values |= {"decoder": config.decoder} if config.decoder else {}
-        made = _checked(PreprocessConfig, (self.preprocess or {}) | values | {"output": self.output})
+        made = validated(PreprocessConfig, (self.preprocess or {}) | values | {"output": self.output})
         digest = hashlib.sha256(json.dumps(made.shaping, sort_keys=True).encode()).hexdigest()
         return made.model_copy(update={"output": storage.join(self.output, "shards", digest[:12])})
 
@@ -704,7 +803,20 @@ class AblationConfig(Section):
         if self.evaluate is None:
             return None
         values = {"conditions": ["audio"]} | self.evaluate
-        return _checked(EvaluateConfig, values | {"model": config.output, "shards": config.shards, "output": output})
+        return validated(EvaluateConfig, values | {"model": config.output, "shards": config.shards, "output": output})
+
+    def locations(self) -> list[tuple[str, str, bool]]:
+        """Return the URIs of this job, and those that the jobs of its points read and the ablation does not write."""
+        written = {"model", "shards"} if self.preprocess is not None else {"model"}
+        found = super().locations()
+        for point in self.points():
+            train = self.train_config(point, self.seeds[0])
+            made = self.preprocess_config(train) if self.preprocess is not None else None
+            jobs = {"train": train, "preprocess": made, "evaluate": self.evaluate_config(train, self.output)}
+            for name, job in jobs.items():
+                read = [(inner, uri) for inner, uri, exists in job.locations() if exists] if job else []
+                found += [(f"{name}: {inner}", uri, True) for inner, uri in read if inner not in written]
+        return list(dict.fromkeys(found))
 
     @model_validator(mode="after")
     def _axes_and_fields_are_for_the_user(self) -> "AblationConfig":
@@ -712,7 +824,7 @@ class AblationConfig(Section):
         valid = [name for name in TrainConfig.model_fields if name not in own]
         for name in (*self.grid, *self.train):
             if name not in valid:
-                raise ValueError(f"{name} is not a field of jobs/train.py that a grid can have{_nearest(name, valid)}")
+                raise ValueError(f"{name} is not a field of jobs/train.py that a grid can have{nearest(name, valid)}")
         for axis, values in self.grid.items():
             if not values:
                 raise ValueError(f"grid.{axis} has no values: list some, or leave the axis out")
@@ -741,11 +853,14 @@ class AblationConfig(Section):
 
 
 class GateSection(Section):
-    """Questions with known answers that a model has to get right before it is served."""
+    """Questions with known answers that a model must answer correctly before it is served."""
 
-    records: Uri | None = Field(None, description="ReasonAQA file of questions with their answers; default: no gate")
-    audio_root: Uri | None = Field(None, description="folder that the records' clips are relative to")
-    min_accuracy: float = Field(1.0, gt=0, le=1, description="share that has to be answered word for word")
+    records: Input | None = Field(None, description="ReasonAQA file of questions with answers (default: no gate)")
+    audio_root: Input | None = Field(
+        None,
+        description="folder that paths of clips in gate.records are relative to; required with gate.records",
+    )
+    min_accuracy: float = Field(1.0, gt=0, le=1, description="share of questions that must be answered word for word")
 
     @model_validator(mode="after")
     def _clips_are_somewhere(self) -> "GateSection":
@@ -755,152 +870,35 @@ class GateSection(Section):
 
 
 class DeployConfig(Section):
-    """`jobs/deploy.py`: put a model behind the HTTP endpoint."""
+    """Deploy a model behind the HTTP endpoint of the running cluster."""
 
-    serve: str = Field(
+    serve: File = Field(
         "serve/config.yaml", description="Ray Serve configuration file, relative to the working directory"
     )
-    model: Uri = Field(description="folder of the trained model")
-    name: str = Field(
+    model: Input = Field(description="folder of the trained model")
+    name: Name = Field(
         "mellow",
         pattern=r"^[\w.-]+$",
-        description="what requests call `model`; a name that is served gets a new version",
+        description="name of the model in requests (`model`); a name that is already served gets a new version",
     )
     gate: GateSection = GateSection()
-    host: str = Field(
+    host: Annotated[str, Metavar("ADDRESS")] = Field(
         "127.0.0.1",
-        description="address to listen on; 0.0.0.0 for all, which are answered with API keys (fixed by the first "
-        "deployment)",
+        description="address to listen on, fixed by the first deployment; 0.0.0.0 for all addresses, which requires "
+        "API keys",
     )
-    port: int = Field(8000, ge=1, le=65535, description="HTTP port (fixed by the first deployment)")
+    port: int = Field(8000, ge=1, le=65535, description="HTTP port, fixed by the first deployment")
 
 
 class DemoConfig(Section):
-    """`jobs/demo.py`: the main job end to end on one machine."""
+    """Run the main job end to end on one machine."""
 
-    output: Uri = Field("runs/demo", description="folder for everything the demo writes")
-    corpus: Uri | None = Field(None, description="folder of recordings with labels.json, in place of synthetic scenes")
-    keep: bool = Field(False, description="leave the cluster and the endpoint running")
-    resume: bool = Field(False, description="continue what a stopped demo left in `output`")
-    cpus: int = Field(4, ge=4, description="logical CPUs of the cluster, more than a small machine has cores")
-    port: int = Field(8000, ge=1, le=65535, description="of the HTTP endpoint")
-    dashboard_port: int = Field(8265, ge=1, le=65535, description="of Ray's dashboard")
-
-
-def load(schema: type[Config], arguments: Sequence[str] | None = None) -> Config:
-    """Return the configuration that the command line `arguments` (default: the program's own) describe.
-
-    A flag outranks the file given by `--config`, which outranks the defaults. Errors end the program with status 2
-    and a message that names the field, its value and what is valid.
-    """
-    fields = _flags(schema)
-    parser = argparse.ArgumentParser(
-        description=schema.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    output: Output = Field("runs/demo", description="folder to write everything to")
+    corpus: Input | None = Field(
+        None, description="folder of labelled recordings, see docs/recordings.md (default: synthetic scenes)"
     )
-    parser.add_argument("--config", help="YAML file with any of the fields")
-    for name, field in fields.items():
-        default = argparse.SUPPRESS if field.is_required() else field.get_default()
-        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
-        parser.add_argument(
-            f"--{_dashed(name)}",
-            metavar="VALUE",
-            help=f"{field.description} (default: {default})"
-            if default is not argparse.SUPPRESS
-            else f"{field.description} (required)",
-            default=argparse.SUPPRESS,
-            **switch,
-        )
-    known, unknown = parser.parse_known_args(arguments)
-    for flag in unknown:
-        if flag.startswith("--"):
-            name = flag.split("=")[0]
-            parser.error(f"{name} is not an option{_nearest(name, [f'--{_dashed(field)}' for field in fields])}")
-        parser.error(f"{flag!r} does not belong to any option")
-    values: dict[str, Any] = {}
-    if known.config:
-        try:
-            values = _yaml_fields(known.config)
-        except ValueError as error:
-            parser.error(f"--config {error}")
-    for name, text in vars(known).items():
-        if name != "config":
-            target = values
-            *sections, leaf = name.split(".")
-            for section in sections:
-                target = target.setdefault(section, {})
-            target[leaf] = _value(text, fields[name].annotation)
-    try:
-        return _checked(schema, values)
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def _checked(schema: type[Config], values: dict[str, Any]) -> Config:
-    """Return the configuration with these values.
-
-    Raises:
-        ValueError: they do not fit; the message is that of `load`.
-    """
-    try:
-        return schema(**values)
-    except ValidationError as error:
-        raise ValueError("; ".join(_explain(item, _flags(schema)) for item in error.errors())) from error
-
-
-def _flags(schema: type[Section], prefix: str = "") -> dict[str, Any]:
-    """Return every leaf field of `schema` by its dotted name."""
-    fields: dict[str, Any] = {}
-    for name, field in schema.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            fields |= _flags(field.annotation, f"{prefix}{name}.")
-        else:
-            fields[prefix + name] = field
-    return fields
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _nearest(name: str, valid: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(valid)}"
-
-
-def _explain(error: Any, fields: dict[str, Any]) -> str:
-    name = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return f"{name} is not a configuration key{_nearest(name, fields)}"
-    if error["type"] == "missing":
-        return f"{name} is required: {fields[name].description}" if name in fields else f"{name} is required"
-    return f"{name or 'configuration'}: {error['msg']}" + (f" (given {error['input']!r})" if name else "")
-
-
-def _yaml_fields(path: str) -> dict[str, Any]:
-    """Return the fields in a YAML file.
-
-    Raises:
-        ValueError: it cannot be read, or holds something else.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(values or {}, dict):
-        raise ValueError(f"{path}: expected `field: value` lines, found {type(values).__name__}")
-    return values or {}
-
-
-def _value(text: str, annotation: Any) -> Any:
-    """Return a flag's text for a field: as written where that takes text alone, else as YAML reads it.
-
-    A question may hold a colon, and a name be a number; `null` is no text, but none.
-    """
-    alternatives = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    kinds = {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in alternatives}
-    if kinds - {type(None)} == {str}:
-        return None if text == "null" and annotation is not str else text
-    try:  # YAML takes 1e-3 for text
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
-        return text if text.startswith("/") or "://" in text else yaml.safe_load(text)
+    keep: bool = Field(False, description="leave the cluster and the endpoint running")
+    resume: bool = Field(False, description="continue with what a stopped demo left in --output")
+    cpus: int = Field(4, ge=4, description="logical CPUs of the cluster, which may be more than the machine has")
+    port: int = Field(8000, ge=1, le=65535, description="HTTP port of the endpoint")
+    dashboard_port: int = Field(8265, ge=1, le=65535, description="HTTP port of Ray's dashboard")

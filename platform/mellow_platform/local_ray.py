@@ -5,6 +5,7 @@ directory is written, and no process of the cluster outlives it.
 """
 
 import asyncio
+import collections
 import contextlib
 import json
 import os
@@ -30,6 +31,7 @@ from mellow_platform.cluster import REPOSITORY, Node, free_port, is_taken, wait
 LOG = "ray.log"
 START_SECONDS = 90.0  # until the dashboard answers, on a busy machine
 STOP_SECONDS = 10.0
+MESSAGE_LINES = 20  # of a failed job that are shown at most; all are in its log
 OBJECT_STORE_MEMORY = 1_000_000_000  # bytes
 
 
@@ -174,17 +176,17 @@ class LocalRay:
         )
         log = self.folder / f"{job}.log"
         result: dict[str, Any] = {}
-        last = ""
+        last: collections.deque[str] = collections.deque(maxlen=MESSAGE_LINES)
 
         async def follow() -> None:
-            nonlocal result, last
+            nonlocal result
             rest = ""
             async for text in client.tail_job_logs(submitted):
                 file.write(text)
                 *lines, rest = (rest + text).split("\n")
                 for line in lines:
                     seen(line)
-                    last = line.strip() or last
+                    last.append(line)
                     if line.startswith("{"):
                         with contextlib.suppress(json.JSONDecodeError):
                             result = json.loads(line)
@@ -194,8 +196,11 @@ class LocalRay:
         while not (status := client.get_job_status(submitted)).is_terminal():
             time.sleep(0.1)
         if status != JobStatus.SUCCEEDED:
-            message = last or client.get_job_info(submitted).message
-            raise JobError(f"{message}\n  log of the job: {log}")
+            # A job that fails ends with its name and the message.
+            begins = [number for number, line in enumerate(last) if line.startswith(f"{job}.py: ")]
+            message = list(last)[begins[-1] if begins else 0 :]
+            reason = "\n".join(message) or client.get_job_info(submitted).message
+            raise JobError(f"{reason.strip()}\n  log of the job: {log}")
         return result
 
     def _wait_for_dashboard(self, log: Path) -> None:

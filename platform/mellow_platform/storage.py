@@ -5,9 +5,12 @@ Endpoint and credentials of S3 come from the standard AWS variables
 
 Requests to S3 that meet a passing failure (throttling, a 5xx answer, a lost connection) are repeated here, for every
 operation: callers see only errors that stay.
+
+fsspec, s3fs and pyarrow are imported when they are needed: `--help` of a job needs none of them.
 """
 
 import atexit
+import contextlib
 import hashlib
 import json
 import os
@@ -17,14 +20,16 @@ import tempfile
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-import fsspec
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from fsspec import AbstractFileSystem
-from pyarrow import fs as arrow_fs
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    from fsspec import AbstractFileSystem
+    from pyarrow import fs as arrow_fs
 
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}")  # names of files that are being written on a disk
 
@@ -35,15 +40,34 @@ S3_OPTIONS = {
     # A listing that is kept does not show what other processes write.
     "use_listings_cache": False,
 }
+# Before a job starts: an endpoint that does not answer, or answers that the keys are wrong, is reported at once.
+CONNECT_SECONDS = 1.5
+FIRST_CONTACT = {
+    "config_kwargs": {
+        "retries": {"mode": "standard", "total_max_attempts": 1},
+        "connect_timeout": CONNECT_SECONDS,
+        "read_timeout": 5,
+    },
+    "use_listings_cache": False,
+}
+WRONG_KEYS = {
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "InvalidToken",
+    "ExpiredToken",
+    "AuthorizationHeaderMalformed",
+}
 
 
 def absolute(uri: str) -> str:
     """Return `uri` with a local path made absolute; other schemes are returned as they are.
 
     Raises:
-        ValueError: a relative path inside a submitted Ray job. Its working directory is a temporary copy that
-            the cluster deletes, and no other node sees it.
+        ValueError: an empty URI, or a relative path inside a submitted Ray job. Its working directory is a temporary
+            copy that the cluster deletes, and no other node sees it.
     """
+    if not uri:
+        raise ValueError("the URI is empty; set a path or an s3:// URI")
     if "://" in uri:
         return uri
     path = Path(uri).expanduser()
@@ -62,13 +86,112 @@ def join(uri: str, *parts: str) -> str:
     return uri
 
 
-def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
+def check(uri: str, exists: bool) -> None:
+    """Raise an error if a job cannot read `uri` (`exists`), or cannot write a folder there.
+
+    The check takes a second at most. Throttling and 5xx answers are no error here: the job itself retries them.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or bucket.
+        PermissionError: access is denied, or the credentials are wrong or missing.
+        ConnectionError: the S3 endpoint does not answer.
+        ValueError: the scheme is unknown, or the URI malformed.
+        OSError: a file is in the way of the folder.
+    """
+    if "://" not in uri:
+        _check_path(Path(uri), exists)
+    elif uri.startswith("s3://"):
+        _check_object(uri, exists)
+    else:
+        try:
+            fs, path = filesystem(uri)
+        except (ValueError, ImportError) as error:
+            scheme = uri.partition("://")[0]
+            raise ValueError(f"{uri}: scheme {scheme!r} is not supported ({error}); use a path or s3://") from error
+        if exists and not fs.exists(path):
+            raise FileNotFoundError(f"{uri}: no such file or folder; check the URI")
+        if not exists and "http" in fs.protocol:
+            raise PermissionError(f"{uri} cannot be written; use a path or s3://")
+
+
+def _check_path(path: Path, exists: bool) -> None:
+    if exists:
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(
+                f"{path}: no such file or folder; check the path, which every node of the cluster must see"
+            ) from error
+        except OSError as error:
+            raise PermissionError(f"{path}: {error.strerror}; check its permissions") from error
+        if not os.access(path, os.R_OK):
+            raise PermissionError(f"{path} is not readable: permission denied; check its permissions")
+        return
+    # The folder is made by the job, with its parents: in the nearest one that exists.
+    parent = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {parent} is not a folder; choose another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: {parent} is not writable; choose another folder")
+
+
+def _check_object(uri: str, exists: bool) -> None:
+    from botocore import exceptions  # type: ignore[import-untyped]  # it ships no types
+    from fsspec.core import url_to_fs
+
+    fs, path = url_to_fs(uri, **FIRST_CONTACT)
+    fs.retries = 1
+    bucket, keys = path.partition("/")[0], "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    try:
+        _check_bucket(fs, bucket)
+        if exists:
+            fs.info(path)
+    except FileNotFoundError as error:
+        missing = f"bucket {bucket!r} does not exist" if _code(error) else "no such object or folder"
+        raise FileNotFoundError(f"{uri}: {missing}; check the URI and AWS_ENDPOINT_URL") from error
+    except PermissionError as error:
+        if (code := _code(error)) in WRONG_KEYS:
+            raise PermissionError(f"{uri}: the S3 endpoint refuses the credentials ({code}); check {keys}") from error
+        raise PermissionError(f"{uri}: access is denied; check {keys}, and the policy of the bucket") from error
+    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
+        raise PermissionError(f"{uri}: there are no S3 credentials; set {keys}") from error
+    except exceptions.ConnectionError as error:
+        endpoint = "{0.scheme}://{0.netloc}".format(urlsplit(str(error.kwargs.get("endpoint_url", ""))))
+        raise ConnectionError(f"{uri}: the S3 endpoint {endpoint} does not answer; check AWS_ENDPOINT_URL") from error
+    except (OSError, exceptions.HTTPClientError):
+        return  # the job retries
+    except exceptions.BotoCoreError as error:
+        raise ValueError(f"{uri}: {error}") from error
+
+
+def _check_bucket(fs: "AbstractFileSystem", bucket: str) -> None:
+    """Raise s3fs's error if a bucket does not exist or the credentials are wrong.
+
+    Credentials that may not list the whole bucket are valid: they may read or write a part of it.
+    """
+    try:
+        fs.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
+    except PermissionError as error:
+        if _code(error) in WRONG_KEYS:
+            raise
+
+
+def _code(error: OSError) -> str:
+    """Return S3's code of an error that s3fs translated."""
+    return getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", "")
+
+
+def filesystem(uri: str) -> "tuple[AbstractFileSystem, str]":
     """Return the fsspec filesystem of `uri` and the path inside it."""
-    return fsspec.core.url_to_fs(uri, **(S3_OPTIONS if uri.startswith("s3://") else {}))
+    from fsspec.core import url_to_fs
+
+    return url_to_fs(uri, **(S3_OPTIONS if uri.startswith("s3://") else {}))
 
 
-def arrow_filesystem(uri: str) -> tuple[arrow_fs.FileSystem, str]:
+def arrow_filesystem(uri: str) -> "tuple[arrow_fs.FileSystem, str]":
     """Return the pyarrow filesystem of `uri` (what Ray and Parquet take) and the path inside it."""
+    from pyarrow import fs as arrow_fs
+
     fs, path = filesystem(uri)
     if fs.protocol == "file" or "file" in fs.protocol:
         return arrow_fs.LocalFileSystem(), path
@@ -136,7 +259,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 def read_json(uri: str) -> Any:
     try:
         return json.loads(read_bytes(uri))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{uri} is not JSON: {error}") from error
 
 
@@ -144,8 +267,11 @@ def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
-def write_table(uri: str, table: pa.Table) -> str:
+def write_table(uri: str, table: "pa.Table") -> str:
     """Write `table` as one Parquet file, whole or not at all, and return the SHA-256 of its bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     data = sink.getvalue().to_pybytes()
@@ -153,15 +279,37 @@ def write_table(uri: str, table: pa.Table) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_tables(uris: list[str], columns: list[str] | None = None, rows: pc.Expression | None = None) -> pa.Table:
-    """Read Parquet files of one schema as one table, in the order given: all of them, or some columns or rows."""
+def read_tables(uris: list[str], columns: list[str] | None = None, rows: "pc.Expression | None" = None) -> "pa.Table":
+    """Read Parquet files of one schema as one table, in the order given: all of them, or some columns or rows.
 
-    def read(uri: str) -> pa.Table:
+    Raises:
+        ValueError: a file is not Parquet.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def read(uri: str) -> "pa.Table":
         fs, path = arrow_filesystem(uri)
-        return pq.read_table(path, filesystem=fs, columns=columns, filters=rows)
+        with parquet_errors(uri):
+            return pq.read_table(path, filesystem=fs, columns=columns, filters=rows)
 
     with ThreadPoolExecutor(16) as pool:
         return pa.concat_tables(pool.map(read, uris))
+
+
+@contextlib.contextmanager
+def parquet_errors(uri: str) -> "Iterator[None]":
+    """Name the file `uri` in the errors of code that reads it.
+
+    Raises:
+        ValueError: the file is not Parquet, or damaged.
+    """
+    import pyarrow as pa
+
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{uri} cannot be read as Parquet: {error} Delete the file, or write it again.") from error
 
 
 def upload(folder: str | Path, uri: str) -> None:

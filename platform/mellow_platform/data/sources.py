@@ -339,7 +339,9 @@ class _ParquetRows:
 
     def __init__(self, uri: str):
         fs, path = storage.arrow_filesystem(uri)
-        self.uri, self.file = uri, pq.ParquetFile(path, filesystem=fs)
+        self.uri = uri
+        with storage.parquet_errors(uri):
+            self.file = pq.ParquetFile(path, filesystem=fs)
         self.column = next((name for name in ("audio", "bytes") if name in self.file.schema_arrow.names), "")
         if not self.column:
             raise ValueError(f"{uri} has no column audio or bytes; it has {', '.join(self.file.schema_arrow.names)}")

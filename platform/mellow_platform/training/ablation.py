@@ -7,6 +7,7 @@ again trains what is missing alone: runs that failed, and points that were added
 import hashlib
 import json
 import logging
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from mellow_platform import storage
 from mellow_platform.config import AblationConfig, EvaluateConfig, PreprocessConfig, TrainConfig
 from mellow_platform.evaluation.evaluate import evaluate
 from mellow_platform.evaluation.report import of_main
+from mellow_platform.failure import Failure
 from mellow_platform.features.preprocess import preprocess
 from mellow_platform.model.folder import load_processor
 from mellow_platform.training.ablation_report import Outcome, report, write_report
@@ -137,7 +139,7 @@ def make_shards(runs: list[Run]) -> dict[str, str]:
                 reasons[shards] = None
             except Exception as error:  # of any kind: the other points do not depend on it
                 logger.exception("shards for %s could not be written", run.name)
-                reasons[shards] = reason(error)
+                reasons[shards] = Failure(error).message.splitlines()[0]
         if found := reasons[shards]:
             failures[run.name] = found
     return failures
@@ -149,6 +151,8 @@ def run_trials(runs: list[Run], concurrent: int | None) -> dict[str, str]:
         return {}
     if not ray.is_initialized():
         ray.init()
+    # Ctrl-C ends the job: Ray Tune would stop its trials and report them as failed.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     fs, path = storage.arrow_filesystem(runs[0].folder)
     trial = tune.with_parameters(train_and_score, runs={run.name: run for run in runs})
     tuner = tune.Tuner(
@@ -164,7 +168,8 @@ def run_trials(runs: list[Run], concurrent: int | None) -> dict[str, str]:
         ),
     )
     results = list(tuner.fit())
-    return {result.config["run"]: reason(result.error) for result in results if result.error and result.config}
+    failed = [result for result in results if result.error and result.config]
+    return {result.config["run"]: Failure(result.error).message.splitlines()[0] for result in failed}
 
 
 def train_and_score(values: dict[str, str], runs: dict[str, Run]) -> None:
@@ -198,16 +203,6 @@ def room(config: TrainConfig) -> int:
     }
     there = ray.cluster_resources()
     return max(1, min(int(there.get(name, 0) // need) for name, need in needs.items() if need))
-
-
-def reason(error: BaseException) -> str:
-    """Return what lies at the bottom of an error, in a line."""
-    while True:
-        workers = getattr(error, "worker_failures", {})
-        below = next(iter(workers.values()), None) or getattr(error, "cause", None) or error.__cause__
-        if not isinstance(below, BaseException):
-            return f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        error = below
 
 
 def _trial_name(trial: Any) -> str:

@@ -101,6 +101,11 @@ def _fit(trainer: TorchTrainer, max_failures: int) -> None:
             if 0 <= max_failures < failures:
                 raise
             logger.warning("the controller of the run is lost, and is started again: %s", error)
+        except SystemExit as stop:
+            # Ctrl-C: Ray Train stops the run, and then exits as after a success or a failure.
+            if stop.code in (0, 1):
+                raise KeyboardInterrupt from None
+            raise
 
 
 def is_complete(result: dict[str, Any], config: RunSection, total: int) -> bool:

@@ -1,0 +1,103 @@
+"""Why a job failed: the cause inside the errors of Ray, in one message, and a log file with the whole traceback."""
+
+import re
+import tempfile
+import traceback
+from pathlib import Path
+
+CHAINED = re.compile(
+    r"\n\n(?:The above exception was the direct cause of the following exception"
+    r"|During handling of the above exception, another exception occurred):\n\n"
+)
+COLOR = re.compile(r"\x1b\[\d*m")
+ERRNO = re.compile(r"\[Errno \d+\] (?P<reason>[^:]+): '(?P<path>[^']+)'")
+FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+OWN_FILE = re.compile(r"(?:.*/)((?:mellow_platform|(?<!site-packages/ray/)(?:jobs|serve))/.+\.py)")
+# Errors whose messages are sentences; of other errors (KeyError: 'x') the class says more than the message.
+SENTENCES = {
+    "ChildProcessError", "ConnectionError", "ConnectionRefusedError", "FileExistsError", "FileNotFoundError",
+    "IsADirectoryError", "NotADirectoryError", "OSError", "PermissionError", "RuntimeError", "TimeoutError",
+    "ValueError",
+}  # fmt: skip
+LONGEST = 1000  # characters of a message
+JOB_LOG = "job-driver-"  # name of the file that Ray writes the output of a submitted job to
+
+
+class Failure:
+    """The cause of an error.
+
+    Attributes:
+        message: of the cause itself, without the texts of Ray around it.
+        place: `file:line` of this project that raised it; empty if unknown.
+    """
+
+    def __init__(self, error: BaseException):
+        cause, around = error, None
+        while inner := _inside(cause):
+            cause, around = inner, cause
+        text = COLOR.sub("", str(around)) if around else "".join(traceback.format_tb(error.__traceback__))
+        # Ray Data sends the error of a function that it applies only as text, in the traceback.
+        is_text = type(cause).__name__.endswith("UserCodeException")
+        self.message = _cause_in(text) if is_text else _phrase(type(cause).__name__, _text(cause))
+        self.place = _place(text)
+
+
+def write_log(error: BaseException, job: str) -> Path:
+    """Write the traceback of an error to a new file and return its path.
+
+    For a submitted job the file is beside its output, in the log folder of Ray's session, which the dashboard lists.
+    Otherwise it is in the temporary directory.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    lines = COLOR.sub("", "".join(traceback.format_exception(error)))
+    output = Path("/proc/self/fd/1").resolve()
+    if output.name.startswith(JOB_LOG):
+        path = output.with_name(f"{output.stem}-traceback.log")
+        path.write_text(lines)
+        return path
+    with tempfile.NamedTemporaryFile("w", prefix=f"mellow-{job}-", suffix=".log", delete=False) as file:
+        file.write(lines)
+    return Path(file.name)
+
+
+def _inside(error: BaseException) -> BaseException | None:
+    """Return the error that an error of Ray contains, if any."""
+    if not type(error).__module__.startswith("ray."):
+        return None
+    workers = getattr(error, "worker_failures", {})  # by rank: of Ray Train
+    first = error.args[0] if error.args else None  # of an actor that failed to start
+    candidates = (*workers.values(), getattr(error, "controller_failure", None), getattr(error, "cause", None), first)
+    return next((each for each in candidates if isinstance(each, BaseException)), None)
+
+
+def _text(error: BaseException) -> str:
+    """Return an error's message; Ray's own is followed by lines of details, which are left out."""
+    lines = COLOR.sub("", str(error)).strip().splitlines()
+    if type(error).__module__.startswith("ray."):
+        lines = [line for line in lines if line.startswith("The ")] or lines[:1]
+    return " ".join(lines) if type(error).__module__.startswith("ray.") else "\n".join(lines)
+
+
+def _cause_in(text: str) -> str:
+    """Return the message of the error in a remote traceback that another error of Ray was raised from."""
+    blocks = CHAINED.split(text)
+    lines = blocks[-2 if len(blocks) > 1 else -1].splitlines()
+    last = max((number for number, line in enumerate(lines) if line.startswith(" ")), default=-1)
+    kind, _, message = "\n".join(lines[last + 1 :]).partition(": ")
+    return _phrase(kind.rpartition(".")[2], message)
+
+
+def _phrase(kind: str, message: str) -> str:
+    if found := ERRNO.match(message):
+        message = f"{found['path']}: {found['reason'].lower()}"
+    if len(message) > LONGEST:
+        message = f"{message[:LONGEST]} ..."
+    return message if message and kind in SENTENCES else f"{kind}: {message}" if message else kind
+
+
+def _place(text: str) -> str:
+    """Return the last place in a traceback that is in this project."""
+    places = [(OWN_FILE.fullmatch(file), line) for file, line in FRAME.findall(text)]
+    return next((f"{file[1]}:{line}" for file, line in reversed(places) if file), "")

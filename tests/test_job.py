@@ -1,0 +1,161 @@
+"""Jobs as programs: how each kind of failure ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mellow_platform.cluster import free_port
+from tests.conftest import REPOSITORY, write_corpus
+from tests.object_storage import ObjectStore, object_store
+
+DEAD = f"127.0.0.1:{free_port()}"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """An S3 server with an empty bucket."""
+    with object_store(tmp_path_factory.mktemp("s3")) as store:
+        yield store
+
+
+def command(job: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(REPOSITORY / "jobs" / f"{job}.py"), *arguments]
+
+
+def run(job: str, *arguments: str, status: int = 1, **env: str) -> str:
+    """Run a job that fails with a status, and return its last message: what follows its name on stderr."""
+    variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | env
+    process = subprocess.run(command(job, *arguments), capture_output=True, text=True, env=variables)
+    assert process.returncode == status, process.stderr
+    assert "Traceback" not in process.stderr
+    return process.stderr.rpartition(f"{job}.py: ")[2].strip()
+
+
+def preprocess(corpus: str, output: str, **env: str) -> str:
+    return run("preprocess", "--corpus", corpus, "--output", output, "--size", "mellow-tiny", **env)
+
+
+def test_a_wrong_option_ends_a_job_with_status_2():
+    assert run("train", "--zero-stage", "4", status=2).endswith("--zero-stage 4: must be less than or equal to 3")
+    assert run("train", "--config", "/absent.yaml", status=2).startswith("error: --config /absent.yaml: no such file")
+
+
+def test_a_missing_input_is_named_with_its_option(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for missing in (tmp_path / "absent", tmp_path / "file" / "below"):
+        assert preprocess(str(missing), str(tmp_path / "o")).startswith(f"--corpus {missing}: no such file or folder")
+    audio = ["--audio-root", f"{{audiocaps: {tmp_path}, clothov21: /absent}}"]
+    message = run("preprocess", "--corpus", str(tmp_path), "--output", str(tmp_path / "o"), *audio)
+    assert message.startswith("--audio-root /absent: no such file or folder")
+
+
+def test_an_unknown_scheme_is_refused(tmp_path: Path):
+    assert preprocess("foo://x", "/o").startswith("--corpus foo://x: scheme 'foo' is not supported")
+    assert preprocess(str(tmp_path), "gs://x").startswith("--output gs://x: scheme 'gs' is not supported")
+    assert preprocess(str(tmp_path), "http://h/x").startswith("--output http://h/x cannot be written")
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path):
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "folder"
+    assert preprocess(str(tmp_path), str(output)).startswith(
+        f"--output {output} cannot be written: {tmp_path}/file is not a folder"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+def test_denied_access_is_named(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    assert preprocess(str(tmp_path), str(tmp_path / "o")).startswith(f"--output {tmp_path}/o cannot be written")
+    tmp_path.chmod(0)
+    assert preprocess(str(tmp_path), "/tmp").startswith(f"--corpus {tmp_path} is not readable")
+    tmp_path.chmod(0o700)
+
+
+def test_a_missing_object_or_bucket_is_named(store: ObjectStore, tmp_path: Path):
+    assert preprocess("s3://bucket/absent", "/o").startswith("--corpus s3://bucket/absent: no such object or folder")
+    assert preprocess("s3://other/c", "/o").startswith("--corpus s3://other/c: bucket 'other' does not exist")
+    assert preprocess(str(tmp_path), "s3://other/o").startswith("--output s3://other/o: bucket 'other' does not exist")
+
+
+def test_wrong_credentials_are_refused(store: ObjectStore):
+    message = preprocess("s3://bucket/c", "/o", AWS_SECRET_ACCESS_KEY="wrong")
+    assert message.startswith("--corpus s3://bucket/c: the S3 endpoint refuses the credentials (SignatureDoesNotMatch)")
+    message = preprocess("s3://bucket/c", "/o", AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY="")
+    assert message.startswith("--corpus s3://bucket/c: there are no S3 credentials; set AWS_ACCESS_KEY_ID")
+
+
+def test_an_endpoint_that_does_not_answer_is_named(store: ObjectStore):
+    message = preprocess("s3://bucket/c", "/o", AWS_ENDPOINT_URL=f"http://{DEAD}")
+    assert message.startswith(f"--corpus s3://bucket/c: the S3 endpoint http://{DEAD} does not answer")
+
+
+def test_a_throttled_endpoint_is_left_to_the_job(tmp_path: Path):
+    with object_store(tmp_path / "s3", failures=1.0, seed=1) as failing:
+        script = f"from mellow_platform import storage\nstorage.check('{failing.uri}/c', True)"
+        for _ in range(4):
+            subprocess.run([sys.executable, "-c", script], check=True)
+        assert failing.failed >= 4
+
+
+@pytest.mark.parametrize("address", [DEAD, f"http://{DEAD}", f"ray://{DEAD}"])
+def test_an_absent_cluster_is_named(address: str, tmp_path: Path):
+    message = preprocess(str(tmp_path), "/o", RAY_ADDRESS=address)
+    assert message.startswith(f"no Ray cluster at RAY_ADDRESS={address}: Connection refused")
+
+
+def test_a_dashboard_is_no_cluster_address(store: ObjectStore, tmp_path: Path):
+    message = preprocess(str(tmp_path), "/o", RAY_ADDRESS=store.env["AWS_ENDPOINT_URL"])
+    assert message.startswith(f"RAY_ADDRESS={store.env['AWS_ENDPOINT_URL']} is the address of a dashboard")
+
+
+def test_debug_prints_the_traceback_before_the_message(tmp_path: Path):
+    arguments = ["--model", "random", "--corpus", str(tmp_path), "--output", f"{tmp_path}/o", "--debug"]
+    output = tmp_path / "job-driver-raysubmit_x.log"  # as Ray names the output of a submitted job
+    with output.open("w") as file:
+        job = subprocess.run(command("evaluate", *arguments), stdout=file, stderr=subprocess.PIPE, text=True)
+    *before, first, second = job.stderr.splitlines()
+    log = tmp_path / "job-driver-raysubmit_x-traceback.log"
+    assert job.returncode == 1
+    assert first.startswith(f"evaluate.py: {tmp_path}/test.json does not exist")
+    assert second.startswith("(raised at mellow_platform/") and f"traceback in {log}; --debug" in second
+    assert log.read_text().startswith("Traceback (most recent call last):")
+    assert log.read_text() in "\n".join([*before, ""])
+
+
+def test_a_failure_in_a_task_of_ray_ends_with_its_message(tmp_path: Path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "bad.parquet").write_text("not Parquet")
+    message = run(
+        "preprocess", "--source", "parquet", "--corpus", f"{tmp_path}/corpus", "--output", f"{tmp_path}/o",
+        "--size", "mellow-tiny",
+    )  # fmt: skip
+    first, second = message.splitlines()
+    assert first.startswith(f"{tmp_path}/corpus/bad.parquet cannot be read as Parquet: ")
+    assert second.startswith("(raised at mellow_platform/storage.py:")
+    log = Path(second.partition("traceback in ")[2].partition(";")[0])
+    assert "_ParquetRows" in log.read_text()
+    log.unlink()
+
+
+def test_an_interrupt_ends_a_job_with_status_130_and_one_line(tmp_path: Path):
+    write_corpus(str(tmp_path / "corpus"), {"train": 4, "val": 1, "test": 1})
+    arguments = ["--corpus", f"{tmp_path}/corpus", "--output", f"{tmp_path}/o", "--size", "mellow-tiny"]
+    job = subprocess.Popen(
+        command("preprocess", *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    time.sleep(2)
+    os.killpg(job.pid, signal.SIGINT)
+    _, error = job.communicate(timeout=60)
+    assert job.returncode == 130, error
+    assert error.splitlines()[-1] == "preprocess.py: interrupted" and "Traceback" not in error
