@@ -38,7 +38,7 @@ def run(job: str, *arguments: str, status: int = 1, **env: str) -> str:
 
 
 def preprocess(corpus: str, output: str, **env: str) -> str:
-    return run("preprocess", "--corpus", corpus, "--output", output, "--size", "mellow-tiny", **env)
+    return run("preprocess", "--corpus", corpus, "--output", output, "--size", "mellow-tiny", status=1, **env)
 
 
 def test_a_wrong_option_ends_a_job_with_status_2():
