@@ -28,9 +28,9 @@ def command(job: str, *arguments: str) -> list[str]:
     return [sys.executable, str(REPOSITORY / "jobs" / f"{job}.py"), *arguments]
 
 
-def run(job: str, *arguments: str, status: int = 1, **env: str) -> str:
+def run(job: str, *arguments: str, status: int = 1, env: dict[str, str] | None = None) -> str:
     """Run a job that fails with a status, and return its last message: what follows its name on stderr."""
-    variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | env
+    variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | (env or {})
     process = subprocess.run(command(job, *arguments), capture_output=True, text=True, env=variables)
     assert process.returncode == status, process.stderr
     assert "Traceback" not in process.stderr
@@ -38,7 +38,7 @@ def run(job: str, *arguments: str, status: int = 1, **env: str) -> str:
 
 
 def preprocess(corpus: str, output: str, **env: str) -> str:
-    return run("preprocess", "--corpus", corpus, "--output", output, "--size", "mellow-tiny", **env)
+    return run("preprocess", "--corpus", corpus, "--output", output, "--size", "mellow-tiny", env=env)
 
 
 def test_a_wrong_option_ends_a_job_with_status_2():
@@ -154,7 +154,8 @@ def test_an_interrupt_ends_a_job_with_status_130_and_one_line(tmp_path: Path):
         text=True,
         start_new_session=True,
     )
-    time.sleep(2)
+    while "libtorch" not in Path(f"/proc/{job.pid}/maps").read_text():
+        time.sleep(0.05)
     os.killpg(job.pid, signal.SIGINT)
     _, error = job.communicate(timeout=60)
     assert job.returncode == 130, error

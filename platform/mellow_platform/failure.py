@@ -19,6 +19,7 @@ SENTENCES = {
     "IsADirectoryError", "NotADirectoryError", "OSError", "PermissionError", "RuntimeError", "TimeoutError",
     "ValueError",
 }  # fmt: skip
+RAY_DATA = "UserCodeException"  # end of the names of Ray Data's errors around those of the functions that it applies
 LONGEST = 1000  # characters of a message
 JOB_LOG = "job-driver-"  # name of the file that Ray writes the output of a submitted job to
 
@@ -37,8 +38,8 @@ class Failure:
             cause, around = inner, cause
         text = COLOR.sub("", str(around)) if around else "".join(traceback.format_tb(error.__traceback__))
         # Ray Data sends the error of a function that it applies only as text, in the traceback.
-        is_text = type(cause).__name__.endswith("UserCodeException")
-        self.message = _cause_in(text) if is_text else _phrase(type(cause).__name__, _text(cause))
+        is_text = type(cause).__name__.endswith(RAY_DATA)
+        self.message = cause_in(text) if is_text else _phrase(type(cause).__name__, _text(cause))
         self.place = _place(text)
 
 
@@ -80,13 +81,18 @@ def _text(error: BaseException) -> str:
     return " ".join(lines) if type(error).__module__.startswith("ray.") else "\n".join(lines)
 
 
-def _cause_in(text: str) -> str:
-    """Return the message of the error in a remote traceback that another error of Ray was raised from."""
-    blocks = CHAINED.split(text)
-    lines = blocks[-2 if len(blocks) > 1 else -1].splitlines()
-    last = max((number for number, line in enumerate(lines) if line.startswith(" ")), default=-1)
-    kind, _, message = "\n".join(lines[last + 1 :]).partition(": ")
-    return _phrase(kind.rpartition(".")[2], message)
+def cause_in(text: str) -> str:
+    """Return the message of the error in a remote traceback, without those that Ray Data raised from it.
+
+    Text without a traceback is returned unchanged.
+    """
+    for block in reversed(CHAINED.split(COLOR.sub("", text).strip())):
+        lines = block.splitlines()
+        last = max((number for number, line in enumerate(lines) if line.startswith(" ")), default=-1)
+        kind, _, message = "\n".join(lines[last + 1 :]).partition(": ")
+        if last >= 0 and not kind.endswith(RAY_DATA):
+            return _phrase(kind.rpartition(".")[2], message)
+    return text
 
 
 def _phrase(kind: str, message: str) -> str:
