@@ -12,7 +12,7 @@ CHAINED = re.compile(
 COLOR = re.compile(r"\x1b\[\d*m")
 ERRNO = re.compile(r"\[Errno \d+\] (?P<reason>[^:]+): '(?P<path>[^']+)'")
 FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-OWN_FILE = re.compile(r"(?:.*/)((?:mellow_platform|(?<!site-packages/ray/)(?:jobs|serve))/.+\.py)")
+OWN_FILE = re.compile(r".*/(mellow_platform/.+\.py)|(?!.*/site-packages/).*/((?:jobs|serve)/.+\.py)")
 # Errors whose messages are sentences; of other errors (KeyError: 'x') the class says more than the message.
 SENTENCES = {
     "ChildProcessError", "ConnectionError", "ConnectionRefusedError", "FileExistsError", "FileNotFoundError",
@@ -75,10 +75,11 @@ def _inside(error: BaseException) -> BaseException | None:
 
 def _text(error: BaseException) -> str:
     """Return an error's message; Ray's own is followed by lines of details, which are left out."""
-    lines = COLOR.sub("", str(error)).strip().splitlines()
-    if type(error).__module__.startswith("ray."):
-        lines = [line for line in lines if line.startswith("The ")] or lines[:1]
-    return " ".join(lines) if type(error).__module__.startswith("ray.") else "\n".join(lines)
+    text = COLOR.sub("", str(error)).strip()
+    if not type(error).__module__.startswith("ray."):
+        return text
+    lines = text.splitlines()
+    return " ".join([line for line in lines if line.startswith("The ")] or lines[:1])
 
 
 def cause_in(text: str) -> str:
@@ -106,4 +107,4 @@ def _phrase(kind: str, message: str) -> str:
 def _place(text: str) -> str:
     """Return the last place in a traceback that is in this project."""
     places = [(OWN_FILE.fullmatch(file), line) for file, line in FRAME.findall(text)]
-    return next((f"{file[1]}:{line}" for file, line in reversed(places) if file), "")
+    return next((f"{file[1] or file[2]}:{line}" for file, line in reversed(places) if file), "")
