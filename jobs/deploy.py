@@ -2,8 +2,8 @@
 
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- python jobs/deploy.py --model s3://bucket/model
 
-A model that is served already under the same name goes on answering until replicas of the new one have started and
-passed the gate; where they do not, its configuration is put back. Another --name adds a model beside it.
+A model that is already served under the same name answers until replicas of the new one have started and passed the
+gate; if they do not, its configuration is restored. Another --name adds a model.
 """
 
 import copy
@@ -16,6 +16,7 @@ import yaml
 
 from mellow_platform import job
 from mellow_platform.config import DeployConfig
+from mellow_platform.failure import cause_in
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
@@ -49,7 +50,7 @@ class Rollout:
         """Deploy; return the state of the endpoint and of the model.
 
         Raises:
-            SystemExit: the model did not start, or did not pass the gate; what was served before is served.
+            ChildProcessError: the model did not start, or did not pass the gate; the previous models are served.
         """
         name = self._config.name
         served = _models(self._before[ENDPOINT]) if ENDPOINT in self._before else [name]
@@ -60,7 +61,9 @@ class Rollout:
             if "DEPLOY_FAILED" in states.values():
                 reasons = self._reasons(states)
                 self._return()
-                raise SystemExit(f"{self._config.model} is not served as {name!r}: {reasons}")
+                causes = "; ".join(f"{application}: {cause_in(text)}" for application, text in reasons.items())
+                message = f"{self._config.model} is not served as {name!r}: {causes}"
+                raise ChildProcessError(message) from RuntimeError("\n".join(reasons.values()))
         return states
 
     def _model(self) -> Application:
@@ -94,16 +97,16 @@ class Rollout:
             time.sleep(0.5)
         return dict.fromkeys(awaited, "DEPLOY_FAILED")
 
-    def _reasons(self, states: dict[str, str]) -> str:
-        """Return what Serve says of each application that did not start."""
+    def _reasons(self, states: dict[str, str]) -> dict[str, str]:
+        """Return Serve's message for each application that did not start."""
         details = self._client.get_serve_details()["applications"]
-        found = []
+        found = {}
         for name in states:
             deployments = details.get(name, {}).get("deployments", {}).values()
             messages = [deployment["message"] for deployment in deployments if deployment["message"]]
             if states[name] != "RUNNING":
-                found.append(f"{name}: {' '.join(messages) or details.get(name, {}).get('message', 'not started')}")
-        return "; ".join(found)
+                found[name] = " ".join(messages) or details.get(name, {}).get("message", "not started")
+        return found
 
     def _return(self) -> None:
         """Put back what was served before, so that replicas that are lost from now on are replaced by its like."""

@@ -354,7 +354,7 @@ def test_examples_come_worst_first_and_a_clip_that_is_gone_is_named(corpus: Simp
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"benchmark": ["mmua"]}, "benchmark 'mmua' does not exist; there are families, mmau, entailment"),
+        ({"benchmark": ["mmua"]}, "benchmark.0\n.* should be 'families', 'mmau', 'entailment'"),
         ({"benchmark": ["mmau"], "mmau": None}, "benchmark mmau: .* give `mmau`, the benchmark's file"),
         ({"split": "train", "benchmark": ["difference"]}, "benchmark difference: split 'train' has no such questions"),
         ({"model": "predictions:{root}/corpus/labels.json"}, "has no columns id, and prediction or model_output"),

@@ -12,13 +12,14 @@ CHAINED = re.compile(
 COLOR = re.compile(r"\x1b\[\d*m")
 ERRNO = re.compile(r"\[Errno \d+\] (?P<reason>[^:]+): '(?P<path>[^']+)'")
 FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-OWN_FILE = re.compile(r"(?:.*/)((?:mellow_platform|(?<!site-packages/ray/)(?:jobs|serve))/.+\.py)")
+OWN_FILE = re.compile(r".*/(mellow_platform/.+\.py)|(?!.*/site-packages/).*/((?:jobs|serve)/.+\.py)")
 # Errors whose messages are sentences; of other errors (KeyError: 'x') the class says more than the message.
 SENTENCES = {
     "ChildProcessError", "ConnectionError", "ConnectionRefusedError", "FileExistsError", "FileNotFoundError",
     "IsADirectoryError", "NotADirectoryError", "OSError", "PermissionError", "RuntimeError", "TimeoutError",
     "ValueError",
 }  # fmt: skip
+RAY_DATA = "UserCodeException"  # end of the names of Ray Data's errors around those of the functions that it applies
 LONGEST = 1000  # characters of a message
 JOB_LOG = "job-driver-"  # name of the file that Ray writes the output of a submitted job to
 
@@ -37,8 +38,8 @@ class Failure:
             cause, around = inner, cause
         text = COLOR.sub("", str(around)) if around else "".join(traceback.format_tb(error.__traceback__))
         # Ray Data sends the error of a function that it applies only as text, in the traceback.
-        is_text = type(cause).__name__.endswith("UserCodeException")
-        self.message = _cause_in(text) if is_text else _phrase(type(cause).__name__, _text(cause))
+        is_text = type(cause).__name__.endswith(RAY_DATA)
+        self.message = cause_in(text) if is_text else _phrase(type(cause).__name__, _text(cause))
         self.place = _place(text)
 
 
@@ -74,19 +75,25 @@ def _inside(error: BaseException) -> BaseException | None:
 
 def _text(error: BaseException) -> str:
     """Return an error's message; Ray's own is followed by lines of details, which are left out."""
-    lines = COLOR.sub("", str(error)).strip().splitlines()
-    if type(error).__module__.startswith("ray."):
-        lines = [line for line in lines if line.startswith("The ")] or lines[:1]
-    return " ".join(lines) if type(error).__module__.startswith("ray.") else "\n".join(lines)
+    text = COLOR.sub("", str(error)).strip()
+    if not type(error).__module__.startswith("ray."):
+        return text
+    lines = text.splitlines()
+    return " ".join([line for line in lines if line.startswith("The ")] or lines[:1])
 
 
-def _cause_in(text: str) -> str:
-    """Return the message of the error in a remote traceback that another error of Ray was raised from."""
-    blocks = CHAINED.split(text)
-    lines = blocks[-2 if len(blocks) > 1 else -1].splitlines()
-    last = max((number for number, line in enumerate(lines) if line.startswith(" ")), default=-1)
-    kind, _, message = "\n".join(lines[last + 1 :]).partition(": ")
-    return _phrase(kind.rpartition(".")[2], message)
+def cause_in(text: str) -> str:
+    """Return the message of the error in a remote traceback, without those that Ray Data raised from it.
+
+    Text without a traceback is returned unchanged.
+    """
+    for block in reversed(CHAINED.split(COLOR.sub("", text).strip())):
+        lines = block.splitlines()
+        last = max((number for number, line in enumerate(lines) if line.startswith(" ")), default=-1)
+        kind, _, message = "\n".join(lines[last + 1 :]).partition(": ")
+        if last >= 0 and not kind.endswith(RAY_DATA):
+            return _phrase(kind.rpartition(".")[2], message)
+    return text
 
 
 def _phrase(kind: str, message: str) -> str:
@@ -100,4 +107,4 @@ def _phrase(kind: str, message: str) -> str:
 def _place(text: str) -> str:
     """Return the last place in a traceback that is in this project."""
     places = [(OWN_FILE.fullmatch(file), line) for file, line in FRAME.findall(text)]
-    return next((f"{file[1]}:{line}" for file, line in reversed(places) if file), "")
+    return next((f"{file[1] or file[2]}:{line}" for file, line in reversed(places) if file), "")

@@ -156,7 +156,7 @@ def _check_object(uri: str, exists: bool) -> None:
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
         raise PermissionError(f"{uri}: there are no S3 credentials; set {keys}") from error
     except exceptions.ConnectionError as error:
-        endpoint = "{0.scheme}://{0.netloc}".format(urlsplit(str(error.kwargs.get("endpoint_url", ""))))
+        endpoint = urlsplit(str(error.kwargs.get("endpoint_url", ""))).netloc
         raise ConnectionError(f"{uri}: the S3 endpoint {endpoint} does not answer; check AWS_ENDPOINT_URL") from error
     except (OSError, exceptions.HTTPClientError):
         return  # the job retries

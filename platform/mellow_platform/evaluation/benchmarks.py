@@ -1,7 +1,7 @@
 """The benchmarks of the paper: which questions each asks, how it puts them, and what its scores are.
 
 To add one, write a class with `records` and `score`, and `prompt` where questions are not put as they stand, and add it
-to `BENCHMARKS`.
+to `BENCHMARKS`, and its name to `Benchmark` in config.py.
 """
 
 import dataclasses

@@ -158,12 +158,9 @@ def select(config: EvaluateConfig, source: Source) -> list[tuple[Benchmark, list
     """Return the benchmarks that are asked for with their questions; of `all`, those that there are questions of.
 
     Raises:
-        ValueError: there is no such benchmark, or there are no questions of one that was named.
+        ValueError: there are no questions of a benchmark that was named.
     """
     every = "all" in config.benchmark
-    unknown = [name for name in config.benchmark if name not in BENCHMARKS and name != "all"]
-    if unknown:
-        raise ValueError(f"benchmark {unknown[0]!r} does not exist; there are {', '.join(BENCHMARKS)}, and all")
     chosen = []
     for name in BENCHMARKS if every else dict.fromkeys(config.benchmark):
         benchmark = BENCHMARKS[name]()

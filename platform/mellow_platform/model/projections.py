@@ -1,4 +1,5 @@
-"""Projections by name: from encoder frames to decoder embeddings. One more is a class and a line in `PROJECTIONS`.
+"""Projections by name: from encoder frames to decoder embeddings. To add one, write a class and
+add it to `PROJECTIONS`, and its name to `Projection` in config.py.
 
 Every one is built from (audio_size, text_size, dropout) and maps [..., positions, audio_size] to
 [..., positions, text_size], the positions being those of one clip: its latent, then its frames.

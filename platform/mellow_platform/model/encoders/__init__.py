@@ -1,4 +1,8 @@
-"""Audio encoders by name. One more is a class with its configuration (see `contract`) and a line in `ENCODERS`."""
+"""Audio encoders by name.
+
+To add one, write a class with its configuration (see `contract`) and add it to `ENCODERS`, and its name to `Encoder` in
+config.py.
+"""
 
 import hashlib
 from typing import Any
