@@ -68,6 +68,7 @@ def write_clip_shards(
         return
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     dataset.context.enable_progress_bars = False  # the job prints lines of its own, for a log
+    decoding = ray.data.TaskPoolStrategy(size=config.decode_workers)
     dataset = dataset.map(
         decode_shard,
         fn_kwargs={
@@ -76,7 +77,7 @@ def write_clip_shards(
             "min_seconds": config.min_seconds,
             "whole": config.features == "waveform",
         },
-        compute=ray.data.TaskPoolStrategy(size=config.decode_workers),
+        compute=decoding,
         **RETRIED,
     )
     if config.encoder:
@@ -88,8 +89,10 @@ def write_clip_shards(
             num_gpus=config.gpus_per_worker or None,
         )
     # Behind an encoder, writing waits for no CPU: a shard is committed as soon as it is encoded, however much there is
-    # left to decode. Otherwise it is part of the decoding task.
-    writing = RETRIED | ({"num_cpus": 0} if config.encoder else {})
+    # left to decode. Tasks without a CPU would start a process each, were their number not bounded. Otherwise writing
+    # is part of the decoding task, which takes the same pool.
+    behind = {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=config.encoder_workers)}
+    writing: dict[str, Any] = RETRIED | (behind if config.encoder else {"compute": decoding})
     written = dataset.map(write_clip_shard, fn_kwargs={"output": config.output, "shapes": shapes}, **writing)
     for row in written.iter_rows():
         yield json.loads(row["receipt"])
