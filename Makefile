@@ -22,9 +22,9 @@ $(VENV)/installed-%: pyproject.toml
 	if [ "$$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && ! $(BIN)/python -m pip show --quiet torch 2> /dev/null \
 	    && $(BIN)/python -c 'from urllib.request import urlopen; urlopen("$(CPU_TORCH)/torch/", timeout=3)' 2> /dev/null; then \
 	    torch=$$($(BIN)/python -c 'import tomllib; print(next(name for name in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if name.startswith("torch>")))'); \
-	    $(BIN)/python -m pip install --quiet --progress-bar off --index-url $(CPU_TORCH) "$$torch"; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --index-url $(CPU_TORCH) "$$torch"; \
 	fi; \
-	$(BIN)/python -m pip install --quiet --progress-bar off --editable '.[$*]'; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --editable '.[$*]'; \
 	if [ $* = dev ]; then touch $(VENV)/installed-demo; fi; \
 	echo $$(( $$(date +%s) - start )) > $(VENV)/install-seconds; touch $@
 
