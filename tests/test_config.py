@@ -228,8 +228,6 @@ def test_the_usage_line_has_the_required_options(job: str):
 
 @each_job
 def test_help_imports_nothing_heavy(job: str):
-    if job == "demo":
-        pytest.xfail("jobs/demo.py imports torch at its top")
     code = (
         "import runpy, sys\n"
         f"sys.argv = ['{job}.py', '--help']\n"
