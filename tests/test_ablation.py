@@ -47,6 +47,7 @@ SYNTHETIC = ["Scenes-Detail", "Scenes-Heard-MCQ.json"]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
+@pytest.mark.extended
 def test_a_share_of_synthetic_questions_keeps_as_many_as_it_can(made, share):
     every = load_examples(configured(made))
     subtypes = np.array(read_records(str(made.root / "features"), "train")["subtype"].to_pylist())
@@ -63,6 +64,7 @@ def test_a_share_of_synthetic_questions_keeps_as_many_as_it_can(made, share):
         assert np.array_equal(array, chosen.collate(0, 0, numbers)[name]), name
 
 
+@pytest.mark.extended
 def test_the_seed_draws_the_synthetic_questions_and_validation_keeps_all(made):
     def names(**changes: Any) -> list[str]:
         return list(load_examples(configured(made, synthetic_share=0.2, synthetic_subtypes=SYNTHETIC, **changes)).ids)
@@ -73,6 +75,7 @@ def test_the_seed_draws_the_synthetic_questions_and_validation_keeps_all(made):
     assert len(load_examples(config, "val")) == len(read_records(config.shards, "val"))
 
 
+@pytest.mark.extended
 def test_a_share_that_cannot_be_reached_is_refused_with_what_there_is(made):
     with pytest.raises(
         ValueError, match=r"synthetic_share 0\.3 cannot be reached: 0 of .* Scenes-Detail, .*: set synth"
@@ -80,6 +83,7 @@ def test_a_share_that_cannot_be_reached_is_refused_with_what_there_is(made):
         load_examples(configured(made, synthetic_share=0.3))
 
 
+@pytest.mark.extended
 def test_a_decoder_that_is_not_pretrained_has_the_shape_and_fresh_weights(made):
     processor = load_processor(str(made.root / "features/processor"))
     loaded, fresh, other = (
@@ -95,6 +99,7 @@ def test_a_decoder_that_is_not_pretrained_has_the_shape_and_fresh_weights(made):
     assert not torch.equal(first, second)
 
 
+@pytest.mark.extended
 def test_a_decoder_with_another_tokenizer_than_the_shards_is_refused(made, tmp_path):
     made.decoder.save_pretrained(tmp_path)
     tokenizer = load_processor(str(made.root / "features/processor")).tokenizer
@@ -107,6 +112,7 @@ def test_a_decoder_with_another_tokenizer_than_the_shards_is_refused(made, tmp_p
         build_model(configured(made, decoder=str(tmp_path)), processor)
 
 
+@pytest.mark.extended
 def test_fresh_weights_without_a_shape_are_refused(made):
     with pytest.raises(ValueError, match="pretrained: false goes with `decoder`"):
         configured(made, pretrained=False)
@@ -229,7 +235,7 @@ def test_points_stand_best_first_and_a_failed_run_leaves_the_others_of_its_point
         ({"grid": {"projektion": ["mlp"]}}, "projektion is not a field of jobs/train.py .*; did you mean projection?"),
         ({"grid": {"seed": [0, 1]}}, "seed is not a field of jobs/train.py that a grid can have"),
         ({"grid": {"projection": []}}, "grid.projection has no values"),
-        ({"grid": {"lora": [{"rnk": 4}]}}, "point {'lora': {'rnk': 4}}: lora.rnk is not an option; did you mean lora.rank?"),
+        ({"grid": {"lora": [{"rnk": 4}]}}, "point {'lora': .*: lora.rnk is not an option; did you mean lora.rank?"),
         ({"grid": {"pretrained": [True, False]}}, "point {'pretrained': False}: .* goes with `decoder`"),
         ({"grid": {"encoder": ["/a", "/b"]}}, "each encoder reads shards of its own: give `preprocess`"),
         ({"train": {"encoder": "/e"}}, "give `preprocess`, the fields to write shards with, or `shards` in `train`"),

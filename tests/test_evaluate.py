@@ -140,6 +140,7 @@ def test_answers_of_another_configuration_or_to_other_questions_are_refused(whol
         evaluate(whole.model_copy(update={"limit": 3}))
 
 
+@pytest.mark.extended
 def test_a_clip_that_cannot_be_heard_is_wrong_counted_and_past_the_allowed_share_ends_the_job(made: SimpleNamespace):
     records = [
         Record("c", clip, "", "", "", "is there a tone?", "yes", "X-Presence")
@@ -285,6 +286,7 @@ def test_an_endpoint_that_hears_is_judged_by_the_same_job(
     assert not any(b"secret-of-the-test" in file.read_bytes() for file in files)
 
 
+@pytest.mark.extended
 def test_a_question_that_an_endpoint_trips_over_is_wrong_and_the_others_are_answered(
     made: SimpleNamespace, listener: Listener, loud_and_soft: Path
 ):
@@ -375,6 +377,7 @@ def test_a_model_that_insists_on_audio_is_told_of_silence_and_keeps_its_other_an
     assert len(listener.requests) == asked + 3
 
 
+@pytest.mark.extended
 def test_questions_are_known_by_their_place_in_the_corpus_and_captions_by_their_recording(made: SimpleNamespace):
     """Whatever preprocess drops, and whichever partners it draws."""
     folder = made.root / "tars"

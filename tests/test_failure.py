@@ -95,6 +95,7 @@ def test_an_actor_that_does_not_start_has_a_cause():
     assert failure_of(lambda: ray.data.range(2).map_batches(Failing, concurrency=1).take_all()).message == CLIP
 
 
+@pytest.mark.extended
 def test_a_training_worker_has_a_cause(tmp_path: Path):
     run_config = RunConfig(storage_path=str(tmp_path), name="run")
     trainer = TorchTrainer(fail, scaling_config=ScalingConfig(num_workers=2), run_config=run_config)

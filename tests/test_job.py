@@ -129,6 +129,7 @@ def test_a_dashboard_is_no_cluster_address(store: ObjectStore, tmp_path: Path):
     assert message.startswith(f"RAY_ADDRESS={store.env['AWS_ENDPOINT_URL']} is the address of a dashboard")
 
 
+@pytest.mark.extended
 def test_debug_prints_the_traceback_before_the_message(tmp_path: Path):
     arguments = ["--model", "random", "--corpus", str(tmp_path), "--output", f"{tmp_path}/o", "--debug"]
     output = tmp_path / "job-driver-raysubmit_x.log"  # as Ray names the output of a submitted job

@@ -163,6 +163,7 @@ def test_greedy_answers_and_the_loss_are_the_references(reference: SimpleNamespa
     assert abs(float(loss) - float(expected["train_loss"])) <= 1e-4
 
 
+@pytest.mark.extended
 def test_a_converted_folder_exports_to_a_complete_checkpoint_of_the_same_bits(reference: SimpleNamespace):
     back = reference.folder.parent / "back.ckpt"
     main(["export", str(reference.folder), str(back)])

@@ -356,6 +356,7 @@ def run_losses(path: SimpleNamespace) -> list[float]:
     return CheckpointStore(path.run("runs/mellow")).read_log()["loss"].to_pylist()
 
 
+@pytest.mark.extended
 def test_named_parts_go_through_every_job(path: SimpleNamespace):
     assert Manifest.read(path.run("features")).features == {"frames": [7, 256], "latent": [256]}
     losses = run_losses(path)

@@ -184,6 +184,7 @@ def from_table(cluster: None, model: str, tmp_path_factory: pytest.TempPathFacto
     return job
 
 
+@pytest.mark.extended
 def test_a_table_brings_pairs_choices_and_columns_of_its_own(from_table, engine):
     rows = rows_of(from_table.output)
     assert list(rows[0]) == [
@@ -232,6 +233,7 @@ def test_past_the_allowed_share_the_job_fails(from_table):
     assert predict(from_table)["failed"] == 5
 
 
+@pytest.mark.extended
 def test_each_window_of_a_long_recording_gets_an_answer_with_everything_in_object_storage(
     cluster, bucket, model, engine, clips
 ):

@@ -64,6 +64,7 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path / "corpus"
 
 
+@pytest.mark.extended
 def test_clips_of_equal_bytes_are_stored_once_and_questions_name_them_by_content(cluster: None, corpus, tmp_path):
     manifest = preprocess(config(corpus, tmp_path / "set"))
     assert manifest.counts["clips"] == 7

@@ -84,6 +84,7 @@ def ask(client: openai.OpenAI, *parts: dict[str, Any], **options: Any) -> Any:
     return create(**{"model": "mellow", "messages": [message], "max_tokens": 8} | options)
 
 
+@pytest.mark.extended
 def test_a_submitted_corpus_job_writes_the_corpus(demo: LocalRay):
     arguments = ["--train-clips", "3", "--val-clips", "1", "--test-clips", "2", "--rounds", "1"]
     printed = demo.submit("make_corpus", "--output", demo.uri("corpus"), *arguments)
@@ -91,6 +92,7 @@ def test_a_submitted_corpus_job_writes_the_corpus(demo: LocalRay):
     assert len(list(Path(demo.uri("corpus", "audio")).rglob("*.flac"))) == 6
 
 
+@pytest.mark.extended
 def test_workers_run_the_submitted_code_and_not_the_installed_one(demo: LocalRay, tmp_path: Path):
     for part in ("platform", "infra"):
         shutil.copytree(REPOSITORY / part, tmp_path / part, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
@@ -451,6 +453,7 @@ def test_prometheus_sees_requests_tokens_first_tokens_caches_and_queue(demo: Loc
     assert eventually(lambda: all(metric(demo, name) for name in gauges))
 
 
+@pytest.mark.extended
 def test_clients_that_go_away_free_their_slots(demo: LocalRay, client: openai.OpenAI):
     busy = {"max_tokens": 300, "temperature": 2.0, "stream": True}
 

@@ -4,7 +4,6 @@ Its token, logs and jobs' output are in a folder of the caller's. Nothing outsid
 directory is written, and no process of the cluster outlives it.
 """
 
-import asyncio
 import collections
 import contextlib
 import json
@@ -31,6 +30,7 @@ from mellow_platform.cluster import REPOSITORY, Node, free_port, is_taken, wait
 LOG = "ray.log"
 START_SECONDS = 90.0  # until the dashboard answers, on a busy machine
 STOP_SECONDS = 10.0
+LOOK_SECONDS = 0.2  # between two looks at a job
 MESSAGE_LINES = 20  # of a failed job that are shown at most; all are in its log
 OBJECT_STORE_MEMORY = 1_000_000_000  # bytes
 
@@ -177,24 +177,25 @@ class LocalRay:
         log = self.folder / f"{job}.log"
         result: dict[str, Any] = {}
         last: collections.deque[str] = collections.deque(maxlen=MESSAGE_LINES)
-
-        async def follow() -> None:
-            nonlocal result
-            rest = ""
-            async for text in client.tail_job_logs(submitted):
-                file.write(text)
-                *lines, rest = (rest + text).split("\n")
-                for line in lines:
+        printed = Path(self._temporary, "session_latest", "logs", f"job-driver-{submitted}.log")
+        offset = 0
+        with log.open("a") as file:
+            ended = False
+            while not ended:
+                time.sleep(LOOK_SECONDS)
+                status = client.get_job_status(submitted)
+                ended = status.is_terminal()
+                new = printed.read_bytes()[offset:] if printed.exists() else b""
+                # A line that is not complete is read with its rest; a bar of progress ends its lines with \\r.
+                new = new if ended else new[: max(map(new.rfind, (b"\n", b"\r"))) + 1]
+                offset += len(new)
+                for line in new.decode(errors="replace").splitlines():
+                    print(line, file=file)
                     seen(line)
                     last.append(line)
                     if line.startswith("{"):
                         with contextlib.suppress(json.JSONDecodeError):
                             result = json.loads(line)
-
-        with log.open("a") as file:
-            asyncio.run(follow())
-        while not (status := client.get_job_status(submitted)).is_terminal():
-            time.sleep(0.1)
         if status != JobStatus.SUCCEEDED:
             # A job that fails ends with its name and the message.
             begins = [number for number, line in enumerate(last) if line.startswith(f"{job}.py: ")]
