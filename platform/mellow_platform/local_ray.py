@@ -186,7 +186,7 @@ class LocalRay:
                 status = client.get_job_status(submitted)
                 ended = status.is_terminal()
                 new = printed.read_bytes()[offset:] if printed.exists() else b""
-                # A line that is not complete is read with its rest; a bar of progress ends its lines with \\r.
+                # A line that is not complete is read with its rest; bars of progress end in a carriage return.
                 new = new if ended else new[: max(map(new.rfind, (b"\n", b"\r"))) + 1]
                 offset += len(new)
                 for line in new.decode(errors="replace").splitlines():
