@@ -34,7 +34,7 @@ from mellow_platform.data.shards import Manifest
 from mellow_platform.features.preprocess import preprocess
 from mellow_platform.progress import Progress
 from tests.chaos.cluster import DRIVER, NODE, WORKER, ChaosCluster
-from tests.conftest import write_corpus
+from tests.conftest import SharedRay, write_corpus
 from tests.object_storage import ObjectStore, object_store
 
 CPUS = {"head": 1, "node": 1}  # logical ones, and so many shards in hand
@@ -79,7 +79,7 @@ def run(folder: Path, kills: int, seed: int, clips: int) -> dict[str, Any]:
 
 def _undisturbed(config: PreprocessConfig) -> float:
     """Run the job in this process's own cluster; return its seconds."""
-    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=256 << 20, logging_level="error")
+    SharedRay.use(num_cpus=2, object_store_memory=256 << 20)
     try:
         progress = Progress("undisturbed", 1)
         preprocess(config)
