@@ -145,7 +145,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
 
 
 def stages(config: DemoConfig, ray: LocalRay, screen: Screen, begun: float) -> dict[str, Any]:
-    """Run the stages on a running cluster, write `summary.json`, and print what came out."""
+    """Run the stages on a running cluster, write `summary.json`, and print the results."""
 
     def submit(stage: str, job: str, *arguments: str) -> dict[str, Any]:
         with screen.running(stage) as result:

@@ -55,7 +55,7 @@ def read_token(environment: Mapping[str, str] = os.environ) -> str:
     """Return the token that Ray uses in an environment, for the header `Authorization: Bearer`.
 
     Raises:
-        FileNotFoundError: there is no token.
+        FileNotFoundError: the token is missing.
     """
     if token := environment.get("RAY_AUTH_TOKEN"):
         return token

@@ -253,7 +253,7 @@ def check_java() -> Check:
 def check_browser() -> Check:
     named = os.environ.get("CHROMIUM")
     if named and not shutil.which(named):
-        return Check("browser", NOTE, f"CHROMIUM is {named}, which is no program", "correct or unset CHROMIUM")
+        return Check("browser", NOTE, f"CHROMIUM is {named}, which is not a program", "correct or unset CHROMIUM")
     paths = [path for path in map(shutil.which, [named] if named else BROWSERS) if path]
     if paths:
         return Check("browser", OK, paths[0])

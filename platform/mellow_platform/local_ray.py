@@ -103,7 +103,7 @@ class LocalRay:
         for option, port in (("port", self.port), ("dashboard-port", self.dashboard_port)):
             if is_taken(port):
                 raise OSError(f"port {port} is in use: stop what listens there, or choose another --{option}")
-        # In a folder of its own, so that it is nobody's default cluster. Paths of sockets may have 107 characters.
+        # A folder of its own, so that `ray.init` elsewhere does not find it. Paths of sockets may have 107 characters.
         parent = None if len(tempfile.gettempdir()) < 30 else "/tmp"
         self._temporary = tempfile.mkdtemp(prefix="ray-", dir=parent)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ class Question:
         choices: answers to score; without any, an answer is written.
         max_new_tokens: length an answer is cut to.
         temperature: 0 takes the most likely token; above 0 tokens are drawn.
-        seed: of drawn answers; None draws anew.
+        seed: of drawn answers; None gives another answer each time.
         window: rule for recordings longer than a clip (`mellow_platform.inference.windows.RULES`).
 
     Raises:
