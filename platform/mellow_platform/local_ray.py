@@ -108,8 +108,10 @@ class LocalRay:
         self._temporary = tempfile.mkdtemp(prefix="ray-", dir=parent)
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self.folder / LOG
+        programs = self._programs()
+        environment = self.environment | {"PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"}
         command = [
-            str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats",
+            str(programs / "python"), str(programs / "ray"), "start", "--head", "--block", "--disable-usage-stats",
             f"--port={free_port()}", f"--num-cpus={self.cpus}", "--include-dashboard=true",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}",
             f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={self.metrics_port}",
@@ -121,7 +123,7 @@ class LocalRay:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=self.environment,
+                env=environment,
                 start_new_session=True,  # Ctrl-C ends the cluster through `_stop`, not in the middle of its work
                 pass_fds=[lock.fileno()] if lock else [],
             )
@@ -134,6 +136,14 @@ class LocalRay:
         finally:
             if not self.kept:
                 self._stop()
+
+    def _programs(self) -> Path:
+        """Return the folder of `python` and `ray`, by a path without spaces: Ray starts workers by a shell's words."""
+        if " " not in sys.prefix:
+            return Path(sys.executable).parent
+        link = Path(self._temporary, "environment")
+        link.symlink_to(sys.prefix)
+        return link / Path(sys.executable).parent.relative_to(sys.prefix)
 
     def _stop(self) -> None:
         """End every process of the cluster, drivers of jobs included, and delete its temporary folder."""
