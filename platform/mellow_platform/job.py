@@ -48,6 +48,11 @@ def run(schema: type[Options], work: Callable[[Options], None], cluster: bool = 
             check_cluster(os.environ.get("RAY_ADDRESS", ""))
         check_locations(config)
         if cluster and not os.environ.get("RAY_ADDRESS") and not is_ray_running():
+            if " " in sys.prefix:
+                raise SystemExit(
+                    f"Ray cannot start workers from {sys.prefix}, whose path has a space: create the environment "
+                    "elsewhere, or set RAY_ADDRESS to a cluster (`make demo` works as it is)"
+                )
             use_temporary_token()
         work(config)
     except KeyboardInterrupt:
