@@ -181,14 +181,14 @@ def test_a_run_begins_with_as_many_workers_as_there_is_room_for_from_the_fewest_
     assert {store.progress_of(saved)["workers"] for saved in store.saved()} == {1}
 
 
-def failing_store(failing: set[int], part: str) -> Callable[[dict[str, Any]], None]:
-    """Return the training loop with a store that fails to write `part` of its checkpoints number `failing`."""
+def failing_store(fails: Callable[[int, tuple], bool], part: str) -> Callable[[dict[str, Any]], None]:
+    """Return the training loop with a store that fails to write `part` of checkpoints, by number and arguments."""
 
     def loop(values: dict[str, Any]) -> None:
         write, calls = getattr(CheckpointStore, part), itertools.count(1)
 
         def attempt(*args: Any) -> Any:
-            if next(calls) in failing:
+            if fails(next(calls), args):
                 raise OSError("the store is away")
             return write(*args)
 
@@ -202,7 +202,7 @@ def failing_store(failing: set[int], part: str) -> Callable[[dict[str, Any]], No
 @pytest.mark.extended
 def test_checkpoints_that_cannot_be_written_lose_no_step_of_the_log(made, whole, part):
     config = configured(made, f"failing-{part}", zero_stage=2)
-    result = run_training(failing_store({1, 3}, part), config, load_examples(config))
+    result = run_training(failing_store(lambda number, _: number in (1, 3), part), config, load_examples(config))
     run = outcome(config, result)
     assert result["resumed_from"] == 0
     assert run.steps == list(range(1, STEPS + 1))
@@ -326,7 +326,8 @@ def test_validation_keeps_the_best_and_stops_a_run_that_gets_no_better(made):
                if name.startswith("weight."))  # fmt: skip
     # Where the best cannot be written, the best of the others is the best.
     again = configured(made, "unwritten", **config.model_dump(exclude={"storage", "output", "shards", "encoder"}))
-    failing = failing_store({round(best["step"] / config.validate_every)}, "write")
+    step = best["step"]
+    failing = failing_store(lambda _, arguments: arguments[1] == step, "write")
     result = run_training(failing, again, load_examples(again), load_examples(again, "val"))
     kept = CheckpointStore(str(made.root / "unwritten/run")).saved()
     assert result["best"]["step"] in [saved.step for saved in kept]
