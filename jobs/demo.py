@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from mellow_platform import job, storage
+from mellow_platform.cluster import REPOSITORY
 from mellow_platform.config import DemoConfig
 from mellow_platform.local_ray import LOG, LocalRay
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 INSTALL_SECONDS = REPOSITORY / ".venv" / "install-seconds"
 CONFIGS = "jobs/configs/mellow-tiny"
 ENCODER_EXAMPLES, TRAINING_EXAMPLES = 1700, 18_000  # that recordings are trained on, over all epochs

@@ -1,4 +1,4 @@
-"""Questions about folders of labelled recordings: layouts, groups, splits, and what is said of skipped files."""
+"""Questions about folders of labelled recordings: layouts, groups, splits, and messages about skipped files."""
 
 import io
 import json
