@@ -4,6 +4,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 # PyPI's torch for Linux comes with CUDA: gigabytes that a machine without an NVIDIA GPU has no use for.
 CPU_TORCH ?= https://download.pytorch.org/whl/cpu
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-compile
+# pip would spend half of the installation on bytecode, on one core, of modules that the demo does not load. Python
+# writes that of a module when it is first loaded, unless this variable is set.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-extended test-all lint lock format clean
@@ -22,10 +26,12 @@ $(VENV)/installed-%: pyproject.toml
 	if [ "$$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && ! $(BIN)/python -m pip show --quiet torch 2> /dev/null \
 	    && $(BIN)/python -c 'from urllib.request import urlopen; urlopen("$(CPU_TORCH)/torch/", timeout=3)' 2> /dev/null; then \
 	    torch=$$($(BIN)/python -c 'import tomllib; print(next(name for name in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if name.startswith("torch>")))'); \
-	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --index-url $(CPU_TORCH) "$$torch"; \
+	    $(PIP_INSTALL) --index-url $(CPU_TORCH) "$$torch"; \
 	fi; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --editable '.[$*]'; \
-	if [ $* = dev ]; then touch $(VENV)/installed-demo; fi; \
+	$(PIP_INSTALL) --editable '.[$*]'; \
+	if [ $* = dev ]; then \
+	    $(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null 2>&1 || true; touch $(VENV)/installed-demo; \
+	fi; \
 	echo $$(( $$(date +%s) - start )) > $(VENV)/install-seconds; touch $@
 
 demo: $(VENV)/installed-demo ## the main job end to end; CORPUS=folder RESUME=1 KEEP=1 OUTPUT=folder PORT=n DASHBOARD_PORT=n

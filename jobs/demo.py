@@ -34,15 +34,15 @@ QUESTIONS, SHOWN = 6, 2  # asked over HTTP at the end, and of them printed
 LOCK = "demo.lock"
 # Stages with what they do, and their seconds on two cores: from these, and the pace so far, follows the time left.
 STAGES = {
-    "cluster": ("start Ray on this machine", 8.0),
-    "corpus": ("write sound scenes and questions about them", 15.0),
-    "preprocess": ("turn the training clips into spectrograms", 20.0),
-    "pretrain encoder": ("train the audio encoder to name sounds", 60.0),
-    "encode": ("run the frozen encoder once per clip", 20.0),
-    "train": ("train Mellow to answer", 80.0),
-    "deploy": ("start the HTTP endpoint", 20.0),
-    "ask": ("ask it about clips that it never heard", 3.0),
-    "evaluate": ("score it with audio, with noise, and without audio", 45.0),
+    "cluster": ("start Ray on this machine", 4.0),
+    "corpus": ("write sound scenes and questions about them", 23.0),
+    "preprocess": ("turn the training clips into spectrograms", 19.0),
+    "pretrain encoder": ("train the audio encoder to name sounds", 95.0),
+    "encode": ("run the frozen encoder once per clip", 45.0),
+    "train": ("train Mellow to answer", 115.0),
+    "deploy": ("start the HTTP endpoint", 14.0),
+    "ask": ("ask it about clips that it never heard", 2.0),
+    "evaluate": ("score it with audio, with noise, and without audio", 50.0),
 }
 PERCENT = re.compile(r"(\d{1,3}) ?%")
 HEARTBEAT = 30.0  # seconds between two lines of progress if the output is not a terminal
@@ -166,7 +166,7 @@ def stages(config: DemoConfig, ray: LocalRay, screen: Screen, begun: float) -> d
         encoder_epochs = max(3, round(ENCODER_EXAMPLES / written["recordings"]["train"]))
         epochs = min(4.0, max(1.0, TRAINING_EXAMPLES / written["questions"]["train"]))
         passes = (
-            ["--epochs", f"{encoder_epochs}", "--batch", "8", "--micro-batch", "4"],
+            ["--epochs", f"{encoder_epochs}"],
             ["--epochs", f"{epochs:.2f}"],
         )
         shards += ["--clips-per-shard", "8"]

@@ -73,6 +73,8 @@ class LocalRay:
                 # Every core is busy while the endpoint starts; the default of 5 s is too short for that.
                 "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
                 "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+                # Ray ends workers that are idle for a second; a job's next tasks would load every library again.
+                "RAY_idle_worker_killing_time_threshold_ms": "600000",
                 "PYTHONWARNINGS": "ignore",
             }
         )
