@@ -35,14 +35,14 @@ LOCK = "demo.lock"
 # Stages with what they do, and their seconds on two cores: from these, and the pace so far, follows the time left.
 STAGES = {
     "cluster": ("start Ray on this machine", 4.0),
-    "corpus": ("write sound scenes and questions about them", 23.0),
-    "preprocess": ("turn the training clips into spectrograms", 19.0),
-    "pretrain encoder": ("train the audio encoder to name sounds", 95.0),
-    "encode": ("run the frozen encoder once per clip", 45.0),
-    "train": ("train Mellow to answer", 115.0),
+    "corpus": ("write sound scenes and questions about them", 26.0),
+    "preprocess": ("turn the training clips into spectrograms", 23.0),
+    "pretrain encoder": ("train the audio encoder to name sounds", 104.0),
+    "encode": ("run the frozen encoder once per clip", 48.0),
+    "train": ("train Mellow to answer", 100.0),
     "deploy": ("start the HTTP endpoint", 14.0),
     "ask": ("ask it about clips that it never heard", 2.0),
-    "evaluate": ("score it with audio, with noise, and without audio", 50.0),
+    "evaluate": ("score it with audio, with noise, and without audio", 54.0),
 }
 PERCENT = re.compile(r"(\d{1,3}) ?%")
 HEARTBEAT = 30.0  # seconds between two lines of progress if the output is not a terminal

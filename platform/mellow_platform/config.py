@@ -54,7 +54,7 @@ class CorpusConfig(Section):
     )
     output: Output = Field(description="folder to write the corpus to")
     seed: int = Field(0, description="seed of the corpus; the same seed gives the same bytes")
-    train_clips: int = Field(1000, ge=1, description="number of scenes in the train split")
+    train_clips: int = Field(1200, ge=1, description="number of scenes in the train split")
     val_clips: int = Field(40, ge=1, description="number of scenes in the val split")
     test_clips: int = Field(240, ge=1, description="number of scenes in the test split")
     rounds: int | None = Field(
