@@ -39,7 +39,7 @@ STAGES = {
     "preprocess": ("turn the training clips into spectrograms", 23.0),
     "pretrain encoder": ("train the audio encoder to name sounds", 104.0),
     "encode": ("run the frozen encoder once per clip", 48.0),
-    "train": ("train Mellow to answer", 100.0),
+    "train": ("train Mellow to answer", 118.0),
     "deploy": ("start the HTTP endpoint", 14.0),
     "ask": ("ask it about clips that it never heard", 2.0),
     "evaluate": ("score it with audio, with noise, and without audio", 54.0),
