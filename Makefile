@@ -40,7 +40,7 @@ demo: $(VENV)/installed-demo ## the main job end to end; CORPUS=folder RESUME=1 
 	    $(if $(KEEP),--keep true) $(if $(RESUME),--resume true)
 
 test: $(VENV)/installed-dev ## run the tests
-	@$(BIN)/python -m pytest -m "not extended and not slow"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not extended and not slow"
 
 test-extended: $(VENV)/installed-dev ## run second proofs, which leave `make test`; .ci/run runs both
 	@$(BIN)/python -m pytest -m "extended and not slow"

@@ -118,8 +118,9 @@ def test_a_throttled_endpoint_is_left_to_the_job(tmp_path: Path):
         assert failing.failed >= 4
 
 
-@pytest.mark.parametrize("address", [DEAD, f"http://{DEAD}", f"ray://{DEAD}"])
-def test_an_absent_cluster_is_named(address: str, tmp_path: Path):
+@pytest.mark.parametrize("scheme", ["", "http://", "ray://"])
+def test_an_absent_cluster_is_named(scheme: str, tmp_path: Path):
+    address = f"{scheme}{DEAD}"
     message = preprocess(str(tmp_path), "/o", RAY_ADDRESS=address)
     assert message.startswith(f"no Ray cluster at RAY_ADDRESS={address}: Connection refused")
 
