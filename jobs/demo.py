@@ -14,6 +14,7 @@ import fcntl
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -46,7 +47,6 @@ STAGES = {
 }
 PERCENT = re.compile(r"(\d{1,3}) ?%")
 HEARTBEAT = 30.0  # seconds between two lines of progress if the output is not a terminal
-RESUMING = "to continue, with the options of this demo: make demo RESUME=1"
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -136,7 +136,9 @@ def run(config: DemoConfig) -> dict[str, Any]:
         screen.close()
         if screen.stage and not isinstance(error, SystemExit):
             words = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-            print(f"The demo stopped at stage {screen.stage!r}: {words}\n  logs: {config.output}/*.log\n  {RESUMING}")
+            print(
+                f"The demo stopped at stage {screen.stage!r}: {words}\n  logs: {config.output}/*.log\n  to continue: {again(config)}"
+            )
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from error
         raise
     if config.keep:
@@ -299,6 +301,16 @@ def ask(config: DemoConfig, corpus: str, audio_root: str) -> tuple[list[dict[str
     return served, first_answer
 
 
+def again(config: DemoConfig) -> str:
+    """Return the command that goes on with a demo of these options."""
+    options = {name: getattr(config, name.lower()) for name in ("CORPUS", "OUTPUT", "PORT", "DASHBOARD_PORT")}
+    defaults = DemoConfig()
+    given = [
+        shlex.quote(f"{name}={value}") for name, value in options.items() if value != getattr(defaults, name.lower())
+    ]
+    return " ".join(["make demo RESUME=1", *given])
+
+
 def print_report(config: DemoConfig, summary: dict[str, Any], report: str) -> None:
     """Print scores, questions with answers, where everything is, and what to do next."""
     here = Path.cwd()
@@ -326,7 +338,7 @@ def print_report(config: DemoConfig, summary: dict[str, Any], report: str) -> No
     print("\nNext:")
     if not config.keep:
         print(f'  .venv/bin/mellow ask {clip} "{question}" --model {folder}/model')
-        print("  make demo RESUME=1 KEEP=1      # the endpoint again, in a minute; it stays up for the next two lines")
+        print(f"  {again(config)} KEEP=1      # the endpoint again, in a minute; it stays up for the next two lines")
     url = f"http://127.0.0.1:{config.port}"
     print(f'  curl {url}/v1/audio/questions -F file=@{clip} -F question="{question}"')
     print(f"  open {url} in a browser")

@@ -62,8 +62,8 @@ def build_optimizers(trained: list[torch.nn.Parameter], config: EncoderConfig) -
     """Return Muon (arXiv 2502.16982) for the matrices and AdamW for everything else, at one learning rate.
 
     After 320 steps of 16 synthetic scenes, four-way choice among kinds stood at 0.92 so, and at 0.50 with AdamW alone,
-    the optimizer published for AudioSet. Muon takes a third of a step of the tiny size on a CPU; each worker does it for
-    its share of the matrices, and gets the others.
+    the optimizer published for AudioSet. Muon takes a third of a step of the tiny size on a CPU, so each worker does it
+    for its share of the matrices, and gets the others.
     """
     matrices = [parameter for parameter in trained if parameter.ndim == 2]
     others = [parameter for parameter in trained if parameter.ndim != 2]
