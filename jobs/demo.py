@@ -136,9 +136,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
         screen.close()
         if screen.stage and not isinstance(error, SystemExit):
             words = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-            print(
-                f"The demo stopped at stage {screen.stage!r}: {words}\n  logs: {config.output}/*.log\n  to continue: {again(config)}"
-            )
+            print(f"The demo stopped at stage {screen.stage!r}: {words}")
+            print(f"  logs: {config.output}/*.log\n  to continue: {again(config)}")
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from error
         raise
     if config.keep:
