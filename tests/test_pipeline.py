@@ -1,6 +1,7 @@
 """The whole path on a small corpus with real Ray and DeepSpeed: shards, encoder, features, training, evaluation."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModel
 
 from mellow_platform import storage
-from mellow_platform.config import EncoderConfig, EvaluateConfig, PreprocessConfig, TrainConfig
+from mellow_platform.config import EncoderConfig, EvaluateConfig, PreprocessConfig, ScalingSection, TrainConfig
 from mellow_platform.data.records import SPLITS, read_records, write_records
 from mellow_platform.data.shards import Manifest
 from mellow_platform.data.shards import read_records as read_shard_records
@@ -47,11 +48,11 @@ def path(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
     made.log_mel = preprocess(PreprocessConfig(**common, output=made.run("log-mel")))
     run = {"storage": made.run("runs"), "size": "mellow-tiny", "batch": 8, "micro_batch": 4}
     run |= {"checkpoint_every": 4, "log_every": 1}
-    encoder_config = EncoderConfig(
+    made.encoder_config = EncoderConfig(
         **run, shards=made.run("log-mel"), labels=str(made.corpus / "labels.json"), output=made.run("encoder"),
         run="encoder", epochs=2.0,
     )  # fmt: skip
-    made.encoder_result = pretrain(encoder_config)
+    made.encoder_result = pretrain(made.encoder_config)
     made.features = preprocess(
         PreprocessConfig(**common, output=made.run("features"), features="encoder", encoder=made.run("encoder"))
     )
@@ -166,6 +167,24 @@ def test_clips_that_only_have_labels_are_shards_to_train_an_encoder_on(path: Sim
     )
     clips = TaggedClips.load(config)
     assert (clips.ids, clips.names, clips.targets.tolist()) == (["abc.wav"], ["Tone"], [[1.0]])
+
+
+@pytest.mark.extended
+def test_an_encoder_of_two_workers_goes_on_from_its_checkpoint_as_if_never_stopped(path: SimpleNamespace):
+    run = Path(path.run("runs"), "encoder-of-two")
+    changes = {"run": run.name, "output": path.run(run.name), "scaling": ScalingSection(workers=2)}
+    config = path.encoder_config.model_copy(update=changes)
+
+    def trained() -> tuple[int, dict[str, torch.Tensor]]:
+        return pretrain(config)["resumed_from"], HTSATEncoder.from_pretrained(config.output).state_dict()
+
+    resumed_from, undisturbed = trained()
+    assert resumed_from == 0
+    shutil.rmtree(CheckpointStore(str(run)).saved()[-1].uri)
+    (run / "result.json").unlink()
+    resumed_from, weights = trained()
+    assert resumed_from == 4
+    torch.testing.assert_close(weights, undisturbed, rtol=0.0, atol=0.0)
 
 
 def test_a_clip_in_two_splits_is_refused(path: SimpleNamespace, tmp_path: Path):
