@@ -301,7 +301,7 @@ def ask(config: DemoConfig, corpus: str, audio_root: str) -> tuple[list[dict[str
 
 
 def again(config: DemoConfig) -> str:
-    """Return the command that goes on with a demo of these options."""
+    """Return the command that continues the demo with the same options."""
     options = {name: getattr(config, name.lower()) for name in ("CORPUS", "OUTPUT", "PORT", "DASHBOARD_PORT")}
     defaults = DemoConfig()
     given = [

@@ -29,7 +29,8 @@ def test_the_demos_model_is_right_by_listening_and_near_chance_without(tmp_path:
     assert len(benchmarks) == 8
     for name, each in benchmarks.items():
         assert all(each["control"][control]["low"] > 0 for control in ("noise", "text_only")), name
-    # Of a choice its letter counts: without sound, so small a model says `b) high` where b) is low, which is no choice.
+    # `mcq` reads the letter of an answer. Without sound, the model may answer `b) high` where b) is low: word for word,
+    # that is none of the choices, and a score of such answers is below chance.
     families = benchmarks["families"]["groups"]["family"] | benchmarks["mcq"]["groups"]["family"]
     for name in LISTENING:
         scores = families[f"Scenes-{name}"]["scores"]
@@ -59,7 +60,7 @@ def test_a_folder_belongs_to_one_demo_at_a_time(tmp_path: Path):
         pass
 
 
-def test_the_command_to_go_on_repeats_the_options_that_are_not_the_default():
+def test_the_command_to_continue_repeats_the_options_that_are_not_the_default():
     assert again(DemoConfig()) == again(DemoConfig(keep=True)) == "make demo RESUME=1"
     config = DemoConfig(corpus="/my sounds", output="/tmp/mine", port=8001)
     assert again(config) == "make demo RESUME=1 'CORPUS=/my sounds' OUTPUT=/tmp/mine PORT=8001"
