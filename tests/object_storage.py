@@ -15,9 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from s3fs import S3FileSystem
 
 from mellow_platform.cluster import free_port
+from mellow_platform.s3 import S3
 
 KEY, SECRET = "AKIATESTTESTTESTTEST", "testsecrettestsecrettestsecrettestsecret"
 SLOW_DOWN = (
@@ -82,11 +82,11 @@ def object_store(root: Path, failures: float = 0.0, seed: int = 0) -> Iterator[O
             }
             before = {name: os.environ.get(name) for name in store.env}
             os.environ.update(store.env)
-            S3FileSystem.clear_instance_cache()  # its clients go on with the server that they began with
+            S3.clear_instance_cache()  # its clients go on with the server that they began with
             try:
                 yield store
             finally:
-                S3FileSystem.clear_instance_cache()
+                S3.clear_instance_cache()
                 for name, value in before.items():
                     os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
     finally:

@@ -1,6 +1,8 @@
 """All data in object storage: preprocess, train and evaluate for a few steps against a real S3 server on loopback."""
 
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +19,7 @@ from mellow_platform.model import MellowConfig, MellowFeatureExtractor, MellowFo
 from mellow_platform.model.conversion import export, from_reference
 from mellow_platform.model.folder import load_model, save_model
 from mellow_platform.model.tokenizer import train_tokenizer
+from mellow_platform.s3 import S3
 from mellow_platform.training.finetune import finetune
 from mellow_platform.training.tagger import pretrain
 from tests.conftest import SharedRay, write_corpus
@@ -92,6 +95,36 @@ def test_writes_are_read_back_and_reads_are_not_stale(bucket: str):
         storage.write_json(uri, value)
         assert storage.exists(uri)
         assert storage.read_json(uri) == value
+
+
+def test_an_upload_does_not_wait_for_a_server_that_reads_the_body_first(monkeypatch: pytest.MonkeyPatch):
+    class Handler(BaseHTTPRequestHandler):
+        def handle_expect_100(self) -> bool:
+            return True  # without `100 Continue`
+
+        def do_PUT(self) -> None:
+            received.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+    received: list[bytes] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+    for name, value in {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", **keys}.items():
+        monkeypatch.setenv(name, value)
+    S3.clear_instance_cache()
+    try:
+        # In a thread, so that an upload that waits fails the test and does not block it.
+        upload = threading.Thread(target=storage.write_bytes, args=("s3://bucket/object", b"bytes"), daemon=True)
+        upload.start()
+        upload.join(20)
+        assert not upload.is_alive()
+        assert len(received) == 1 and b"bytes" in received[0]
+    finally:
+        S3.clear_instance_cache()
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_checkpoint_is_written_to_and_read_from_the_bucket(bucket: str):

@@ -137,9 +137,8 @@ def _check_path(path: Path, exists: bool) -> None:
 
 def _check_object(uri: str, exists: bool) -> None:
     from botocore import exceptions  # type: ignore[import-untyped]  # it ships no types
-    from fsspec.core import url_to_fs
 
-    fs, path = url_to_fs(uri, **FIRST_CONTACT)
+    fs, path = _s3(uri, FIRST_CONTACT)
     fs.retries = 1
     bucket, keys = path.partition("/")[0], "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     try:
@@ -185,7 +184,13 @@ def filesystem(uri: str) -> "tuple[AbstractFileSystem, str]":
     """Return the fsspec filesystem of `uri` and the path inside it."""
     from fsspec.core import url_to_fs
 
-    return url_to_fs(uri, **(S3_OPTIONS if uri.startswith("s3://") else {}))
+    return _s3(uri, S3_OPTIONS) if uri.startswith("s3://") else url_to_fs(uri)
+
+
+def _s3(uri: str, options: dict[str, Any]) -> "tuple[AbstractFileSystem, str]":
+    from mellow_platform.s3 import S3
+
+    return S3(**options), S3._strip_protocol(uri)
 
 
 def arrow_filesystem(uri: str) -> "tuple[arrow_fs.FileSystem, str]":
