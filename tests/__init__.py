@@ -1,5 +1,5 @@
 """Tests, laid out as the library is. Tests and scripts import this before Ray, which reads its token variables once."""
 
-from mellow_platform.authentication import use_temporary_token
+from mellow_platform.launch import prepare_process
 
-use_temporary_token()
+prepare_process()

@@ -125,6 +125,8 @@ def test_folder(tmp_path: Path):
     file = tmp_path / "file"
     file.touch()
     assert doctor.check_folder(file).found == f"{file} is not a folder"
+    (tmp_path / "a space").mkdir()
+    assert doctor.check_folder(tmp_path / "a space").state == NOTE
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc, which takes no files")

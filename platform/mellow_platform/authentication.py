@@ -3,11 +3,8 @@
 Ray's own default is a token in `~/.ray`, which a read-only home folder cannot hold and which would stay there.
 """
 
-import atexit
 import os
 import secrets
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,16 +31,6 @@ def authentication(folder: Path) -> dict[str, str]:
         named = {"RAY_AUTH_TOKEN_PATH": str(file)}
     read_token(named)
     return {"RAY_AUTH_MODE": "token"} | named
-
-
-def use_temporary_token() -> None:
-    """Give the clusters that this process starts a token that is deleted with the process.
-
-    Call it before `import ray`, which reads the variables once.
-    """
-    folder = tempfile.mkdtemp(prefix="mellow-token-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ.update(authentication(Path(folder)))
 
 
 def is_ray_running() -> bool:

@@ -12,8 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -26,6 +24,7 @@ import psutil
 import yaml
 
 from mellow_platform.authentication import authentication, read_token
+from mellow_platform.launch import programs, temporary_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEFINITION = REPOSITORY / "infra" / "overlays" / "local"
@@ -144,11 +143,12 @@ class Cluster:
         taken = {node.address for node in self.nodes}
         address = next(ip for ip in (f"127.0.0.{number}" for number in range(1, 255)) if ip not in taken)
         log = self.folder / f"{group.name}-{address}.log"
+        bin = programs(self.temporary)
         with log.open("a") as output:
             process = subprocess.Popen(
-                [_program("ray"), *self._start_command(group, address, is_head)],
+                [str(bin / "python"), str(bin / "ray"), *self._start_command(group, address, is_head)],
                 cwd=REPOSITORY,
-                env=_environment(group) | authentication(self.folder),
+                env=_environment(group, bin) | authentication(self.folder),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -311,7 +311,7 @@ def up(
         log.unlink()
     cluster = Cluster(
         folder,
-        Path(tempfile.mkdtemp(prefix="ray-")),
+        temporary_folder(),
         f"127.0.0.1:{free_port()}",
         f"http://127.0.0.1:{dashboard_port}",
         object_store_memory,
@@ -389,10 +389,14 @@ def _container_env(container: dict[str, Any], settings: dict[str, dict[str, str]
     return env | {name: value for name, value in literal.items() if not value.startswith(mounts)}
 
 
-def _environment(group: Group) -> dict[str, str]:
-    """Return the variables of a node: the group's, unless this process's own say otherwise, and what the image has."""
+def _environment(group: Group, bin: Path) -> dict[str, str]:
+    """Return the variables of a node: the group's, unless this process's own say otherwise, and what the image has.
+
+    Args:
+        bin: folder of the programs that jobs start.
+    """
     own = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
-    path = [str(Path(sys.executable).parent), own.get("PATH", "")]
+    path = [str(bin), own.get("PATH", "")]
     python_path = [str(REPOSITORY), str(REPOSITORY / "platform"), own.get("PYTHONPATH", "")]
     return (
         group.env
@@ -407,10 +411,6 @@ def _environment(group: Group) -> dict[str, str]:
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         }
     )
-
-
-def _program(name: str) -> str:
-    return str(Path(sys.executable).with_name(name))
 
 
 def is_taken(port: int) -> bool:

@@ -191,6 +191,9 @@ def check_folder(folder: Path = FOLDER) -> Check:
     except OSError as error:
         found = f"{folder} takes no files and symbolic links: {error.strerror}"
         return Check("folder", PROBLEM, found, "move the checkout to a local disk where you may write")
+    if " " in str(folder):
+        remedy = "the demo, jobs and `mellow cluster up` work; workers of your own `ray start` fail: move the checkout"
+        return Check("folder", NOTE, f"{folder} has a space in its path", remedy)
     return Check("folder", OK, str(folder))
 
 

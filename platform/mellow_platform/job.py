@@ -25,8 +25,9 @@ from typing import NoReturn
 from urllib.parse import urlsplit
 
 from mellow_platform import storage
-from mellow_platform.authentication import is_ray_running, use_temporary_token
+from mellow_platform.authentication import is_ray_running
 from mellow_platform.failure import Failure, write_log
+from mellow_platform.launch import prepare_process
 from mellow_platform.settings import DEBUG, Options, Section, dashed, load
 
 CONNECT_SECONDS = 1.5
@@ -48,12 +49,7 @@ def run(schema: type[Options], work: Callable[[Options], None], cluster: bool = 
             check_cluster(os.environ.get("RAY_ADDRESS", ""))
         check_locations(config)
         if cluster and not os.environ.get("RAY_ADDRESS") and not is_ray_running():
-            if " " in sys.prefix:
-                raise SystemExit(
-                    f"Ray cannot start workers from {sys.prefix}, whose path has a space: create the environment "
-                    "elsewhere, or set RAY_ADDRESS to a cluster (`make demo` works as it is)"
-                )
-            use_temporary_token()
+            prepare_process()
         work(config)
     except KeyboardInterrupt:
         end("interrupted", INTERRUPTED)

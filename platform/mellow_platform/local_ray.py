@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -26,6 +25,7 @@ import yaml
 
 from mellow_platform.authentication import authentication
 from mellow_platform.cluster import REPOSITORY, Node, free_port, is_taken, wait
+from mellow_platform.launch import programs, temporary_folder
 
 LOG = "ray.log"
 START_SECONDS = 90.0  # until the dashboard answers, on a busy machine
@@ -105,15 +105,14 @@ class LocalRay:
         for option, port in (("port", self.port), ("dashboard-port", self.dashboard_port)):
             if is_taken(port):
                 raise OSError(f"port {port} is in use: stop what listens there, or choose another --{option}")
-        # A folder of its own, so that `ray.init` elsewhere does not find it. Paths of sockets may have 107 characters.
-        parent = None if len(tempfile.gettempdir()) < 30 else "/tmp"
-        self._temporary = tempfile.mkdtemp(prefix="ray-", dir=parent)
+        # A folder of its own, so that `ray.init` elsewhere does not find the cluster.
+        self._temporary = temporary_folder()
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self.folder / LOG
-        programs = self._programs()
-        environment = self.environment | {"PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"}
+        bin = programs(self._temporary)
+        environment = self.environment | {"PATH": f"{bin}{os.pathsep}{os.environ.get('PATH', '')}"}
         command = [
-            str(programs / "python"), str(programs / "ray"), "start", "--head", "--block", "--disable-usage-stats",
+            str(bin / "python"), str(bin / "ray"), "start", "--head", "--block", "--disable-usage-stats",
             f"--port={free_port()}", f"--num-cpus={self.cpus}", "--include-dashboard=true",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}",
             f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={self.metrics_port}",
@@ -138,14 +137,6 @@ class LocalRay:
         finally:
             if not self.kept:
                 self._stop()
-
-    def _programs(self) -> Path:
-        """Return the folder of `python` and `ray`, by a path without spaces: Ray starts workers by a shell's words."""
-        if " " not in sys.prefix:
-            return Path(sys.executable).parent
-        link = Path(self._temporary, "environment")
-        link.symlink_to(sys.prefix)
-        return link / Path(sys.executable).parent.relative_to(sys.prefix)
 
     def _stop(self) -> None:
         """End every process of the cluster, drivers of jobs included, and delete its temporary folder."""
@@ -189,7 +180,7 @@ class LocalRay:
         log = self.folder / f"{job}.log"
         result: dict[str, Any] = {}
         last: collections.deque[str] = collections.deque(maxlen=MESSAGE_LINES)
-        printed = Path(self._temporary, "session_latest", "logs", f"job-driver-{submitted}.log")
+        printed = self._temporary / f"session_latest/logs/job-driver-{submitted}.log"
         offset = 0
         with log.open("a") as file:
             ended = False

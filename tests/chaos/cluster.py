@@ -10,7 +10,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ray.core.generated import autoscaler_pb2, gcs_pb2
 
 from mellow_platform.authentication import authentication
 from mellow_platform.cluster import free_port
+from mellow_platform.launch import temporary_folder
 from tests.conftest import REPOSITORY
 from tests.object_storage import wait_for_port
 
@@ -45,7 +45,7 @@ class ChaosCluster(contextlib.AbstractContextManager):
         head_cpus: int = 2,
         object_store_memory: int = 256 << 20,
     ):
-        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # with a short name: sockets stand in it
+        self.folder = temporary_folder()
         self.cpus, self.object_store_memory = cpus, object_store_memory
         self.address = f"127.0.0.1:{free_port()}"
         self.env = os.environ | authentication(self.folder) | {
@@ -154,7 +154,7 @@ class ChaosCluster(contextlib.AbstractContextManager):
 
     def _start(self, ip: str, cpus: int, *options: str) -> subprocess.Popen:
         command = [
-            str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats",
+            sys.executable, str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats",
             f"--node-ip-address={ip}", f"--num-cpus={cpus}", f"--object-store-memory={self.object_store_memory}",
             f"--dashboard-agent-listen-port={free_port()}",
             f"--dashboard-agent-grpc-port={free_port()}", f"--metrics-export-port={free_port()}",
