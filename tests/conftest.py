@@ -62,6 +62,11 @@ class SharedRay:
         ray.init("local", num_cpus=num_cpus, include_dashboard=False, logging_level="warning", **memory)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes after their argument: audio files hold the time of writing, and pytest-xdist compares names."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_sessionfinish() -> None:
     ray.shutdown()
 
