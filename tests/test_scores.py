@@ -1,5 +1,8 @@
 """Scores: what counts as right, what programs of the field compute, and how sure a score is."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from pycocoevalcap.bleu.bleu import Bleu as PublishedBleu
@@ -7,7 +10,7 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from mellow_platform.data.records import Record
-from mellow_platform.evaluation import scores
+from mellow_platform.evaluation import captions, scores
 from mellow_platform.evaluation.captions import NO_JAVA, CaptionScorer
 from mellow_platform.evaluation.intervals import Resampling, holm
 from mellow_platform.evaluation.measures import Classification, Expected, Mean, MeanOverFamilies, Measure
@@ -20,6 +23,7 @@ REFERENCES = [
     ["birds sing in the forest"],
 ]
 PREDICTIONS = ["a dog barks at the man", "rain falls on the roof", "", "birds sing"]
+SAME_WORDS = {0: ["rain falls on a roof"]}, {0: ["rain falls on a roof"]}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +143,18 @@ def test_a_description_in_the_words_of_a_reference_scores_highest_and_an_empty_o
     some, _ = scorer.score(REFERENCES, PREDICTIONS)
     for name, value in ((name, value) for measure in some for name, value in all_of(measure, 4).items()):
         assert 0 < value < best[name], name
+
+
+@pytest.mark.extended
+def test_meteor_runs_in_a_folder_whose_path_has_a_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.copytree(captions.METEOR, tmp_path / "a space")
+    monkeypatch.setattr(captions, "METEOR", tmp_path / "a space")
+    captions._meteor_program.cache_clear()
+    try:
+        (meteor,) = CaptionScorer()._optional("METEOR", lambda: CaptionScorer()._meteor(*SAME_WORDS))
+        assert all_of(meteor, 1) == {"METEOR": pytest.approx(1)}
+    finally:
+        captions._meteor_program.cache_clear()
 
 
 def test_words_are_those_of_pycocoevalcaps_own_tokenizer():

@@ -8,15 +8,15 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.meteor import meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.spice import spice
 from pycocoevalcap.tokenizer import ptbtokenizer
@@ -24,6 +24,7 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 from mellow_platform.evaluation.measures import Mean, Measure
 
 ORDERS = 4  # BLEU-1 to BLEU-4
+METEOR = Path(meteor.__file__).parent
 JAR = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
 PLAIN_WORDS = "words are cut at spaces and punctuation, and the other scores differ a little from published ones"
 NO_JAVA = "Java is not installed (no `java` on PATH)"
@@ -175,10 +176,28 @@ def _ptb_tokens(lines: list[str]) -> list[str]:
     return [" ".join(word for word in line.split() if word not in ptbtokenizer.PUNCTUATIONS) for line in tokenized]
 
 
+class _Meteor(meteor.Meteor):
+    """pycocoevalcap's METEOR, which is told where its table of paraphrases is.
+
+    Left to find the table by itself, the program does not find it in a folder whose path has a space.
+    """
+
+    def __init__(self) -> None:
+        command = ["java", "-jar", "-Xmx2G", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"]
+        self.meteor_p = subprocess.Popen(
+            [*command, "-a", "data/paraphrase-en.gz"],
+            cwd=METEOR,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self.lock = threading.Lock()
+
+
 @cache
-def _meteor_program() -> Any:
+def _meteor_program() -> _Meteor:
     """Return METEOR's process: reading its tables takes seconds, so that one serves the whole job."""
-    return Meteor()
+    return _Meteor()
 
 
 def _spice(references: Texts, predictions: Texts) -> Mean:
