@@ -143,12 +143,12 @@ class Cluster:
         taken = {node.address for node in self.nodes}
         address = next(ip for ip in (f"127.0.0.{number}" for number in range(1, 255)) if ip not in taken)
         log = self.folder / f"{group.name}-{address}.log"
-        bin = programs(self.temporary)
+        scripts = programs(self.temporary)
         with log.open("a") as output:
             process = subprocess.Popen(
-                [str(bin / "python"), str(bin / "ray"), *self._start_command(group, address, is_head)],
+                [str(scripts / "python"), str(scripts / "ray"), *self._start_command(group, address, is_head)],
                 cwd=REPOSITORY,
-                env=_environment(group, bin) | authentication(self.folder),
+                env=_environment(group, scripts) | authentication(self.folder),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -389,14 +389,14 @@ def _container_env(container: dict[str, Any], settings: dict[str, dict[str, str]
     return env | {name: value for name, value in literal.items() if not value.startswith(mounts)}
 
 
-def _environment(group: Group, bin: Path) -> dict[str, str]:
+def _environment(group: Group, scripts: Path) -> dict[str, str]:
     """Return the variables of a node: the group's, unless this process's own say otherwise, and what the image has.
 
     Args:
-        bin: folder of the programs that jobs start.
+        scripts: folder of `python` and `ray`, which jobs start by name.
     """
     own = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
-    path = [str(bin), own.get("PATH", "")]
+    path = [str(scripts), own.get("PATH", "")]
     python_path = [str(REPOSITORY), str(REPOSITORY / "platform"), own.get("PYTHONPATH", "")]
     return (
         group.env

@@ -109,10 +109,10 @@ class LocalRay:
         self._temporary = temporary_folder()
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self.folder / LOG
-        bin = programs(self._temporary)
-        environment = self.environment | {"PATH": f"{bin}{os.pathsep}{os.environ.get('PATH', '')}"}
+        scripts = programs(self._temporary)
+        environment = self.environment | {"PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"}
         command = [
-            str(bin / "python"), str(bin / "ray"), "start", "--head", "--block", "--disable-usage-stats",
+            str(scripts / "python"), str(scripts / "ray"), "start", "--head", "--block", "--disable-usage-stats",
             f"--port={free_port()}", f"--num-cpus={self.cpus}", "--include-dashboard=true",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}",
             f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={self.metrics_port}",

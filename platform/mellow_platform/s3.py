@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from aiobotocore.session import AioSession
+from aiobotocore.session import AioSession  # type: ignore[import-untyped]  # it ships no types
 from botocore.handlers import add_expect_header  # type: ignore[import-untyped]  # it ships no types
 from s3fs import S3FileSystem
 
