@@ -139,6 +139,14 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_free_port_is_none_that_the_system_gives_to_others():
+    with cluster.socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        assert taken.getsockname()[1] not in cluster.PORTS
+    ports = {cluster.free_port() for _ in range(100)}
+    assert ports < set(cluster.PORTS) and len(ports) > 90
+
+
 def test_a_process_that_has_a_nodes_number_by_now_is_left_alone():
     mine = psutil.Process()
     assert mine in cluster.Node("cpu", "127.0.0.2", mine.pid, mine.create_time()).processes()

@@ -1,12 +1,14 @@
-"""What a Ray cluster on this machine is started with, in an environment whose path has a space."""
+"""How a Ray cluster on this machine is started: paths with spaces, temporary folders, the first job."""
 
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
+from mellow_platform import local_ray
 from mellow_platform.launch import programs, temporary_folder
 from tests.conftest import REPOSITORY
 
@@ -32,6 +34,25 @@ def environment(tmp_path: Path) -> Path:
 def test_a_process_whose_path_has_a_space_starts_workers(environment: Path):
     result = subprocess.run([str(environment), "-c", TASK], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert result.stdout.split() == ["answered"], result.stderr
+
+
+def test_a_job_waits_for_the_agent_that_starts_it():
+    class Client:
+        """As Ray's, whose dashboard answers before its agent has joined."""
+
+        answers: ClassVar = [RuntimeError("status code 500: No available agent to submit job"), "job-1"]
+
+        def submit_job(self, **job: Any) -> str:
+            answer = self.answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    client = Client()
+    assert local_ray._submit(client, "python jobs/train.py", {}) == "job-1"  # type: ignore[arg-type]
+    client.answers.append(RuntimeError("status code 400: no such entrypoint"))
+    with pytest.raises(RuntimeError, match="400"):
+        local_ray._submit(client, "python jobs/train.py", {})  # type: ignore[arg-type]
 
 
 def test_programs_are_found_by_a_path_without_spaces(

@@ -8,6 +8,7 @@ in `runs/cluster` says what runs, so that another process finds it, and ends it.
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -35,6 +36,7 @@ GROUP_LABEL = "ray.io/node-group"
 STARTS = 4  # of a node: Ray gives it a fixed time to come up, which a busy machine exceeds
 JOIN_SECONDS = 180.0  # for a node
 STOP_SECONDS = 10.0
+PORTS = range(20_000, 32_768)  # of which a cluster's own are chosen
 
 
 @dataclass(frozen=True)
@@ -373,10 +375,17 @@ def read_groups(manifests: list[dict[str, Any]]) -> list[Group]:
 
 
 def free_port() -> int:
-    """Return a TCP port that nothing on this machine listens on."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    """Return a TCP port that nothing on this machine listens on.
+
+    Systems give the ports from 32768 on to programs that ask for any, and Ray's processes ask for dozens: one of those
+    could be gone before it is used. Ray's workers have the ports from 10002 to 19999.
+    """
+    for _ in range(1000):
+        port = secrets.choice(PORTS)  # a seed of `random` would give two processes the same ports
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise OSError(f"no free TCP port found from {PORTS.start} to {PORTS.stop - 1}: stop programs that listen there")
 
 
 def _container_env(container: dict[str, Any], settings: dict[str, dict[str, str]]) -> dict[str, str]:

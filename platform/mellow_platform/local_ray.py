@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 import yaml
@@ -26,6 +26,9 @@ import yaml
 from mellow_platform.authentication import authentication
 from mellow_platform.cluster import REPOSITORY, Node, free_port, is_taken, wait
 from mellow_platform.launch import programs, temporary_folder
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
 
 LOG = "ray.log"
 START_SECONDS = 90.0  # until the dashboard answers, on a busy machine
@@ -173,10 +176,8 @@ class LocalRay:
         runtime_env = yaml.safe_load((REPOSITORY / "infra/runtime_env.yaml").read_text())
         runtime_env["py_modules"] = [str(REPOSITORY / module) for module in runtime_env["py_modules"]]
         client = JobSubmissionClient(self.dashboard)
-        submitted = client.submit_job(
-            entrypoint=shlex.join(["python", f"jobs/{job}.py", *arguments]),
-            runtime_env=runtime_env | {"working_dir": str(REPOSITORY)},
-        )
+        entrypoint = shlex.join(["python", f"jobs/{job}.py", *arguments])
+        submitted = _submit(client, entrypoint, runtime_env | {"working_dir": str(REPOSITORY)})
         log = self.folder / f"{job}.log"
         result: dict[str, Any] = {}
         last: collections.deque[str] = collections.deque(maxlen=MESSAGE_LINES)
@@ -222,6 +223,18 @@ class LocalRay:
         raise ChildProcessError(
             f"Ray's dashboard did not answer at {self.dashboard} in {START_SECONDS:.0f} s: see {log}"
         )
+
+
+def _submit(client: "JobSubmissionClient", entrypoint: str, runtime_env: dict[str, Any]) -> str:
+    """Submit a job, as soon as the agent that starts jobs has joined the cluster; return its id."""
+    until = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > until:
+                raise
+        time.sleep(LOOK_SECONDS)
 
 
 def _created(pid: int) -> float:
