@@ -40,7 +40,7 @@ def test_a_job_waits_for_the_agent_that_starts_it():
     class Client:
         """As Ray's, whose dashboard answers before its agent has joined."""
 
-        answers: ClassVar = [RuntimeError("status code 500: No available agent to submit job"), "job-1"]
+        answers: ClassVar[list[Any]] = [RuntimeError("status code 500: No available agent to submit job"), "job-1"]
 
         def submit_job(self, **job: Any) -> str:
             answer = self.answers.pop(0)
@@ -48,11 +48,11 @@ def test_a_job_waits_for_the_agent_that_starts_it():
                 raise answer
             return answer
 
-    client = Client()
-    assert local_ray._submit(client, "python jobs/train.py", {}) == "job-1"  # type: ignore[arg-type]
+    client: Any = Client()
+    assert local_ray._submit(client, "python jobs/train.py", {}) == "job-1"
     client.answers.append(RuntimeError("status code 400: no such entrypoint"))
     with pytest.raises(RuntimeError, match="400"):
-        local_ray._submit(client, "python jobs/train.py", {})  # type: ignore[arg-type]
+        local_ray._submit(client, "python jobs/train.py", {})
 
 
 def test_programs_are_found_by_a_path_without_spaces(
