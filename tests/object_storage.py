@@ -82,7 +82,7 @@ def object_store(root: Path, failures: float = 0.0, seed: int = 0) -> Iterator[O
             }
             before = {name: os.environ.get(name) for name in store.env}
             os.environ.update(store.env)
-            S3.clear_instance_cache()  # its clients go on with the server that they began with
+            S3.clear_instance_cache()  # clients keep the server that they were created with
             try:
                 yield store
             finally:
