@@ -275,7 +275,7 @@ def ask(config: DemoConfig, corpus: str, audio_root: str) -> tuple[list[dict[str
 
     from mellow_platform.completion import input_audio
     from mellow_platform.data.records import Record, read_records
-    from mellow_platform.evaluation.scores import is_right
+    from mellow_platform.evaluation.matching import is_right
 
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{config.port}/v1", api_key="not needed on loopback")
     model = client.models.list().data[0].id

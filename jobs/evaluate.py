@@ -15,10 +15,10 @@ from mellow_platform.config import EvaluateConfig
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    from mellow_platform.evaluation import evaluate as evaluation
-    from mellow_platform.evaluation.report import markdown, of_main
+    from mellow_platform.evaluation import evaluate_job
+    from mellow_platform.evaluation.evaluation_report import markdown, of_main
 
-    report = evaluation.evaluate(config)
+    report = evaluate_job.evaluate(config)
     print(markdown(report))
     scored = {name: each for name, each in report["benchmarks"].items() if "scores" in each}
     scores = {name: {c: round(s["value"], 4) for c, s in of_main(each).items()} for name, each in scored.items()}

@@ -15,11 +15,11 @@ CLIPS_PER_TASK = 32
 
 
 def make_corpus(config: CorpusConfig) -> None:
-    from mellow_platform.data import corpus
+    from mellow_platform.data import builtin_corpora
 
     if config.source == "recordings":
         assert config.recordings
-        summary = corpus.recording_corpus(config.recordings, config.output, config.seed, config.rounds)
+        summary = builtin_corpora.recording_corpus(config.recordings, config.output, config.seed, config.rounds)
         for warning in summary["warnings"]:
             print(f"warning: {warning}")
         result = {key: value for key, value in summary.items() if key not in ("warnings", "labels")}
@@ -32,7 +32,7 @@ def make_scenes(config: CorpusConfig) -> dict[str, int]:
     """Write a corpus of synthetic scenes; return the number of questions per split."""
     import ray
 
-    from mellow_platform.data import corpus
+    from mellow_platform.data import builtin_corpora
     from mellow_platform.data.records import SPLITS
 
     clips = dict(zip(SPLITS, (config.train_clips, config.val_clips, config.test_clips), strict=True))
@@ -48,18 +48,18 @@ def make_scenes(config: CorpusConfig) -> dict[str, int]:
     scenes = {
         split: [scene for part in parts if part["split"] == split for scene in part["scenes"]] for split in SPLITS
     }
-    rounds = config.rounds or corpus.SCENE_ROUNDS
-    return corpus.write_scene_corpus(config.output, scenes, seed=config.seed, rounds=rounds)
+    rounds = config.rounds or builtin_corpora.SCENE_ROUNDS
+    return builtin_corpora.write_scene_corpus(config.output, scenes, seed=config.seed, rounds=rounds)
 
 
 def write_clips(row: dict[str, Any], output: str, seed: int) -> dict[str, Any]:
     """Write the audio of the scenes `start` to `stop` of a split, and return the scenes."""
-    from mellow_platform.data import corpus
+    from mellow_platform.data import builtin_corpora
 
     scenes = []
     for number in range(row["start"], row["stop"]):
-        scene, audio = corpus.scene_clip(seed, row["split"], number)
-        storage.write_bytes(storage.join(output, "audio", corpus.scene_path(row["split"], number)), audio)
+        scene, audio = builtin_corpora.scene_clip(seed, row["split"], number)
+        storage.write_bytes(storage.join(output, "audio", builtin_corpora.scene_path(row["split"], number)), audio)
         scenes.append(scene)
     return row | {"scenes": scenes}
 

@@ -14,9 +14,9 @@ from mellow_platform.config import PredictConfig
 
 
 def predict(config: PredictConfig) -> None:
-    from mellow_platform.inference import predict as prediction
+    from mellow_platform.inference import predict_job
 
-    print(json.dumps(prediction.predict(config), ensure_ascii=False))
+    print(json.dumps(predict_job.predict(config), ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from mellow_platform.config import PreprocessConfig
 
 
 def preprocess(config: PreprocessConfig) -> None:
-    from mellow_platform.features import preprocess as preprocessing
+    from mellow_platform.preprocessing import preprocess_job
 
-    manifest = preprocessing.preprocess(config)
+    manifest = preprocess_job.preprocess(config)
     shards = manifest.configuration["output"]
     print(json.dumps({"shards": shards, "content_hash": manifest.content_hash, **manifest.counts}))
 

@@ -14,7 +14,7 @@ from mellow_platform.config import EncoderConfig
 
 def pretrain(config: EncoderConfig) -> None:
     from mellow_platform.training import tagger
-    from mellow_platform.training.loop import summary
+    from mellow_platform.training.trainer import summary
 
     start = time.monotonic()
     result = tagger.pretrain(config)

@@ -16,10 +16,10 @@ TOTALS = ("requested", "accepted", "rejected", "failed", "cost_usd", "seconds")
 
 
 def synthesize(config: SynthesizeConfig) -> None:
-    from mellow_platform.synthesis import synthesize as synthesis
-    from mellow_platform.synthesis.report import markdown
+    from mellow_platform.synthesis import synthesize_job
+    from mellow_platform.synthesis.synthesis_report import markdown
 
-    report = synthesis.synthesize(config)
+    report = synthesize_job.synthesize(config)
     print(markdown(report))
     print(json.dumps({"corpus": config.output} | {name: report[name] for name in TOTALS}))
 

@@ -14,7 +14,7 @@ from mellow_platform.config import TrainConfig
 def train(config: TrainConfig) -> None:
     from mellow_platform.training.dry_run import describe, report
     from mellow_platform.training.finetune import finetune, load_examples
-    from mellow_platform.training.loop import summary
+    from mellow_platform.training.trainer import summary
 
     if config.dry_run:
         plan = describe(config, load_examples(config))

@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from mellow_platform.inference import request as engine
+from serve.audio_input import DecodedQuestion
 from serve.backend import FrontEndChanged
-from serve.clips import Question
-from serve.exchange import Written
-from serve.guard import Guard
+from serve.messages import WrittenAnswer
+from serve.middleware import AdmissionMiddleware
 from serve.schema import (
     MAX_CHOICES,
     MAX_CLIPS,
@@ -67,7 +67,7 @@ def create_app(endpoint: "Endpoint") -> FastAPI:
     app.add_exception_handler(HTTPException, _refuse_route)
     app.add_exception_handler(Exception, _fail)
     app.add_middleware(
-        Guard,
+        AdmissionMiddleware,
         limits=endpoint.limits,
         keys=endpoint.keys,
         allow_anonymous=endpoint.allow_anonymous,
@@ -82,7 +82,7 @@ def create_app(endpoint: "Endpoint") -> FastAPI:
         answers = request.n or 1
         seed = request.seed if request.seed is not None else random.randrange(SEED_LIMIT)
 
-        def drawn(question: Question) -> list[engine.Request]:
+        def drawn(question: DecodedQuestion) -> list[engine.Request]:
             return [
                 engine.Request(
                     text,
@@ -221,12 +221,12 @@ async def _chunks(
     deadline: float,
 ) -> AsyncIterator[bytes]:
     """Yield a stream's events; whatever ends it early is an event too."""
-    answers: dict[int, Written] = {}
+    answers: dict[int, WrittenAnswer] = {}
 
     def written(batch: list[tuple[int, Any]]) -> bytes:
-        answers.update((number, event) for number, event in batch if isinstance(event, Written))
+        answers.update((number, event) for number, event in batch if isinstance(event, WrittenAnswer))
         return b"".join(
-            _event(writer.last(number, event) if isinstance(event, Written) else writer.piece(number, event))
+            _event(writer.last(number, event) if isinstance(event, WrittenAnswer) else writer.piece(number, event))
             for number, event in batch
         )
 

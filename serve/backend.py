@@ -16,9 +16,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from mellow_platform.inference.request import EngineClosed, Request
-from serve.clips import Question
-from serve.exchange import FRONT_END_CHANGED, MODEL, Chosen, FrontEnd, Piece, Refusal, Written
-from serve.metrics import EndpointMetrics
+from serve.audio_input import DecodedQuestion
+from serve.messages import FRONT_END_CHANGED, MODEL, ChosenAnswer, ClipFormat, Piece, Refusal, WrittenAnswer
+from serve.monitoring import EndpointMetrics
 from serve.schema import RequestError
 
 ATTEMPTS = 5  # a request that itself ends replicas must not go round for ever
@@ -37,10 +37,10 @@ class Backend:
         self.model = model
         self._metrics = metrics
         self._handle = DeploymentHandle(MODEL, model)  # of replicas that may not be there yet
-        self._front_end: FrontEnd | None = None
+        self._front_end: ClipFormat | None = None
         self.answered = False  # whether the last call had an answer
 
-    async def front_end(self) -> FrontEnd:
+    async def front_end(self) -> ClipFormat:
         """Return what the model hears."""
         if self._front_end is None:
             self._front_end = await self._ask("describe", "")
@@ -50,18 +50,18 @@ class Backend:
         """Have the model answer a question about silence."""
         await self._ask("probe", "")
 
-    async def answer(self, question: Question, requests: list[Request]) -> list[Written]:
+    async def answer(self, question: DecodedQuestion, requests: list[Request]) -> list[WrittenAnswer]:
         """Return the whole answers to requests about what is heard in a question."""
         return self._accepted(await self._ask("answer", question.key, requests, await self.front_end()))
 
-    async def choose(self, question: Question, request: Request, choices: list[str]) -> Chosen:
+    async def choose(self, question: DecodedQuestion, request: Request, choices: list[str]) -> ChosenAnswer:
         """Rank given answers to a request."""
         return self._accepted(await self._ask("choose", question.key, request, choices, await self.front_end()))
 
     async def stream(
-        self, question: Question, requests: list[Request]
-    ) -> AsyncGenerator[list[tuple[int, Piece | Written]]]:
-        """Yield answers as they are written: events, each with the number of its request, whose last is `Written`."""
+        self, question: DecodedQuestion, requests: list[Request]
+    ) -> AsyncGenerator[list[tuple[int, Piece | WrittenAnswer]]]:
+        """Yield events, each with the number of its request; the last event of a request is its `WrittenAnswer`."""
         delivered: list[tuple[int, ...]] = [()] * len(requests)
         done: set[int] = set()
         front_end = await self.front_end()

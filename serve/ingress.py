@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from serve.api import create_app
+from serve.audio_input import ClipLimits, ClipReader
 from serve.backend import Backend
-from serve.clips import ClipLimits, ClipReader
-from serve.guard import RequestLimits
 from serve.keys import KeyFile
-from serve.metrics import EndpointMetrics
+from serve.middleware import RequestLimits
+from serve.monitoring import EndpointMetrics
 from serve.placement import preferably_on
 from serve.schema import RequestError
 
@@ -26,7 +26,7 @@ READY_SECONDS = 5.0  # that a model has for the question which tells whether it 
 logger = logging.getLogger("ray.serve")
 
 
-class Arguments(BaseModel):
+class EndpointArguments(BaseModel):
     """`args` of the endpoint's application in the Serve configuration file."""
 
     model_config = ConfigDict(extra="forbid")
@@ -55,7 +55,7 @@ class Models(BaseModel):
 class Endpoint:
     """A replica of the endpoint: the state that its routes (serve/api.py) share."""
 
-    def __init__(self, arguments: Arguments):
+    def __init__(self, arguments: EndpointArguments):
         self.created = int(time.time())
         self.limits, self.allow_anonymous = arguments.requests, arguments.allow_anonymous
         self.keys = KeyFile(arguments.api_keys_file) if arguments.api_keys_file else None
@@ -127,7 +127,7 @@ class Endpoint:
         logger.error("an answer failed", exc_info=error)
 
 
-def build(arguments: Arguments) -> serve.Application:
+def build(arguments: EndpointArguments) -> serve.Application:
     """Build the endpoint's application; what `import_path` in the Serve configuration file names."""
     options = {"num_cpus": 1} | preferably_on("cpu")
     return Endpoint.options(ray_actor_options=options).bind(arguments)  # type: ignore[attr-defined]  # of the decorator

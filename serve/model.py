@@ -20,10 +20,10 @@ from mellow_platform import storage
 from mellow_platform.config import Dtype, GateSection
 from mellow_platform.data.audio import decode
 from mellow_platform.data.records import read_records
-from mellow_platform.evaluation.scores import is_right
+from mellow_platform.evaluation.matching import is_right
 from mellow_platform.inference.request import Answer, QueueFull, Request, Stream, Token
-from serve.exchange import FRONT_END_CHANGED, MODEL, Chosen, FrontEnd, Piece, Refusal, Written
-from serve.metrics import ModelMetrics
+from serve.messages import FRONT_END_CHANGED, MODEL, ChosenAnswer, ClipFormat, Piece, Refusal, WrittenAnswer
+from serve.monitoring import ModelMetrics
 from serve.placement import preferably_on
 from serve.schema import MAX_NEW_TOKENS
 
@@ -42,7 +42,7 @@ class Diverged(Exception):  # noqa: N818 (a state)
     """An answer that is written again is not the one that was begun."""
 
 
-class Arguments(BaseModel):
+class ModelArguments(BaseModel):
     """`args` of a model's application in the Serve configuration file."""
 
     model_config = ConfigDict(extra="forbid")
@@ -66,7 +66,7 @@ class Arguments(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _a_folder_is_named(self) -> "Arguments":
+    def _a_folder_is_named(self) -> "ModelArguments":
         if not self.folder:
             raise ValueError("no model folder: set `folder` in the application's args, or MELLOW_MODEL on the nodes")
         return self
@@ -77,7 +77,7 @@ class Arguments(BaseModel):
 class Model:
     """A replica: answers requests of the endpoint with an engine that batches continuously."""
 
-    def __init__(self, arguments: Arguments):
+    def __init__(self, arguments: ModelArguments):
         from mellow_platform.inference.engine import (
             Engine,  # loads for seconds, and building the application needs none
         )
@@ -90,7 +90,7 @@ class Model:
             cpu_threads=arguments.cpu_threads,
         )
         extractor = self._engine.processor.feature_extractor
-        self._front_end = FrontEnd(extractor.sampling_rate, extractor.clip_samples)
+        self._front_end = ClipFormat(extractor.sampling_rate, extractor.clip_samples)
         self._metrics = ModelMetrics()
         # Raised here, an error keeps the replicas of the version before: Serve gives up a new one that does not start.
         if arguments.gate.records:
@@ -107,7 +107,7 @@ class Model:
         await asyncio.to_thread(self._engine.check, HEALTHY_SECONDS)
         self._metrics.watch(self._engine.stats)
 
-    async def describe(self) -> FrontEnd:
+    async def describe(self) -> ClipFormat:
         """Return what the model hears."""
         return self._front_end
 
@@ -115,7 +115,7 @@ class Model:
         """Answer a question about silence."""
         await self._engine.submit(self._probe()).answer()
 
-    async def answer(self, requests: list[Request], front_end: FrontEnd) -> list[Written] | Refusal:
+    async def answer(self, requests: list[Request], front_end: ClipFormat) -> list[WrittenAnswer] | Refusal:
         """Answer requests whose clips were made for `front_end`."""
         streams = self._submit(requests, front_end)
         if isinstance(streams, Refusal):
@@ -127,9 +127,9 @@ class Model:
                 stream.cancel()
 
     async def stream(
-        self, requests: list[Request], front_end: FrontEnd, delivered: list[tuple[int, ...]]
-    ) -> AsyncGenerator[list[tuple[int, Piece | Written]] | Refusal]:
-        """Answer requests token by token; each event comes with the number of its request, whose last is `Written`.
+        self, requests: list[Request], front_end: ClipFormat, delivered: list[tuple[int, ...]]
+    ) -> AsyncGenerator[list[tuple[int, Piece | WrittenAnswer]] | Refusal]:
+        """Answer requests token by token: events, each with the number of its request, the last a `WrittenAnswer`.
 
         Args:
             delivered: ids of tokens of each request that another replica wrote before it was lost. They are written
@@ -150,18 +150,18 @@ class Model:
             for _, stream in streams:
                 stream.cancel()
 
-    async def choose(self, request: Request, choices: list[str], front_end: FrontEnd) -> Chosen | Refusal:
+    async def choose(self, request: Request, choices: list[str], front_end: ClipFormat) -> ChosenAnswer | Refusal:
         """Rank given answers to a request."""
         if refusal := self._refusal(request, front_end):
             return refusal
         scores = await asyncio.wrap_future(self._engine.submit_score(request, choices))
-        return Chosen(tuple(scores), self._engine.prompt_tokens(request.text))
+        return ChosenAnswer(tuple(scores), self._engine.prompt_tokens(request.text))
 
     def _probe(self) -> Request:
         silence = np.zeros(self._engine.processor.feature_extractor.clip_samples, np.float32)
         return Request("what is heard?", (silence,), max_new_tokens=1)
 
-    def _refusal(self, request: Request, front_end: FrontEnd) -> Refusal | None:
+    def _refusal(self, request: Request, front_end: ClipFormat) -> Refusal | None:
         if front_end != self._front_end:
             return Refusal(f"the model hears {self._front_end}, the clips are {front_end}", "model", FRONT_END_CHANGED)
         tokens, limit = self._engine.prompt_tokens(request.text), self._engine.processor.prompt_length
@@ -173,7 +173,7 @@ class Model:
             )
         return None
 
-    def _submit(self, requests: list[Request], front_end: FrontEnd) -> list[tuple[Request, Stream]] | Refusal:
+    def _submit(self, requests: list[Request], front_end: ClipFormat) -> list[tuple[Request, Stream]] | Refusal:
         for request in requests:
             if refusal := self._refusal(request, front_end):
                 return refusal
@@ -189,7 +189,7 @@ class Model:
 
     async def _answer(
         self, request: Request, stream: Stream, delivered: tuple[int, ...]
-    ) -> AsyncGenerator[Piece | Written]:
+    ) -> AsyncGenerator[Piece | WrittenAnswer]:
         place = 0
         async for token in stream:
             if place >= len(delivered):
@@ -202,7 +202,7 @@ class Model:
             place += 1
         yield self._written(request, stream, stream.result())
 
-    def _written(self, request: Request, stream: Stream, answer: Answer) -> Written:
+    def _written(self, request: Request, stream: Stream, answer: Answer) -> WrittenAnswer:
         """Return an answer as the endpoint hears of it, and keep count."""
         first = stream.first_token_seconds or 0.0
         self._metrics.answered(answer, first, self._engine.stats)
@@ -221,7 +221,7 @@ class Model:
             tokens = zip(answer.tokens, answer.logprobs or (), strict=True)
             written = (self._piece(Token(token, "", logprob)) for token, logprob in tokens)
             pieces = tuple(piece for piece in written if piece.logprob is not None)
-        return Written(answer.text, answer.finish_reason, answer.prompt_tokens, len(answer.tokens), pieces)
+        return WrittenAnswer(answer.text, answer.finish_reason, answer.prompt_tokens, len(answer.tokens), pieces)
 
     def _piece(self, token: Token) -> Piece:
         tokenizer = self._engine.processor.tokenizer
@@ -299,7 +299,7 @@ async def merged(sources: Sequence[AsyncGenerator[Event]], pause: float) -> Asyn
             task.cancel()
 
 
-def build(arguments: Arguments) -> serve.Application:
+def build(arguments: ModelArguments) -> serve.Application:
     """Build the application of a model; what `import_path` in the Serve configuration file names."""
     options = {"num_cpus": 1, "num_gpus": arguments.gpus} | preferably_on("serving")
     return Model.options(ray_actor_options=options).bind(arguments)  # type: ignore[attr-defined]  # of the decorator

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from mellow_platform.inference.windows import Heard
-from serve.exchange import Chosen, Piece, Written
+from mellow_platform.inference.windows import Window
+from serve.messages import ChosenAnswer, Piece, WrittenAnswer
 
 MAX_CLIPS = 2
 MAX_NEW_TOKENS = 300
@@ -317,7 +317,7 @@ def usage(prompt: int, written: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
-def seconds(heard: Heard) -> list[dict[str, float]]:
+def seconds(heard: Window) -> list[dict[str, float]]:
     """Return which seconds of the recordings were heard."""
     return [{"start": start, "end": end} for start, end in heard.seconds]
 
@@ -337,9 +337,9 @@ def logprobs(pieces: Iterable[Piece]) -> dict[str, Any] | None:
     return {"content": content} if content else None
 
 
-def question_answer(model: str, answer: Written | Chosen, heard: Heard) -> dict[str, Any]:
+def question_answer(model: str, answer: WrittenAnswer | ChosenAnswer, heard: Window) -> dict[str, Any]:
     """Return the answer to a form, written or chosen."""
-    if isinstance(answer, Written):
+    if isinstance(answer, WrittenAnswer):
         said: dict[str, Any] = {"answer": answer.text, "finish_reason": answer.finish_reason, "choices": None}
         tokens = usage(answer.prompt_tokens, answer.completion_tokens)
     else:
@@ -352,13 +352,13 @@ def question_answer(model: str, answer: Written | Chosen, heard: Heard) -> dict[
 class CompletionWriter:
     """Puts answers into OpenAI's shape: whole, or chunk by chunk; all of one completion share its id."""
 
-    def __init__(self, model: str, heard: Sequence[Heard], answers_each: int):
+    def __init__(self, model: str, heard: Sequence[Window], answers_each: int):
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._heard = [window for window in heard for _ in range(answers_each)]  # of each choice
         self._answers_each = answers_each  # choices of the same question, whose prompt counts once
         self.choices = len(self._heard)
 
-    def whole(self, answers: Sequence[Written]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[WrittenAnswer]) -> dict[str, Any]:
         """Return a chat completion, a choice for every answer, with the seconds it is about."""
         choices = [
             {
@@ -380,15 +380,15 @@ class CompletionWriter:
         """Return the chunk of a token."""
         return self._chunk(index, {"content": piece.text}, logprobs=logprobs([piece]))
 
-    def last(self, index: int, answer: Written) -> dict[str, Any]:
+    def last(self, index: int, answer: WrittenAnswer) -> dict[str, Any]:
         """Return the chunk that closes a choice."""
         return self._chunk(index, {}, finish_reason=answer.finish_reason)
 
-    def usage(self, answers: Sequence[Written]) -> dict[str, Any]:
+    def usage(self, answers: Sequence[WrittenAnswer]) -> dict[str, Any]:
         """Return the chunk with the tokens of the whole completion."""
         return self._head | {"object": "chat.completion.chunk", "choices": [], "usage": self._usage(answers)}
 
-    def _usage(self, answers: Sequence[Written]) -> dict[str, int]:
+    def _usage(self, answers: Sequence[WrittenAnswer]) -> dict[str, int]:
         prompt = sum(answer.prompt_tokens for answer in answers[:: self._answers_each])
         return usage(prompt, sum(answer.completion_tokens for answer in answers))
 

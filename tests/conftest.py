@@ -21,9 +21,8 @@ from playwright.sync_api import Browser, sync_playwright
 
 from mellow_platform import storage
 from mellow_platform.config import PreprocessConfig
-from mellow_platform.data import corpus
+from mellow_platform.data import builtin_corpora
 from mellow_platform.data.scenes import Scene
-from mellow_platform.features.preprocess import preprocess
 from mellow_platform.local_ray import LocalRay
 from mellow_platform.model import (
     HTSATEncoder,
@@ -35,6 +34,7 @@ from mellow_platform.model import (
 )
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.model.tokenizer import train_tokenizer
+from mellow_platform.preprocessing.preprocess_job import preprocess
 from tests.object_storage import object_store
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -183,7 +183,7 @@ def write_corpus(uri: str, clips: dict[str, int]) -> None:
     for split, count in clips.items():
         scenes[split] = []
         for number in range(count):
-            scene, audio = corpus.scene_clip(0, split, number)
-            storage.write_bytes(storage.join(uri, "audio", corpus.scene_path(split, number)), audio)
+            scene, audio = builtin_corpora.scene_clip(0, split, number)
+            storage.write_bytes(storage.join(uri, "audio", builtin_corpora.scene_path(split, number)), audio)
             scenes[split].append(scene)
-    corpus.write_scene_corpus(uri, scenes, seed=0, rounds=1)
+    builtin_corpora.write_scene_corpus(uri, scenes, seed=0, rounds=1)

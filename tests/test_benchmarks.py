@@ -17,9 +17,9 @@ from mellow_platform import storage
 from mellow_platform.config import EvaluateConfig
 from mellow_platform.data.records import Record, write_records
 from mellow_platform.evaluation.benchmarks import MMAU
-from mellow_platform.evaluation.evaluate import evaluate
-from mellow_platform.evaluation.items import Source
-from mellow_platform.evaluation.report import markdown
+from mellow_platform.evaluation.dataset import QuestionSource
+from mellow_platform.evaluation.evaluate_job import evaluate
+from mellow_platform.evaluation.evaluation_report import markdown
 from tests.conftest import REPOSITORY, SHARED, write_corpus
 
 MMAU_FILE = SHARED / "data" / "mmau" / "mmau-test-mini.json"
@@ -110,7 +110,7 @@ def test_made_up_answers_to_mmau_score_as_its_official_matching_has_it(mmau: lis
 
 
 def test_what_a_model_writes_to_mmaus_prompt_is_as_right_as_what_it_means(mmau: list[dict[str, Any]]):
-    source = Source(EvaluateConfig(benchmark=["mmau"], mmau=str(MMAU_FILE), model="random", output="/o"))
+    source = QuestionSource(EvaluateConfig(benchmark=["mmau"], mmau=str(MMAU_FILE), model="random", output="/o"))
     benchmark = MMAU()
     items = benchmark.records(source)
     for entry, item in zip(mmau, items, strict=True):

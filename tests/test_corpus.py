@@ -15,9 +15,9 @@ import pytest
 import soundfile
 
 from mellow_platform import storage
-from mellow_platform.data import corpus
+from mellow_platform.data import builtin_corpora
 from mellow_platform.data.labels import ClipLabels
-from mellow_platform.data.recordings import Recordings, read_recordings
+from mellow_platform.data.recordings import LabelledRecordings, read_recordings
 from mellow_platform.data.records import SPLITS, Record, read_records
 from mellow_platform.data.splits import deal
 from tests.conftest import REPOSITORY
@@ -135,7 +135,7 @@ def layout(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
 
 
 def make(folder: Path | str, output: Path, rounds: int = 2, seed: int = 0) -> tuple[dict, dict[str, list[Record]]]:
-    summary = corpus.recording_corpus(str(folder), str(output), seed=seed, rounds=rounds)
+    summary = builtin_corpora.recording_corpus(str(folder), str(output), seed=seed, rounds=rounds)
     return summary, {split: read_records(str(output / f"{split}.json")) for split in SPLITS}
 
 
@@ -317,7 +317,7 @@ def test_real_sounds_test_categories(real_sounds: Path, tmp_path: Path):
     assert "1 of 44 labels and 5 of 10 categories" in summary["warnings"][0]
 
 
-def read(folder: Path, header: str, *rows: str, newline: str = "\n", encoding: str = "utf-8") -> Recordings:
+def read(folder: Path, header: str, *rows: str, newline: str = "\n", encoding: str = "utf-8") -> LabelledRecordings:
     folder.mkdir(exist_ok=True)
     (folder / "list.csv").write_bytes(newline.join([header, *rows, ""]).encode(encoding))
     return read_recordings(str(folder))
@@ -499,7 +499,9 @@ def test_recordings_on_s3(bucket: str, tmp_path: Path):
         pytest.skip("no S3 server")
     write_urbansound(tmp_path / "local")
     storage.upload(tmp_path / "local", storage.join(bucket, "urban sounds"))
-    corpus.recording_corpus(storage.join(bucket, "urban sounds"), storage.join(bucket, "corpus"), seed=0, rounds=1)
+    builtin_corpora.recording_corpus(
+        storage.join(bucket, "urban sounds"), storage.join(bucket, "corpus"), seed=0, rounds=1
+    )
     make(tmp_path / "local", tmp_path / "corpus", rounds=1)
     for name in ("train.json", "test.json", "corpus.json", "labels.json"):
         assert storage.read_bytes(storage.join(bucket, "corpus", name)) == (tmp_path / "corpus" / name).read_bytes()

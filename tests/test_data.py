@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from mellow_platform.data import corpus
+from mellow_platform.data import builtin_corpora
 from mellow_platform.data.audio import AudioError, Limits, decode, encode
 from mellow_platform.data.labels import ClipLabels, read_labels
 from mellow_platform.data.partners import draw_partner, second_clip
@@ -96,9 +96,9 @@ def test_a_file_may_end_in_the_beginning_of_a_chunk():
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others():
-    assert corpus.scene_clip(3, "train", 5) == corpus.scene_clip(3, "train", 5)
-    assert corpus.scene_clip(3, "train", 5)[1] != corpus.scene_clip(4, "train", 5)[1]
-    assert corpus.scene_clip(3, "train", 5)[1] != corpus.scene_clip(3, "test", 5)[1]
+    assert builtin_corpora.scene_clip(3, "train", 5) == builtin_corpora.scene_clip(3, "train", 5)
+    assert builtin_corpora.scene_clip(3, "train", 5)[1] != builtin_corpora.scene_clip(4, "train", 5)[1]
+    assert builtin_corpora.scene_clip(3, "train", 5)[1] != builtin_corpora.scene_clip(3, "test", 5)[1]
 
 
 def test_events_sound_when_and_as_loud_as_the_truth_says():
@@ -125,8 +125,8 @@ def test_a_tone_has_the_frequency_its_pitch_names(pitch: str):
 
 
 def test_scene_questions_cover_eleven_families_and_hold_their_answers():
-    scenes = [corpus.scene_clip(0, "train", number)[0] for number in range(60)]
-    records = corpus.scene_records(scenes, "train", seed=0, rounds=1)
+    scenes = [builtin_corpora.scene_clip(0, "train", number)[0] for number in range(60)]
+    records = builtin_corpora.scene_records(scenes, "train", seed=0, rounds=1)
     assert len({record.family for record in records}) == 11
     for item in records:
         if item.is_multiple_choice:
@@ -139,9 +139,9 @@ def test_scene_questions_cover_eleven_families_and_hold_their_answers():
 
 def test_heard_choices_hold_no_second_right_one():
     for number in range(60):
-        scene, _ = corpus.scene_clip(1, "val", number)
+        scene, _ = builtin_corpora.scene_clip(1, "val", number)
         heard = {event.kind for event in scene.events}
-        for item in corpus.scene_records([scene], "val", seed=number, rounds=1):
+        for item in builtin_corpora.scene_records([scene], "val", seed=number, rounds=1):
             if item.family == "Scenes-Heard-MCQ":
                 right = [choice for choice in item.choices if choice[3:] in (heard or {"silence"})]
                 assert right == [item.answer]
@@ -149,9 +149,9 @@ def test_heard_choices_hold_no_second_right_one():
 
 def test_deduction_verdicts_follow_from_the_scene():
     for number in range(80):
-        scene, _ = corpus.scene_clip(2, "val", number)
+        scene, _ = builtin_corpora.scene_clip(2, "val", number)
         heard = {event.kind for event in scene.events}
-        for item in corpus.scene_records([scene], "val", seed=number, rounds=1):
+        for item in builtin_corpora.scene_records([scene], "val", seed=number, rounds=1):
             if item.family == "Scenes-Entailment":
                 named = next(kind for kind in KINDS if f" {kind} " in item.input)
                 assert (item.answer == "c) definitely false") == (named not in heard)

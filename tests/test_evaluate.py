@@ -22,15 +22,15 @@ from mellow_platform.config import EvaluateConfig, PreprocessConfig
 from mellow_platform.data.audio import decode, encode
 from mellow_platform.data.records import Record, read_records, write_records
 from mellow_platform.data.shards import read_records as read_shard_records
-from mellow_platform.evaluation.answerers import noise_for
-from mellow_platform.evaluation.evaluate import evaluate, select
-from mellow_platform.evaluation.items import Source
-from mellow_platform.features.preprocess import preprocess
-from mellow_platform.features.store import FeatureStore
+from mellow_platform.evaluation.dataset import QuestionSource
+from mellow_platform.evaluation.evaluate_job import evaluate, select
+from mellow_platform.evaluation.models import noise_for
 from mellow_platform.inference.engine import Engine
 from mellow_platform.inference.request import Clip, ClipFeatures, Request
 from mellow_platform.model import HTSATEncoder
 from mellow_platform.model.folder import load_model, save_pretrained
+from mellow_platform.preprocessing.feature_store import FeatureStore
+from mellow_platform.preprocessing.preprocess_job import preprocess
 from tests.conftest import REPOSITORY, kill_when, write_features, write_tiny_model
 
 FIELDS = {"split": "train", "max_new_tokens": 6, "batch_size": 16, "workers": 1, "rows_per_part": 8, "resamples": 100}
@@ -399,7 +399,7 @@ def test_questions_are_known_by_their_place_in_the_corpus_and_captions_by_their_
     assert made_shards.counts["records_dropped"] == 2
     assert len(set(read_shard_records(str(folder / "shards"), "test")["clip2"].to_pylist())) > 1
     job = configured(made, "by-recording", shards=str(folder / "shards"), split="test", benchmark=["captioning"])
-    items = select(job, Source(job))[0][1]
+    items = select(job, QuestionSource(job))[0][1]
     assert [item.references for item in items] == [(f"{name} barks 0", f"{name} barks 1") for name in "bcd"]
     assert [item.id for item in items] == ["test/2", "test/4", "test/6"]
     assert evaluate(job)["benchmarks"]["captioning"]["scored"] == 3

@@ -19,13 +19,13 @@ from transformers import (
     Qwen2Config,
 )
 
-from mellow_platform.inference.decoder import Decoder
+from mellow_platform.inference.answer_text import AnswerText
+from mellow_platform.inference.cached_decoder import CachedDecoder
 from mellow_platform.inference.engine import Engine
 from mellow_platform.inference.linear import pack
 from mellow_platform.inference.lru import TensorLRU
 from mellow_platform.inference.request import Answer, Cancelled, ClipFeatures, EngineClosed, QueueFull, Request
 from mellow_platform.inference.sampling import Sampler
-from mellow_platform.inference.text import AnswerText
 from mellow_platform.inference.windows import windows
 from mellow_platform.model import (
     MellowConfig,
@@ -157,7 +157,7 @@ def test_cached_decoding_gives_the_logits_of_the_whole_sequence(build):
     reference = build()
     tokens = torch.randint(0, 101, (3, 20))
     logits = reference(tokens).logits
-    decoder = Decoder(build(), "float32")
+    decoder = CachedDecoder(build(), "float32")
     cache = decoder.new_cache(4, 32)
     # Sequences of different lengths in slots 1 to 3, read in two parts, then continued token by token together.
     lengths = [5, 11, 8]
@@ -176,7 +176,7 @@ def test_cached_decoding_gives_the_logits_of_the_whole_sequence(build):
 
 @torch.inference_mode()
 def test_the_step_that_cuda_graphs_replay_is_a_plain_step():
-    decoder = Decoder(small_llama(), "float32")
+    decoder = CachedDecoder(small_llama(), "float32")
     cache, lengths = decoder.new_cache(3, 32), [5, 11, 8]
     for slot, length in enumerate(lengths):
         decoder(torch.randn(1, length, 48), cache, [0], first=slot)
@@ -187,7 +187,7 @@ def test_the_step_that_cuda_graphs_replay_is_a_plain_step():
 
 def test_the_decoder_takes_the_weights_over_and_does_not_keep_them_twice():
     model = small_llama()
-    Decoder(model, "float32")
+    CachedDecoder(model, "float32")
     assert all(parameter.is_meta for parameter in model.model.layers.parameters())
 
 
@@ -195,12 +195,12 @@ def test_a_family_that_the_engine_does_not_run_is_named():
     model = small_llama()
     model.config.model_type = "mamba"
     with pytest.raises(ValueError, match="'mamba' model; the engine runs llama, mistral, qwen2, gpt2"):
-        Decoder(model, "float32")
+        CachedDecoder(model, "float32")
 
 
 def test_a_cache_longer_than_the_decoders_positions_is_refused():
     with pytest.raises(ValueError, match="100 positions a sequence: the decoder has 64; lower max_new_tokens"):
-        Decoder(small_llama(), "float32").new_cache(1, 100)
+        CachedDecoder(small_llama(), "float32").new_cache(1, 100)
 
 
 @pytest.mark.parametrize("encoder", ["htsat", "cnn14", "whisper"])

@@ -23,7 +23,7 @@ from ray.serve.schema import ServeDeploySchema
 from mellow_platform import cluster
 from mellow_platform.config import EvaluateConfig, PreprocessConfig, TrainConfig
 from mellow_platform.settings import Section, load
-from serve.guard import RequestLimits
+from serve.middleware import RequestLimits
 from tests.conftest import NEEDS_KUBECTL, REPOSITORY, SHARED
 
 Manifest = dict[str, Any]

@@ -10,7 +10,7 @@ import yaml
 from opentelemetry.sdk.trace import TracerProvider
 from ray.serve.schema import ServeDeploySchema
 
-from serve.metrics import EndpointMetrics, ModelMetrics
+from serve.monitoring import EndpointMetrics, ModelMetrics
 from tests.conftest import REPOSITORY
 
 SUFFIXES = {"Counter": ("_total",), "Gauge": ("",), "Histogram": ("_bucket", "_sum", "_count")}

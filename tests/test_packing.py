@@ -15,16 +15,16 @@ from transformers import GPT2Config
 from mellow_platform.config import PartnerDraws, PreprocessConfig, ScalingSection, TrainConfig
 from mellow_platform.data.audio import encode
 from mellow_platform.data.shards import Manifest, read_records
-from mellow_platform.features.preprocess import preprocess
 from mellow_platform.model import HTSATEncoder, MellowConfig, MellowForConditionalGeneration, encoder_config
 from mellow_platform.model.configuration_mellow import tiny_decoder_config
 from mellow_platform.model.folder import load_processor, save_pretrained
+from mellow_platform.preprocessing.preprocess_job import preprocess
 from mellow_platform.training.batches import batches
 from mellow_platform.training.checkpoints import CheckpointStore
-from mellow_platform.training.examples import AnswerExamples, RecordNames, Texts
+from mellow_platform.training.examples import AnswerExamples, RecordNames, TokenTexts
 from mellow_platform.training.finetune import finetune, load_examples
 from mellow_platform.training.flops import ModelFlops
-from mellow_platform.training.plan import Plan
+from mellow_platform.training.step_plan import StepPlan
 from tests.conftest import write_corpus
 
 VOCABULARY = 128
@@ -283,7 +283,7 @@ def test_prompts_are_padded_no_further_than_their_micro_batch_needs(shards: str)
 
 def test_ragged_micro_batches_come_through_ray_data_as_they_were_collated(shards: str):
     examples = load(shards, questions_per_pack=4, pad_prompts=False, partner_draws="clip")
-    plan = Plan(seed=3, count=len(examples), batch=16, micro_batch=8, workers=1)
+    plan = StepPlan(seed=3, count=len(examples), batch=16, micro_batch=8, workers=1)
     steps = list(batches(plan, ray.put(examples), 0, 0, plan.steps_per_epoch + 1))
     shapes = set()
     for step, turns in enumerate(steps):
@@ -330,7 +330,7 @@ def test_a_million_questions_are_ordered_in_flat_arrays():
     count, clips = 1_000_000, 50_000
     generator = np.random.default_rng(0)
     first = generator.integers(0, clips, count)
-    texts = Texts(np.zeros(count, np.int32), np.arange(count + 1))
+    texts = TokenTexts(np.zeros(count, np.int32), np.arange(count + 1))
     examples = AnswerExamples(
         name="million",
         ids=RecordNames("train", np.arange(count)),

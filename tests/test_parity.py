@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from mellow_platform.cli import main
-from mellow_platform.inference.decoder import Decoder
+from mellow_platform.inference.cached_decoder import CachedDecoder
 from mellow_platform.inference.linear import pack_linears
 from mellow_platform.model import MellowConfig, MellowFeatureExtractor, MellowForConditionalGeneration
 from mellow_platform.model.conversion import TIED, from_reference, read_state_dict, to_reference
@@ -137,7 +137,7 @@ def test_the_engines_encoder_and_decoder_give_what_the_reference_gives(reference
     encoded = model.audio_encoder(reference.log_mel[::2])
     assert greatest(encoded.frames, expected["framewise"]) <= 1e-5
     assert greatest(encoded.latent, expected["latent"]) <= 1e-4
-    decoder = Decoder(model.language_model, "float32")
+    decoder = CachedDecoder(model.language_model, "float32")
     cache = decoder.new_cache(2, 389 + 12)
     # As the engine reads: clips and prompt apart, one sequence at a time; then both together, token by token.
     for row in range(2):

@@ -17,13 +17,13 @@ from mellow_platform.config import EncoderConfig, EvaluateConfig, PreprocessConf
 from mellow_platform.data.records import SPLITS, read_records, write_records
 from mellow_platform.data.shards import Manifest
 from mellow_platform.data.shards import read_records as read_shard_records
-from mellow_platform.evaluation.evaluate import evaluate
-from mellow_platform.evaluation.report import markdown
-from mellow_platform.features.preprocess import preprocess
-from mellow_platform.features.store import FeatureStore
+from mellow_platform.evaluation.evaluate_job import evaluate
+from mellow_platform.evaluation.evaluation_report import markdown
 from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.decoder import load_decoder
 from mellow_platform.model.folder import load_model, load_processor, save_pretrained
+from mellow_platform.preprocessing.feature_store import FeatureStore
+from mellow_platform.preprocessing.preprocess_job import preprocess
 from mellow_platform.training.checkpoints import CheckpointStore
 from mellow_platform.training.finetune import finetune
 from mellow_platform.training.tagged_clips import TaggedClips

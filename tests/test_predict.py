@@ -15,9 +15,9 @@ import pytest
 from mellow_platform import storage
 from mellow_platform.config import PredictConfig
 from mellow_platform.data.audio import Limits, decode, encode
-from mellow_platform.inference.asked import read_asked
 from mellow_platform.inference.engine import Engine
-from mellow_platform.inference.predict import GROUP_SCHEMA, AnswerGroups, decode_groups, draw_seed, predict
+from mellow_platform.inference.predict_job import GROUP_SCHEMA, AnswerGroups, decode_groups, draw_seed, predict
+from mellow_platform.inference.question_table import read_question_table
 from mellow_platform.inference.request import Request
 from mellow_platform.model.folder import load_processor, save_model
 from tests.conftest import REPOSITORY, kill_when
@@ -325,18 +325,18 @@ def test_what_is_asked_comes_from_one_place(fields, message):
 def test_a_table_that_cannot_be_asked_is_refused_by_row_and_value(name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_asked(config("/m", "/o", table=str(tmp_path / name), clips="/c"))
+        read_question_table(config("/m", "/o", table=str(tmp_path / name), clips="/c"))
 
 
 def test_two_clips_have_no_windows_of_their_own_to_pair(tmp_path):
     storage.write_json(str(tmp_path / "t.json"), [{"clip": "a", "clip2": "b", "question": "?"}])
     with pytest.raises(ValueError, match="clips a and b: window: pair is for one clip; take first or each"):
-        read_asked(config("/m", "/o", table=str(tmp_path / "t.json"), clips="/c", window="pair"))
+        read_question_table(config("/m", "/o", table=str(tmp_path / "t.json"), clips="/c", window="pair"))
 
 
 def test_a_csv_keeps_names_that_look_like_numbers_and_holds_choices_as_json(tmp_path):
     (tmp_path / "t.csv").write_text('clip,question,choices,n\n001,"one, or\ntwo?","[""yes"", ""no""]",5\n002,?,,\n')
-    asked = read_asked(config("/m", "/o", table=str(tmp_path / "t.csv"), clips="/c"))
+    asked = read_question_table(config("/m", "/o", table=str(tmp_path / "t.csv"), clips="/c"))
     assert asked.table.to_pylist() == [
         {"clip": "001", "question": "one, or\ntwo?", "choices": ["yes", "no"], "n": 5},
         {"clip": "002", "question": "?", "choices": None, "n": None},
@@ -347,6 +347,6 @@ def test_a_csv_keeps_names_that_look_like_numbers_and_holds_choices_as_json(tmp_
 def test_a_folder_without_audio_or_that_is_absent_is_named(tmp_path):
     (tmp_path / "notes.txt").write_text("no sound")
     with pytest.raises(ValueError, match=r"holds no .wav, .flac, .* file: check `clips`"):
-        read_asked(config("/m", "/o", clips=str(tmp_path), question="?"))
+        read_question_table(config("/m", "/o", clips=str(tmp_path), question="?"))
     with pytest.raises(FileNotFoundError, match=r"nothing: no folder with files"):
-        read_asked(config("/m", "/o", clips=str(tmp_path / "nothing"), question="?"))
+        read_question_table(config("/m", "/o", clips=str(tmp_path / "nothing"), question="?"))

@@ -15,13 +15,13 @@ import soundfile
 from mellow_platform import storage
 from mellow_platform.config import PreprocessConfig
 from mellow_platform.data.audio import Limits, decode, encode
+from mellow_platform.data.clip_reader import plan_source, split_of, take_stock
 from mellow_platform.data.records import Record, read_records, write_records
 from mellow_platform.data.shards import read_records as read_shard_records
-from mellow_platform.data.sources import plan_source, split_of, take_stock
-from mellow_platform.features.preprocess import preprocess
-from mellow_platform.features.store import FeatureStore
 from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.folder import save_pretrained
+from mellow_platform.preprocessing.feature_store import FeatureStore
+from mellow_platform.preprocessing.preprocess_job import preprocess
 from tests.conftest import write_corpus
 
 RATE = 32_000

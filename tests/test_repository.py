@@ -20,7 +20,7 @@ def test_python_started_in_the_repository_root_imports_the_standard_platform():
 
 def test_importing_lower_layers_does_not_import_higher_ones():
     code = (
-        "import sys, mellow_platform.data.corpus, mellow_platform.data.audio;"
+        "import sys, mellow_platform.data.builtin_corpora, mellow_platform.data.audio;"
         "print([n for n in sys.modules if n.startswith('mellow_platform.') and n.split('.')[1] not in"
         " ('data', 'storage', 'settings', 'config')])"
     )
@@ -59,9 +59,10 @@ class Absent(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Absent())
 importlib.util.find_spec = lambda name, package=None: None if is_absent(name) else find_spec(name, package)
 import serve.ingress, serve.model
-import mellow_platform.inference.engine, mellow_platform.inference.predict, mellow_platform.features.preprocess
-import mellow_platform.evaluation.evaluate, mellow_platform.training.finetune, mellow_platform.training.tagger
-import mellow_platform.synthesis.synthesize, mellow_platform.training.ablation
+import mellow_platform.inference.engine, mellow_platform.inference.predict_job
+import mellow_platform.preprocessing.preprocess_job
+import mellow_platform.evaluation.evaluate_job, mellow_platform.training.finetune, mellow_platform.training.tagger
+import mellow_platform.synthesis.synthesize_job, mellow_platform.training.ablation
 """
 
 

@@ -31,7 +31,7 @@ from mellow_platform.data.audio import encode
 from mellow_platform.data.records import Record, write_records
 from mellow_platform.local_ray import JobError, LocalRay
 from tests.conftest import REPOSITORY, write_tiny_model
-from tests.serving import replicas_of, serve_details
+from tests.serve_app import replicas_of, serve_details
 
 RATE = 32_000
 Reading = TypeVar("Reading")

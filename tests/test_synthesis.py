@@ -23,25 +23,25 @@ from pydantic import SecretStr
 
 from mellow_platform import storage
 from mellow_platform.config import FiltersSection, PreprocessConfig, SynthesizeConfig
-from mellow_platform.data import corpus, shards
-from mellow_platform.data.captions import Caption, read_captions
+from mellow_platform.data import builtin_corpora, shards
+from mellow_platform.data.caption_tables import Caption, read_captions
+from mellow_platform.data.clip_reader import plan_source
 from mellow_platform.data.records import SPLITS, Record, read_records
-from mellow_platform.data.sources import plan_source
 from mellow_platform.synthesis import vllm_engine
-from mellow_platform.synthesis.answers import Answer, begin
-from mellow_platform.synthesis.asked import Request, plan
 from mellow_platform.synthesis.candidates import TIER_QUESTIONS, candidates, deal_letters, record, subtype
-from mellow_platform.synthesis.checks import apply, blind, support
+from mellow_platform.synthesis.caption_parser import pool, take_apart
 from mellow_platform.synthesis.endpoint import Access, EndpointWriter, Pace
 from mellow_platform.synthesis.filters import contradictions, given_away, near_duplicates, reason_of
-from mellow_platform.synthesis.forms import ASPECTS, BadAnswerError, parse, schema, unbounded
 from mellow_platform.synthesis.mixture import Pair, check_share, existing_pairs, mix
-from mellow_platform.synthesis.passes import Part, read_parts, run_pass
 from mellow_platform.synthesis.prompts import Prompts
+from mellow_platform.synthesis.requests import WritingRequest, plan
 from mellow_platform.synthesis.rules import RuleWriter
-from mellow_platform.synthesis.sounds import pool, take_apart
-from mellow_platform.synthesis.synthesize import synthesize
+from mellow_platform.synthesis.runner import Part, read_parts, run_pass
+from mellow_platform.synthesis.schemas import ASPECTS, BadAnswerError, parse, schema, unbounded
+from mellow_platform.synthesis.synthesize_job import synthesize
+from mellow_platform.synthesis.verification import apply, blind, support
 from mellow_platform.synthesis.vllm_engine import ask_vllm, engine_row, settle
+from mellow_platform.synthesis.writer import WriterAnswer, begin
 from tests.chaos.kill_synthesis import write_captions
 from tests.conftest import REPOSITORY
 from tests.llm_server import IN_CONTENT, KEY, MODEL, ON_THE_WAY, LLMServer, llm_server
@@ -151,7 +151,7 @@ def test_each_caption_is_asked_about_in_every_kind_and_compared_with_another_cli
 
 
 QUESTION = {"aspect": "objects", "question": "what is it?", "answer": "a dog"}
-REQUEST = Request("write-00000000", "detail", 2, {"captions": ["a dog barks"]}, ("a.wav",), "train", "audiocaps")
+REQUEST = WritingRequest("write-00000000", "detail", 2, {"captions": ["a dog barks"]}, ("a.wav",), "train", "audiocaps")
 
 
 @pytest.mark.parametrize(
@@ -188,11 +188,11 @@ def test_fewer_questions_are_taken_where_no_more_are_needed_and_none_is_too_few(
         parse(REQUEST, json.dumps({"questions": []}), least=1)
     half = json.dumps({"true": "it rains", "plausible": "it rains a lot"})
     with pytest.raises(BadAnswerError, match="false: Field required"):
-        parse(Request("", "entailment", 3, {}), half, least=1)
+        parse(WritingRequest("", "entailment", 3, {}), half, least=1)
 
 
 def test_every_question_of_a_check_is_judged_once():
-    request = Request("support-00000000", "support", 2, {})
+    request = WritingRequest("support-00000000", "support", 2, {})
     verdicts = [{"number": 1, "supported": True}, {"number": 1, "supported": False}]
     with pytest.raises(BadAnswerError, match=r"numbers \[1, 1\]: each from 1 to 2 is needed once"):
         parse(request, json.dumps({"verdicts": verdicts}), least=1)
@@ -207,32 +207,32 @@ def test_schemas_are_closed_and_hold_the_number_of_questions_as_strict_servers_w
         2,
     )
     for kind in (*KINDS, "blind", "support"):
-        text = json.dumps(schema(Request("", kind, 3, {})))
+        text = json.dumps(schema(WritingRequest("", kind, 3, {})))
         assert text.count('"additionalProperties": false') == text.count('"type": "object"')
-        without = json.dumps(unbounded(Request("", kind, 3, {})))
+        without = json.dumps(unbounded(WritingRequest("", kind, 3, {})))
         assert "Items" not in without and without.count('"items"') == text.count('"items"')
 
 
 def test_prompts_are_files_that_name_number_form_and_caption_and_can_be_replaced(tmp_path):
     prompts = Prompts.read([*KINDS, "blind", "support"], None)
     for kind in KINDS:
-        text = prompts.render(Request("", kind, 7, {"captions": ["a first", "a second"]}))
+        text = prompts.render(WritingRequest("", kind, 7, {"captions": ["a first", "a second"]}))
         assert "a first" in text and (("a second" in text) == (kind == "difference"))
         assert "Answer with JSON alone" in text and "Never mention a caption" in text
         assert ("exactly 7" in text) == (kind in ("detail", "mcq"))
         assert all(f"`{aspect}`" in text for aspect in ASPECTS) == (kind in ("detail", "mcq"))
     question = {"question": "what?", "choices": ["a dog", "a cat"], "answer": "a dog"}
-    seen = prompts.render(Request("", "support", 1, {"captions": ["a first"], "questions": [question]}))
+    seen = prompts.render(WritingRequest("", "support", 1, {"captions": ["a first"], "questions": [question]}))
     assert "1. what?\n   - a dog\n   - a cat\n   answer: a dog" in seen
-    assert "answer: a dog" not in prompts.render(Request("", "blind", 1, {"questions": [question]}))
+    assert "answer: a dog" not in prompts.render(WritingRequest("", "blind", 1, {"questions": [question]}))
     (tmp_path / "mcq.md").write_text("{{ pairs }} on {{ captions[0] }}, please")
     own = Prompts.read(KINDS, str(tmp_path))
-    assert own.render(Request("", "mcq", 2, {"captions": ["rain"]})) == "2 on rain, please"
+    assert own.render(WritingRequest("", "mcq", 2, {"captions": ["rain"]})) == "2 on rain, please"
     assert own.digest(KINDS) != Prompts.read(KINDS, None).digest(KINDS)
     assert own.digest(["detail"]) == Prompts.read(KINDS, None).digest(["detail"])
     (tmp_path / "mcq.md").write_text("{{ number }}")
     with pytest.raises(ValueError, match=r"prompt mcq.md: 'number' is undefined"):
-        Prompts.read(KINDS, str(tmp_path)).render(Request("", "mcq", 2, {"captions": ["rain"]}))
+        Prompts.read(KINDS, str(tmp_path)).render(WritingRequest("", "mcq", 2, {"captions": ["rain"]}))
     (tmp_path / "mcq.md").write_text("{% for %}")
     with pytest.raises(ValueError, match=r"is no template: line 1"):
         Prompts.read(KINDS, str(tmp_path))
@@ -418,7 +418,7 @@ def test_a_question_is_given_away_to_one_who_is_sure_and_right_without_the_audio
 def test_checks_ask_without_the_audio_across_clips_and_with_the_caption_for_one_and_say_why():
     written = []
     for number in range(30):
-        request = Request(
+        request = WritingRequest(
             f"write-{number}", "detail", 2, {"captions": [f"c{number}"]}, (f"{number}.wav",), "train", "x"
         )
         written += candidates(request, {"questions": [QUESTION, QUESTION | {"question": "why is it?"}]})
@@ -449,14 +449,14 @@ def test_a_check_with_another_prompt_asks_anew():
 
 
 def test_records_are_those_of_reasonaqa():
-    request = Request("write-1", "mcq", 1, {"captions": ["A Dog"]}, ("a.wav",), "train", "audiocaps")
+    request = WritingRequest("write-1", "mcq", 1, {"captions": ["A Dog"]}, ("a.wav",), "train", "audiocaps")
     question = {"aspect": "objects", "question": "What Barks?", "choices": ["A dog", "a cat"], "answer": "a dog."}
     (written,) = candidates(request, {"questions": [question]})
     made = record(deal_letters([written], np.random.default_rng(0))[0])
     assert made.choices == ("a) a cat", "b) a dog") or made.choices == ("a) a dog", "b) a cat")
     assert made.answer in made.choices and made.answer.endswith("a dog")
     assert (made.caption1, made.subtype, made.filepath2) == ("A Dog", "AudioCaps-MCQ.json", "")
-    request = Request("write-2", "entailment", 3, {"captions": ["x"]}, ("a.wav",), "train", "clothov21")
+    request = WritingRequest("write-2", "entailment", 3, {"captions": ["x"]}, ("a.wav",), "train", "clothov21")
     several = [record(c) for c in candidates(request, {"true": 'A "T".', "plausible": "p", "false": "f"})]
     assert [r.input for r in several] == [
         f'based on the audio, what can be said about the hypothesis - "{said}"? a) it is definitely true '
@@ -469,7 +469,9 @@ def test_records_are_those_of_reasonaqa():
         "b) it is definitely false",
     ]
     assert all(len(r.choices) == 4 and r.answer in r.choices for r in several)
-    request = Request("write-3", "difference", 3, {"captions": ["x", "y"]}, ("a.wav", "b.wav"), "train", "clothov21")
+    request = WritingRequest(
+        "write-3", "difference", 3, {"captions": ["x", "y"]}, ("a.wav", "b.wav"), "train", "clothov21"
+    )
     several = [record(c) for c in candidates(request, {"few_words": "f", "sentence": "s", "paragraph": "p"})]
     assert [(r.input, r.answer, r.subtype) for r in several] == [
         (question, answer, f"CLD-{tier}.json")
@@ -576,11 +578,11 @@ def test_rules_answer_every_kind_from_the_caption_alone_and_pass_their_own_check
 def test_rules_see_through_a_question_that_names_its_answer_and_an_answer_that_nothing_supports():
     writer = RuleWriter(0, [])
     shown = {"question": "what falls when rain falls?", "choices": ["rain", "a dog", "a car"], "answer": "a dog"}
-    blind_request = Request("blind-0", "blind", 1, {"questions": [shown]})
+    blind_request = WritingRequest("blind-0", "blind", 1, {"questions": [shown]})
     assert writer.write(blind_request)["answers"] == [{"number": 1, "answer": "rain", "sure": True}]
     for answer, supported in (("a dog", False), ("rain", True), ("weather or water", True), ("two", False)):
         questions = [{"question": "what is it?", "choices": [], "answer": answer}]
-        request = Request("support-0", "support", 1, {"captions": ["soft rain"], "questions": questions})
+        request = WritingRequest("support-0", "support", 1, {"captions": ["soft rain"], "questions": questions})
         assert writer.write(request)["verdicts"] == [{"number": 1, "supported": supported}], answer
 
 
@@ -592,8 +594,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The records of the built-in corpus, without its audio."""
     folder = str(tmp_path_factory.mktemp("scenes"))
     counts = {"train": 24, "val": 3, "test": 4}
-    drawn = {s: [corpus.scene_clip(0, s, n)[0] for n in range(count)] for s, count in counts.items()}
-    corpus.write_scene_corpus(folder, drawn, seed=0, rounds=1)
+    drawn = {s: [builtin_corpora.scene_clip(0, s, n)[0] for n in range(count)] for s, count in counts.items()}
+    builtin_corpora.write_scene_corpus(folder, drawn, seed=0, rounds=1)
     return folder
 
 
@@ -670,7 +672,7 @@ def test_every_aspect_stands_first_in_some_prompts():
     for kind in ("detail", "mcq"):
         first: Counter[str] = Counter()
         for number in range(60):
-            text = prompts.render(Request(f"{kind}-{number}", kind, 5, {"captions": ["rain"]}))
+            text = prompts.render(WritingRequest(f"{kind}-{number}", kind, 5, {"captions": ["rain"]}))
             listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("- `")]
             assert sorted(listed) == sorted(ASPECTS)
             first[listed[0]] += 1
@@ -851,14 +853,16 @@ def test_everything_may_be_in_object_storage(cluster, reachable, bucket):
 def in_process(writer: Any, job: SynthesizeConfig) -> Any:
     """Answer parts with one writer in this process."""
 
-    def answering(name: str, parts: list[Part], earlier: Mapping[str, Answer]) -> Iterator[tuple[str, list[Answer]]]:
+    def answering(
+        name: str, parts: list[Part], earlier: Mapping[str, WriterAnswer]
+    ) -> Iterator[tuple[str, list[WriterAnswer]]]:
         for part, requests in parts:
             yield part, writer.answers(requests, storage.join(job.output, "arriving", name, part), earlier)
 
     return answering
 
 
-def rows_of(job: SynthesizeConfig) -> dict[str, Answer]:
+def rows_of(job: SynthesizeConfig) -> dict[str, WriterAnswer]:
     """Return the answers of the pass write in the folder, each request's one."""
     rows = [row for rows in read_parts("write", job).values() for row in rows]
     files = [row for file in Path(job.output, "answers/write").iterdir() for row in pq.read_table(file).to_pylist()]
@@ -872,11 +876,13 @@ def endpoint_writer(job: SynthesizeConfig, access: Access | None = None) -> Endp
     return EndpointWriter(job, Prompts.read(job.kinds, None), access or Access.from_environment(), "d" * 64)
 
 
-def parts_of(requests: list[Request], job: SynthesizeConfig) -> list[Part]:
+def parts_of(requests: list[WritingRequest], job: SynthesizeConfig) -> list[Part]:
     """Return the parts of a pass, as it hands them to be answered."""
     seen: list[Part] = []
 
-    def answering(name: str, parts: list[Part], earlier: Mapping[str, Answer]) -> Iterator[tuple[str, list[Answer]]]:
+    def answering(
+        name: str, parts: list[Part], earlier: Mapping[str, WriterAnswer]
+    ) -> Iterator[tuple[str, list[WriterAnswer]]]:
         seen.extend(parts)
         return iter(())
 
@@ -885,7 +891,7 @@ def parts_of(requests: list[Request], job: SynthesizeConfig) -> list[Part]:
     return seen
 
 
-def some_requests(job: SynthesizeConfig, count: int = 8) -> list[Request]:
+def some_requests(job: SynthesizeConfig, count: int = 8) -> list[WritingRequest]:
     return plan([Caption(f"{n}.wav", f"a red dog barks {n}", "train", "x") for n in range(count)], job)
 
 
@@ -990,7 +996,7 @@ def test_what_every_request_would_meet_ends_the_job_and_keeps_what_is_there(chan
     }
 
 
-def run(job: SynthesizeConfig, requests: list[Request], server: LLMServer) -> list[Answer]:
+def run(job: SynthesizeConfig, requests: list[WritingRequest], server: LLMServer) -> list[WriterAnswer]:
     """Run the pass write against a server, in this process."""
     return run_pass("write", requests, in_process(endpoint_writer(job, access_to(server)), job), job)[0]
 

@@ -17,16 +17,23 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mellow_platform import storage
 from mellow_platform.config import PreprocessConfig, TrainConfig
 from mellow_platform.data.shards import Manifest
-from mellow_platform.features.preprocess import preprocess
-from mellow_platform.features.store import FeatureStore
 from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.folder import load_model, load_processor, save_pretrained
+from mellow_platform.preprocessing.feature_store import FeatureStore
+from mellow_platform.preprocessing.preprocess_job import preprocess
 from mellow_platform.training.batches import batches
 from mellow_platform.training.checkpoints import FOLDER, MARKER, STATE, CheckpointStore
 from mellow_platform.training.finetune import BETAS, build_model, finetune, load_examples, train_answers
-from mellow_platform.training.gate import check_published
-from mellow_platform.training.loop import MOST_RESIZED, RESULT, begin, learning_rate_factor, run_training, total_steps
-from mellow_platform.training.plan import Plan
+from mellow_platform.training.step_plan import StepPlan
+from mellow_platform.training.trainer import (
+    MOST_RESIZED,
+    RESULT,
+    begin,
+    learning_rate_factor,
+    run_training,
+    total_steps,
+)
+from mellow_platform.training.verify_export import check_published
 from tests.conftest import write_corpus, write_features
 
 STEPS = 20
@@ -72,7 +79,7 @@ def plain_losses(config: TrainConfig) -> np.ndarray:
     model = build_model(config, load_processor(storage.join(config.shards, "processor"))).train()
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, betas=BETAS, weight_decay=config.weight_decay)
-    plan = Plan(config.seed, len(examples), config.batch, config.micro_batch, workers=1)
+    plan = StepPlan(config.seed, len(examples), config.batch, config.micro_batch, workers=1)
     losses = []
     for step, turns in enumerate(batches(plan, ray.put(examples), 0, 0, STEPS)):
         for group in optimizer.param_groups:
@@ -384,7 +391,7 @@ def test_every_epoch_sees_every_example_once_whatever_the_number_of_workers():
     count, batch = 41, 12
     examples = SimpleNamespace(order=lambda seed, epoch: np.random.default_rng([seed, epoch]).permutation(count))
     for workers, micro_batch in ((1, 4), (2, 2), (4, 3)):
-        plan = Plan(seed=1, count=count, batch=batch, micro_batch=micro_batch, workers=workers)
+        plan = StepPlan(seed=1, count=count, batch=batch, micro_batch=micro_batch, workers=workers)
         for step in range(2 * plan.steps_per_epoch):
             epoch, first, last = plan.stretch(step)
             taken = [plan.micro(step, turn, rank) for turn in range(plan.turns) for rank in range(workers)]
@@ -397,7 +404,7 @@ def test_every_epoch_sees_every_example_once_whatever_the_number_of_workers():
 
 def test_batches_come_in_order_and_can_begin_anywhere(made):
     examples = load_examples(configured(made, "order"))
-    plan = Plan(seed=0, count=len(examples), batch=8, micro_batch=2, workers=2)
+    plan = StepPlan(seed=0, count=len(examples), batch=8, micro_batch=2, workers=2)
     source = ray.put(examples)
 
     def labels(first: int) -> list[list[torch.Tensor]]:

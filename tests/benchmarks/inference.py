@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import transformers
 
-from mellow_platform.inference.decoder import Decoder
+from mellow_platform.inference.cached_decoder import CachedDecoder
 from mellow_platform.inference.engine import Engine
 from mellow_platform.inference.request import Request
 from mellow_platform.model import MellowConfig, MellowFeatureExtractor, MellowForConditionalGeneration, MellowProcessor
@@ -362,7 +362,7 @@ def int8_cost(folder: str) -> dict[str, list[float]]:
     for dtype in DTYPES:
         model, processor = load_model(folder)
         tokens = torch.tensor([processor.tokenizer(README.read_text())["input_ids"][:1024]])
-        decoder = Decoder(model.language_model, dtype)
+        decoder = CachedDecoder(model.language_model, dtype)
         logits[dtype] = decoder.logits(decoder(decoder.embed(tokens), decoder.new_cache(1, 1024), [0]))[0, :-1]
     exact, rounded = (logits[dtype].log_softmax(-1) for dtype in DTYPES)
     following = tokens[0, 1 : len(exact) + 1, None]

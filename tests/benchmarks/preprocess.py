@@ -34,11 +34,11 @@ import torch
 from mellow_platform import storage
 from mellow_platform.config import PreprocessConfig
 from mellow_platform.data.audio import decode, encode
-from mellow_platform.data.sources import plan_source
-from mellow_platform.features.clips import EncodeShard, feature_shapes, shard_rows, write_clip_shards
-from mellow_platform.features.stock import write_stock
+from mellow_platform.data.clip_reader import plan_source
 from mellow_platform.model import HTSATEncoder, MellowFeatureExtractor, encoder_config
 from mellow_platform.model.folder import save_pretrained
+from mellow_platform.preprocessing.clip_shards import EncodeShard, feature_shapes, shard_rows, write_clip_shards
+from mellow_platform.preprocessing.inventory import write_stock
 
 CONTAINERS = ("WAV", "FLAC", "OGG", "MP3")
 RATES = (32_000, 44_100, 48_000)  # Hz

@@ -34,12 +34,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from mellow_platform.data import corpus
+from mellow_platform.data import builtin_corpora
 from mellow_platform.data.audio import decode
 from mellow_platform.inference.engine import Engine
 from mellow_platform.inference.request import Request
 from tests.conftest import REPOSITORY
-from tests.serving import RATE, Change, ServedModel, clip, question
+from tests.serve_app import RATE, Change, ServedModel, clip, question
 
 CLIPS = 32  # different ones; questions about a clip that was asked about before find it in a cache
 TOKENS = 16
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of load at each concurrency")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ServedModel(Path(folder), at_most(1)) as served:
-        sounds = [corpus.scene_clip(0, "test", number)[1] for number in range(CLIPS)]
+        sounds = [builtin_corpora.scene_clip(0, "test", number)[1] for number in range(CLIPS)]
         results: dict[str, Any] = overhead(served, sounds, arguments.rounds)
         large = overhead(served, [clip(seed) for seed in range(CLIPS)], arguments.rounds)
         results["http_overhead_wav_ms_p50"] = large["http_overhead_ms_p50"]

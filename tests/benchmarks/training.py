@@ -33,10 +33,10 @@ from mellow_platform import training
 from mellow_platform.config import TrainConfig
 from mellow_platform.model import MellowConfig, MellowForConditionalGeneration
 from mellow_platform.training.batches import MicroBatch, batches
-from mellow_platform.training.examples import AnswerExamples, RecordNames, Texts
+from mellow_platform.training.examples import AnswerExamples, RecordNames, TokenTexts
 from mellow_platform.training.finetune import BETAS, Finetuning
 from mellow_platform.training.flops import ModelFlops, measured_peak
-from mellow_platform.training.plan import Plan
+from mellow_platform.training.step_plan import StepPlan
 
 THREADS = 2
 VOCABULARY, PAD_TOKEN = 49152, 17
@@ -89,9 +89,9 @@ def make_examples(prompt_length: int | None) -> AnswerExamples:
     generator = np.random.default_rng(0)
     count = PAIRS * QUESTIONS_PER_PACK
 
-    def texts(lengths: np.ndarray) -> Texts:
+    def texts(lengths: np.ndarray) -> TokenTexts:
         offsets = np.append(0, np.cumsum(lengths))
-        return Texts(generator.integers(18, VOCABULARY, offsets[-1], dtype=np.int32), offsets)
+        return TokenTexts(generator.integers(18, VOCABULARY, offsets[-1], dtype=np.int32), offsets)
 
     frames = generator.random((2 * PAIRS, 32, 527), np.float32).astype(np.float16)
     return AnswerExamples(
@@ -162,7 +162,7 @@ class Packed:
             zero_stage=0,  # one worker has nobody to share with
         )  # fmt: skip
         model = MellowForConditionalGeneration(MellowConfig.from_size("mellow-v0")).freeze_encoder()
-        self.plan = Plan(0, PAIRS * QUESTIONS_PER_PACK, MICRO_BATCH, MICRO_BATCH, workers=1)
+        self.plan = StepPlan(0, PAIRS * QUESTIONS_PER_PACK, MICRO_BATCH, MICRO_BATCH, workers=1)
         self.tuning = Finetuning(config, self.plan, model, None)
 
     def collate(self, examples: AnswerExamples, step: int) -> list[MicroBatch]:

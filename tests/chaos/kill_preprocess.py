@@ -31,7 +31,7 @@ import ray
 from mellow_platform import storage
 from mellow_platform.config import PreprocessConfig
 from mellow_platform.data.shards import Manifest
-from mellow_platform.features.preprocess import preprocess
+from mellow_platform.preprocessing.preprocess_job import preprocess
 from mellow_platform.progress import Progress
 from tests.chaos.cluster import DRIVER, NODE, WORKER, ChaosCluster
 from tests.conftest import SharedRay, write_corpus

@@ -37,7 +37,7 @@ import yaml
 
 from mellow_platform import cluster
 from tests.conftest import REPOSITORY, write_tiny_model
-from tests.serving import clip, question, replicas_of, serve_details
+from tests.serve_app import clip, question, replicas_of, serve_details
 
 VICTIMS = ("replica", "node", "controller")
 CLIENTS = 8

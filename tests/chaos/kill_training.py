@@ -36,7 +36,7 @@ from mellow_platform import storage
 from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.training.checkpoints import POSITION, CheckpointStore
-from mellow_platform.training.loop import RESULT
+from mellow_platform.training.trainer import RESULT
 from tests.chaos.cluster import DRIVER, NODE, WORKER, ChaosCluster
 from tests.conftest import write_corpus
 from tests.object_storage import object_store

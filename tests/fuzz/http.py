@@ -37,7 +37,7 @@ import schemathesis
 from schemathesis import GenerationMode
 
 from mellow_platform.data.audio import encode
-from tests.serving import ServedModel, clip, question
+from tests.serve_app import ServedModel, clip, question
 
 AT_ONCE = 8
 # 503 and 504 with these codes are limits that were set, not faults.

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from mellow_platform import storage
+from mellow_platform.data.clip_reader import AUDIO_SUFFIXES, READERS
 from mellow_platform.data.labels import ClipLabels, group_field, read_labels
-from mellow_platform.data.sources import AUDIO_SUFFIXES, READERS
 
 LABELS_JSON = "labels.json"
 SUBFOLDERS = "subfolders"
@@ -35,7 +35,7 @@ MAX_MISSING_SHARE = 0.5  # of the files that a table names; with more, folder an
 
 
 @dataclass
-class Recordings:
+class LabelledRecordings:
     """Labelled recordings of a folder.
 
     Attributes:
@@ -59,7 +59,7 @@ class Recordings:
             self.warnings.append(f"{len(names)} {sentence}: {examples(names)}")
 
 
-def read_recordings(folder: str) -> Recordings:
+def read_recordings(folder: str) -> LabelledRecordings:
     """Find out how the recordings in `folder` are labelled, and read their labels.
 
     Raises:
@@ -75,7 +75,7 @@ def read_recordings(folder: str) -> Recordings:
     sources = [name for name in (LABELS_JSON, *tables) if name in sizes]
     if len(sources) > 1:
         raise ValueError(f"{folder} has labels in {' and in '.join(sources)}: move all but one out of the folder")
-    recordings = Recordings(sources[0] if sources else SUBFOLDERS)
+    recordings = LabelledRecordings(sources[0] if sources else SUBFOLDERS)
     if not sources:
         _read_subfolders(folder, audio, recordings, reasons)
     elif recordings.source == LABELS_JSON:
@@ -210,7 +210,7 @@ def _rows(uri: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     return columns, rows
 
 
-def _read_table(folder: str, index: AudioIndex, recordings: Recordings) -> None:
+def _read_table(folder: str, index: AudioIndex, recordings: LabelledRecordings) -> None:
     name = recordings.source
     uri = storage.join(folder, name)
     columns, rows = _rows(uri)
@@ -244,7 +244,7 @@ def _read_table(folder: str, index: AudioIndex, recordings: Recordings) -> None:
     _skip_missing(folder, missing, len(rows) - len(empty), recordings)
 
 
-def _read_labels_json(folder: str, index: AudioIndex, recordings: Recordings) -> None:
+def _read_labels_json(folder: str, index: AudioIndex, recordings: LabelledRecordings) -> None:
     uri = storage.join(folder, LABELS_JSON)
     clips = read_labels(uri)
     recordings.group_field = group_field({str(key).lower() for entry in storage.read_json(uri) for key in entry})
@@ -261,7 +261,7 @@ def _read_labels_json(folder: str, index: AudioIndex, recordings: Recordings) ->
     _skip_missing(folder, missing, len(clips), recordings)
 
 
-def _read_subfolders(folder: str, audio: list[str], recordings: Recordings, reasons: list[str]) -> None:
+def _read_subfolders(folder: str, audio: list[str], recordings: LabelledRecordings, reasons: list[str]) -> None:
     """Label every recording with the name of the folder directly below `folder` that contains it, at any depth."""
     recordings.warnings += reasons
     recordings.clips += [ClipLabels(path, (label_name(path.split("/")[0]),)) for path in audio if "/" in path]
@@ -278,7 +278,7 @@ def _read_subfolders(folder: str, audio: list[str], recordings: Recordings, reas
         )
 
 
-def _skip_missing(folder: str, missing: list[str], count: int, recordings: Recordings) -> None:
+def _skip_missing(folder: str, missing: list[str], count: int, recordings: LabelledRecordings) -> None:
     """Skip the files that `folder` lacks, of `count` that are named.
 
     Raises:
@@ -292,7 +292,7 @@ def _skip_missing(folder: str, missing: list[str], count: int, recordings: Recor
     recordings.skip("files_not_found", missing, f"of {count} files that {recordings.source} names are missing")
 
 
-def _copies(folder: str, recordings: Recordings, sizes: dict[str, int]) -> dict[str, str]:
+def _copies(folder: str, recordings: LabelledRecordings, sizes: dict[str, int]) -> dict[str, str]:
     """Return, for each file with the same bytes as an earlier one, that earlier file.
 
     Only files of equal size are read; empty ones are no copies of each other.
@@ -316,7 +316,7 @@ def _copies(folder: str, recordings: Recordings, sizes: dict[str, int]) -> dict[
     return copies
 
 
-def _merge(recordings: Recordings, copies: dict[str, str]) -> None:
+def _merge(recordings: LabelledRecordings, copies: dict[str, str]) -> None:
     """Make one clip of all entries of a recording, with the labels of all; groups that share a recording become one."""
     clips: dict[str, ClipLabels] = {}
     joined: dict[str, str] = {}  # group to the group that it became part of

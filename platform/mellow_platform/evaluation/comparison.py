@@ -10,9 +10,9 @@ from mellow_platform import storage
 from mellow_platform.config import EvaluateConfig
 from mellow_platform.data.tables import read_table
 from mellow_platform.evaluation.benchmarks import Benchmark
-from mellow_platform.evaluation.intervals import Resampling, holm
-from mellow_platform.evaluation.items import Item
-from mellow_platform.evaluation.scoring import Answered, alike
+from mellow_platform.evaluation.bootstrap import Bootstrap, holm
+from mellow_platform.evaluation.dataset import BenchmarkItem
+from mellow_platform.evaluation.scoring import AnsweredBenchmark, alike
 
 PREDICTIONS = "predictions.parquet"
 Key = tuple[str, ...]  # of a question: benchmark, id, question, and names of the clips
@@ -23,7 +23,7 @@ def _key(benchmark: str, id: str, question: str, clips: Sequence[str]) -> Key:
     return (benchmark, id, question, *(clip.rpartition("/")[2] for clip in clips))
 
 
-def read_baseline(config: EvaluateConfig, questions: Sequence[tuple[Benchmark, list[Item]]]) -> dict[Key, str]:
+def read_baseline(config: EvaluateConfig, questions: Sequence[tuple[Benchmark, list[BenchmarkItem]]]) -> dict[Key, str]:
     """Return what the other evaluation answered, with audio; nothing without one.
 
     Raises:
@@ -42,11 +42,11 @@ def read_baseline(config: EvaluateConfig, questions: Sequence[tuple[Benchmark, l
     return before
 
 
-def _item_key(benchmark: Benchmark, item: Item) -> Key:
+def _item_key(benchmark: Benchmark, item: BenchmarkItem) -> Key:
     return _key(benchmark.name, item.id, item.question, item.files or item.paths)
 
 
-def compare(answered: Sequence[Answered], before: dict[Key, str], config: EvaluateConfig) -> dict[str, Any]:
+def compare(answered: Sequence[AnsweredBenchmark], before: dict[Key, str], config: EvaluateConfig) -> dict[str, Any]:
     """Compare with another evaluation on the questions that both answered, with audio.
 
     A score counts as lower where its difference is significant among all that are compared (Holm, 5 %).
@@ -66,7 +66,7 @@ def compare(answered: Sequence[Answered], before: dict[Key, str], config: Evalua
             "before": [before[_item_key(benchmark, item)] for item in items],
         }
         scored = alike({name: benchmark.score(items, own) for name, own in texts.items()})
-        draws = Resampling([item.clips[0] for item in items], config.resamples, config.seed)
+        draws = Bootstrap([item.clips[0] for item in items], config.resamples, config.seed)
         for now, then in zip(scored["now"].measures, scored["before"].measures, strict=True):
             for name, difference in draws.compare(now, then).items():
                 row = {"benchmark": benchmark.name, "score": name, "questions": len(rows)}

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from mellow_platform.config import EvaluateConfig
-from mellow_platform.evaluation.answerers import Reply
-from mellow_platform.evaluation.benchmarks import Benchmark, Choice, Description, Families, Scored
-from mellow_platform.evaluation.intervals import Resampling
-from mellow_platform.evaluation.items import Item
-from mellow_platform.evaluation.measures import Expected, Measure
+from mellow_platform.evaluation.benchmarks import Benchmark, ChoiceBenchmark, DescriptionBenchmark, Families, Scored
+from mellow_platform.evaluation.bootstrap import Bootstrap
+from mellow_platform.evaluation.dataset import BenchmarkItem
+from mellow_platform.evaluation.metrics import Expected, Metric
+from mellow_platform.evaluation.models import Reply
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnsweredBenchmark:
     """A benchmark with what was answered under each condition, and what that scores.
 
     Attributes:
@@ -25,7 +25,7 @@ class Answered:
     """
 
     benchmark: Benchmark
-    items: list[Item]
+    items: list[BenchmarkItem]
     replies: dict[str, list[Reply]]
     known: np.ndarray
     scored: dict[str, Scored]
@@ -37,7 +37,7 @@ class Answered:
         return {name: counts for name, counts in found.items() if counts}
 
 
-def score(benchmark: Benchmark, items: list[Item], replies: dict[str, list[Reply]]) -> Answered:
+def score(benchmark: Benchmark, items: list[BenchmarkItem], replies: dict[str, list[Reply]]) -> AnsweredBenchmark:
     """Score what was answered to a benchmark's items."""
     known = [row for row, item in enumerate(items) if item.references]
     own = [items[row] for row in known]
@@ -46,7 +46,7 @@ def score(benchmark: Benchmark, items: list[Item], replies: dict[str, list[Reply
         name: score_chance(benchmark, own, drawn) if name == "chance" else benchmark.score(own, drawn)
         for name, drawn in texts.items()
     }
-    return Answered(benchmark, items, replies, np.array(known, np.int64), alike(scored))
+    return AnsweredBenchmark(benchmark, items, replies, np.array(known, np.int64), alike(scored))
 
 
 def alike(scored: dict[str, Scored]) -> dict[str, Scored]:
@@ -64,7 +64,7 @@ def alike(scored: dict[str, Scored]) -> dict[str, Scored]:
     }
 
 
-def score_chance(benchmark: Benchmark, items: Sequence[Item], drawn: Sequence[str]) -> Scored:
+def score_chance(benchmark: Benchmark, items: Sequence[BenchmarkItem], drawn: Sequence[str]) -> Scored:
     """Return what drawn answers are expected to score: over every choice alike, where a question has choices."""
     answers = [item.choices or (text,) for item, text in zip(items, drawn, strict=True)]
     question = np.repeat(np.arange(len(items)), [len(own) for own in answers])
@@ -73,11 +73,11 @@ def score_chance(benchmark: Benchmark, items: Sequence[Item], drawn: Sequence[st
     return Scored([Expected(measure, question) for measure in every.measures], every.main, each)
 
 
-def summarise(answered: Answered, config: EvaluateConfig) -> dict[str, Any]:
+def summarise(answered: AnsweredBenchmark, config: EvaluateConfig) -> dict[str, Any]:
     """Return a benchmark's scores with their intervals, over all and by category, and how they fall without audio."""
     benchmark, known = answered.benchmark, [answered.items[row] for row in answered.known]
     computed = {name for scored in answered.scored.values() for measure in scored.measures for name in measure.names}
-    absent = benchmark.scorer.unavailable if isinstance(benchmark, Description) else {}
+    absent = benchmark.scorer.unavailable if isinstance(benchmark, DescriptionBenchmark) else {}
     summary: dict[str, Any] = {
         "title": benchmark.title,
         "questions": len(answered.items),
@@ -87,7 +87,7 @@ def summarise(answered: Answered, config: EvaluateConfig) -> dict[str, Any]:
     }
     if not known:
         return summary
-    draws = Resampling([item.clips[0] for item in known], config.resamples, config.seed)
+    draws = Bootstrap([item.clips[0] for item in known], config.resamples, config.seed)
     summary["main"] = answered.scored["audio" if "audio" in answered.scored else next(iter(answered.scored))].main
     summary["scores"] = {name: _estimates(draws, scored.measures) for name, scored in answered.scored.items()}
     summary["groups"] = {}
@@ -97,7 +97,7 @@ def summarise(answered: Answered, config: EvaluateConfig) -> dict[str, Any]:
             summary["groups"][axis] = {
                 str(value): _of_group(answered, draws, np.flatnonzero(values == value)) for value in sorted(set(values))
             }
-    if len(summary["groups"].get("family", {})) > 1 and not isinstance(benchmark, Choice | Families):
+    if len(summary["groups"].get("family", {})) > 1 and not isinstance(benchmark, ChoiceBenchmark | Families):
         summary["data_sets"] = _data_sets(answered, draws)
     heard = answered.scored.get("audio")
     summary["control"] = {
@@ -108,15 +108,15 @@ def summarise(answered: Answered, config: EvaluateConfig) -> dict[str, Any]:
     return summary
 
 
-def _estimates(draws: Resampling, measures: Sequence[Measure]) -> dict[str, dict[str, float]]:
+def _estimates(draws: Bootstrap, measures: Sequence[Metric]) -> dict[str, dict[str, float]]:
     return {name: asdict(value) for measure in measures for name, value in draws.estimate(measure).items()}
 
 
-def _main(scored: Scored) -> Measure:
+def _main(scored: Scored) -> Metric:
     return next(measure for measure in scored.measures if scored.main in measure.names)
 
 
-def _data_sets(answered: Answered, draws: Resampling) -> dict[str, Any]:
+def _data_sets(answered: AnsweredBenchmark, draws: Bootstrap) -> dict[str, Any]:
     """Return all scores of each family alone, as they are published: CIDEr weighs words by the whole set it is of."""
     families = np.array([answered.items[row].family for row in answered.known])
     found = {}
@@ -130,7 +130,7 @@ def _data_sets(answered: Answered, draws: Resampling) -> dict[str, Any]:
     return found
 
 
-def _of_group(answered: Answered, draws: Resampling, rows: np.ndarray) -> dict[str, Any]:
+def _of_group(answered: AnsweredBenchmark, draws: Bootstrap, rows: np.ndarray) -> dict[str, Any]:
     """Return the main score of some of the items, under each condition."""
     own = draws.of(rows)
     scores = {name: own.estimate(_main(scored).of(rows))[scored.main] for name, scored in answered.scored.items()}

@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Question:
+class ClipQuestion:
     """A question to ask.
 
     Attributes:
@@ -71,7 +71,7 @@ class Question:
 
 
 @dataclass
-class Answer:
+class ClipAnswer:
     """An answer as it is written.
 
     Attributes:
@@ -85,7 +85,7 @@ class Answer:
     cut: bool = False
 
 
-def read_question(words: Sequence[str], **options: Any) -> Question:
+def read_question(words: Sequence[str], **options: Any) -> ClipQuestion:
     """Return the question in the positional arguments of a command line: one or two clips, then the text.
 
     Raises:
@@ -101,7 +101,7 @@ def read_question(words: Sequence[str], **options: Any) -> Question:
         if all(map(_is_clip, clips)):
             raise ValueError(f"{len(clips)} clips ({', '.join(clips)}): a question is about one or two")
         raise ValueError(f"{len(words)} arguments; {usage}")
-    return Question(text, tuple(clips), **options)
+    return ClipQuestion(text, tuple(clips), **options)
 
 
 def _is_clip(word: str) -> bool:
@@ -109,7 +109,7 @@ def _is_clip(word: str) -> bool:
     return "://" in word or Path(word).exists() or (" " not in word and path.suffix not in ("", "."))
 
 
-def ask(question: Question, model: str | None = None) -> Iterator[Answer]:
+def ask(question: ClipQuestion, model: str | None = None) -> Iterator[ClipAnswer]:
     """Ask a model folder or the URL of an endpoint; by default the demo's folder, else the demo's endpoint.
 
     Raises:
@@ -133,7 +133,7 @@ def ask(question: Question, model: str | None = None) -> Iterator[Answer]:
     return ask_folder(question, files, model)
 
 
-def print_answers(answers: Iterable[Answer], output: TextIO) -> None:
+def print_answers(answers: Iterable[ClipAnswer], output: TextIO) -> None:
     """Print each answer on a line of its own, every piece as soon as it is there; say on stderr if one was cut."""
     cut = False
     for answer in answers:
@@ -150,7 +150,7 @@ def print_answers(answers: Iterable[Answer], output: TextIO) -> None:
         print("note: the answer was cut at --max-new-tokens", file=sys.stderr)
 
 
-def ask_folder(question: Question, files: Sequence[bytes], folder: str) -> Iterator[Answer]:
+def ask_folder(question: ClipQuestion, files: Sequence[bytes], folder: str) -> Iterator[ClipAnswer]:
     """Ask the model in a folder, in this process.
 
     Raises:
@@ -165,10 +165,10 @@ def ask_folder(question: Question, files: Sequence[bytes], folder: str) -> Itera
         if question.choices:
             for name, request in zip(names, requests, strict=True):
                 for score in engine.score(request, question.choices):
-                    yield Answer(name, [_scored(score.choice, score.probability)])
+                    yield ClipAnswer(name, [_scored(score.choice, score.probability)])
             return
         for name, stream in zip(names, [engine.submit(request) for request in requests], strict=True):
-            answer = Answer(name)
+            answer = ClipAnswer(name)
             answer.pieces = _written(stream, answer)
             yield answer
 
@@ -203,13 +203,13 @@ def _silence_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def _written(stream: Stream, answer: Answer) -> Iterator[str]:
+def _written(stream: Stream, answer: ClipAnswer) -> Iterator[str]:
     for token in stream:
         yield token.text
     answer.cut = stream.result().finish_reason == "length"
 
 
-def ask_endpoint(question: Question, files: Sequence[bytes], url: str) -> Iterator[Answer]:
+def ask_endpoint(question: ClipQuestion, files: Sequence[bytes], url: str) -> Iterator[ClipAnswer]:
     """Ask an endpoint that speaks OpenAI's chat completions; choices only that of this project.
 
     The model is OPENAI_MODEL, or the first that the endpoint lists; the key is OPENAI_API_KEY.
@@ -288,8 +288,8 @@ def _remedy(error: "openai.APIStatusError") -> str:
 
 
 def _write(
-    client: "openai.OpenAI", question: Question, files: Sequence[bytes], url: str, model: str, owner: str
-) -> Iterator[Answer]:
+    client: "openai.OpenAI", question: ClipQuestion, files: Sequence[bytes], url: str, model: str, owner: str
+) -> Iterator[ClipAnswer]:
     from mellow_platform.completion import CONTAINERS, input_audio
 
     # OpenAI's own API takes these two.
@@ -323,17 +323,17 @@ class _Chunks:
         self.texts: dict[int, list[str]] = {}
         self.ends: dict[int, str] = {}
 
-    def answers(self) -> Iterator[Answer]:
+    def answers(self) -> Iterator[ClipAnswer]:
         """Yield the answers in order; texts of later ones are kept until then."""
         # The endpoint opens all answers before the first text.
         while not self.ends and not any(self.texts.values()):
             self._read()
         for number in sorted(self.texts):
-            answer = Answer(self.seconds[number] if len(self.texts) > 1 else "")
+            answer = ClipAnswer(self.seconds[number] if len(self.texts) > 1 else "")
             answer.pieces = self._pieces(number, answer)
             yield answer
 
-    def _pieces(self, number: int, answer: Answer) -> Iterator[str]:
+    def _pieces(self, number: int, answer: ClipAnswer) -> Iterator[str]:
         while self.texts[number] or number not in self.ends:
             if not self.texts[number]:
                 self._read()
@@ -360,8 +360,8 @@ class _Chunks:
 
 
 def _choose(
-    client: "openai.OpenAI", question: Question, files: Sequence[bytes], url: str, model: str
-) -> Iterator[Answer]:
+    client: "openai.OpenAI", question: ClipQuestion, files: Sequence[bytes], url: str, model: str
+) -> Iterator[ClipAnswer]:
     import openai
 
     form: list[Any] = [
@@ -380,7 +380,7 @@ def _choose(
         if isinstance(error.__cause__, openai.NotFoundError):
             raise ValueError(f"{error}; --choice needs an endpoint of this project, or a model folder") from error
         raise
-    return iter([Answer("", [score]) for score in scores])
+    return iter([ClipAnswer("", [score]) for score in scores])
 
 
 def _read(clip: str) -> bytes:
@@ -394,7 +394,7 @@ def _read(clip: str) -> bytes:
         raise OSError(f"clip {clip} cannot be read: {reason}; {remedy}") from error
 
 
-def _decode(question: Question, files: Sequence[bytes], sampling_rate: int) -> list[np.ndarray]:
+def _decode(question: ClipQuestion, files: Sequence[bytes], sampling_rate: int) -> list[np.ndarray]:
     """Return the waveforms [samples] of the clips at `sampling_rate` Hz; an error names the clip."""
     recordings = []
     for clip, data in zip(question.clips, files, strict=True):

@@ -22,8 +22,9 @@ import torch
 
 from mellow_platform.data.audio import LOUDEST, is_bounded
 from mellow_platform.data.partners import second_clip
-from mellow_platform.inference.decoder import Decoder, KeyValueCache
-from mellow_platform.inference.graphs import StepGraphs
+from mellow_platform.inference.answer_text import AnswerText
+from mellow_platform.inference.cached_decoder import CachedDecoder, KeyValueCache
+from mellow_platform.inference.cuda_graphs import StepGraphs
 from mellow_platform.inference.linear import pack_linears
 from mellow_platform.inference.lru import TensorLRU
 from mellow_platform.inference.request import (
@@ -41,7 +42,6 @@ from mellow_platform.inference.request import (
     parts_of,
 )
 from mellow_platform.inference.sampling import Sampler
-from mellow_platform.inference.text import AnswerText
 from mellow_platform.model import MellowForConditionalGeneration, MellowProcessor
 from mellow_platform.model.folder import load_model
 
@@ -73,7 +73,7 @@ class Engine:
     """Answers questions with a Mellow model.
 
     Args:
-        model: its decoder's weights are taken over (see `Decoder`): do not use it afterwards.
+        model: its decoder's weights are taken over (see `CachedDecoder`): do not use it afterwards.
         processor: of the model.
         dtype: `float32` or `int8` on CPU, `bfloat16` on a GPU; by default the device's own.
         slots: answers written at once.
@@ -306,7 +306,7 @@ class Engine:
 
     def _take_over(self, model: MellowForConditionalGeneration, slots: int) -> None:
         """Put the model into the form that is computed with."""
-        self._decoder = Decoder(model.merge_lora().language_model, self.dtype)
+        self._decoder = CachedDecoder(model.merge_lora().language_model, self.dtype)
         # What is left of the model encodes clips; it needs no decoder any more.
         del model.language_model
         # The encoder runs once a clip, and int8's second row costs it more time than int8 saves.

@@ -9,14 +9,14 @@ RULES = ("first", "each", "pair")
 
 
 @dataclass(frozen=True)
-class Heard:
+class Window:
     """The clips of one question, and which seconds of the recordings they are: (start, end) each."""
 
     clips: tuple[np.ndarray, ...]
     seconds: tuple[tuple[float, float], ...]
 
 
-def windows(recordings: Sequence[np.ndarray], clip_samples: int, sampling_rate: int, rule: str) -> list[Heard]:
+def windows(recordings: Sequence[np.ndarray], clip_samples: int, sampling_rate: int, rule: str) -> list[Window]:
     """Cut one or two recordings into what each question about them hears.
 
     Args:
@@ -28,7 +28,7 @@ def windows(recordings: Sequence[np.ndarray], clip_samples: int, sampling_rate: 
             `pair`: of one recording, its first and its last window as the two clips of one question.
 
     Returns:
-        One `Heard` a question. A last window that is shorter comes as it is; the front end fills it.
+        One `Window` a question. A last window that is shorter comes as it is; the front end fills it.
 
     Raises:
         ValueError: no such rule, no or too many recordings, an empty one, or `pair` of two recordings.
@@ -53,7 +53,7 @@ def windows(recordings: Sequence[np.ndarray], clip_samples: int, sampling_rate: 
     return [_heard([(recording, 0), (recording, last)], clip_samples, sampling_rate)]
 
 
-def _heard(places: list[tuple[np.ndarray, int]], clip_samples: int, sampling_rate: int) -> Heard:
+def _heard(places: list[tuple[np.ndarray, int]], clip_samples: int, sampling_rate: int) -> Window:
     # Copies, where they are parts: a view would keep the whole recording in memory for as long as it is asked about.
     parts = ((recording, recording[start : start + clip_samples]) for recording, start in places)
     clips = tuple(part if len(part) == len(recording) else part.copy() for recording, part in parts)
@@ -61,4 +61,4 @@ def _heard(places: list[tuple[np.ndarray, int]], clip_samples: int, sampling_rat
         (start / sampling_rate, (start + len(clip)) / sampling_rate)
         for (_, start), clip in zip(places, clips, strict=True)
     )
-    return Heard(clips, seconds)
+    return Window(clips, seconds)

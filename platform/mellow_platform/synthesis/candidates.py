@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from mellow_platform.data.records import SCHEMA, Record, lettered
-from mellow_platform.synthesis.asked import TIERS, Request
+from mellow_platform.synthesis.requests import TIERS, WritingRequest
 
 TIER_QUESTIONS = (
     "explain the difference between the two audios in a few words.",
@@ -69,7 +69,7 @@ def subtype(taskname: str, kind: str, tier: int = 0) -> str:
     return names[kind].format(tier=tier)
 
 
-def candidates(request: Request, content: dict[str, Any]) -> list[Candidate]:
+def candidates(request: WritingRequest, content: dict[str, Any]) -> list[Candidate]:
     """Return the questions in the answer to `request`, in lower case as all of ReasonAQA."""
     found = []
     for place, fields in enumerate(_fields(request, content)):
@@ -95,7 +95,7 @@ def candidates(request: Request, content: dict[str, Any]) -> list[Candidate]:
     return found
 
 
-def _fields(request: Request, content: dict[str, Any]) -> list[dict[str, Any]]:
+def _fields(request: WritingRequest, content: dict[str, Any]) -> list[dict[str, Any]]:
     if request.kind == "difference":
         return [{"question": q, "answer": content[tier]} for q, tier in zip(TIER_QUESTIONS, TIERS, strict=True)]
     if request.kind == "entailment":

@@ -26,10 +26,10 @@ from pydantic import SecretStr
 
 from mellow_platform.completion import read_completion, said
 from mellow_platform.config import SynthesizeConfig
-from mellow_platform.synthesis.answers import REFUSED, STOP, Answer, begin, keep, read_arrived
-from mellow_platform.synthesis.asked import Request
-from mellow_platform.synthesis.forms import BadAnswerError, parse, schema, unbounded
 from mellow_platform.synthesis.prompts import Prompts
+from mellow_platform.synthesis.requests import WritingRequest
+from mellow_platform.synthesis.schemas import BadAnswerError, parse, schema, unbounded
+from mellow_platform.synthesis.writer import REFUSED, STOP, WriterAnswer, begin, keep, read_arrived
 
 URL, MODEL, KEY = "OPENAI_BASE_URL", "OPENAI_MODEL", "OPENAI_API_KEY"
 NO_KEY = "no-key-is-set"  # what servers that want none are sent: the client insists on one
@@ -89,7 +89,7 @@ class InVain:
     """
 
     kept: str
-    answer: Answer
+    answer: WriterAnswer
     again: bool
     time: float = field(default_factory=time.monotonic)
 
@@ -138,8 +138,10 @@ class EndpointWriter:
         self.failed = False  # a request has failed on the way since the last answer
         self.in_vain: list[InVain] = []  # what may yet turn out to be no prompt's fault
 
-    def answers(self, requests: list[Request], kept: str, earlier: Mapping[str, Answer]) -> list[Answer]:
-        """Return the answers to `requests`; asked are those that are not in `kept` (`answers.Writer`)."""
+    def answers(
+        self, requests: list[WritingRequest], kept: str, earlier: Mapping[str, WriterAnswer]
+    ) -> list[WriterAnswer]:
+        """Return the answers to `requests`; asked are those that are not in `kept` (`writer.Writer`)."""
         known = read_arrived(kept, self.pool)
         missing = [request for request in requests if request.id not in known]
         with self.lock:
@@ -152,7 +154,7 @@ class EndpointWriter:
                     reply.kept, reply.answer["final"] = "", False
         return [*(known[request.id] for request in requests if request.id in known), *fresh]
 
-    def _answer_and_keep(self, kept: str, earlier: Mapping[str, Answer], request: Request) -> Answer:
+    def _answer_and_keep(self, kept: str, earlier: Mapping[str, WriterAnswer], request: WritingRequest) -> WriterAnswer:
         begun, sent, before = earlier.get(request.id), time.monotonic(), self.answered
         try:
             answer = begin(request, begun) | _end(self.stopped) if self.stopped else self.ask(request, begun)
@@ -199,7 +201,7 @@ class EndpointWriter:
             f"{reply.answer['error']}, {reply.answer['detail'][:TEXT_QUOTED]}"
         )
 
-    def _failed_on_the_way(self, answer: Answer, others: int, again: bool) -> dict[str, Any]:
+    def _failed_on_the_way(self, answer: WriterAnswer, others: int, again: bool) -> dict[str, Any]:
         """Return what a failure after all retries means: nothing more, or the job's end.
 
         One prompt that a server trips over must not keep the job from its end; where it has answered no other request
@@ -220,7 +222,7 @@ class EndpointWriter:
             f"{answer['detail']} after {self.config.endpoint.retries} retries, while no other request was answered"
         )
 
-    def ask(self, request: Request, earlier: Answer | None = None) -> Answer:
+    def ask(self, request: WritingRequest, earlier: WriterAnswer | None = None) -> WriterAnswer:
         """Ask until an answer is in form, at most `attempts` times; what fails is said in the answer.
 
         Of the last attempt, fewer questions are taken than were asked for.
@@ -246,7 +248,7 @@ class EndpointWriter:
                 return answer | {"content": json.dumps(content, ensure_ascii=False), "error": None, "detail": None}
         return answer
 
-    def _complete(self, request: Request, prompt: str, answer: Answer) -> Choice:
+    def _complete(self, request: WritingRequest, prompt: str, answer: WriterAnswer) -> Choice:
         """Return the choice of one completion; add to the counts of `answer`.
 
         Raises:
@@ -270,11 +272,11 @@ class EndpointWriter:
                 return completion.choices[0]
         raise UnreadableError(f"the body of {repeat + 1} responses is no completion: {raw.text}")
 
-    def _key(self, request: Request, attempt: int) -> str:
+    def _key(self, request: WritingRequest, attempt: int) -> str:
         """Return what an answer is known by: out of form, or cut at another length, it has to be written anew."""
         return f"{self.digest[:16]}-{request.id}-{attempt}.{self.config.sampling.max_tokens}"
 
-    def _count(self, completion: ChatCompletion, answer: Answer) -> None:
+    def _count(self, completion: ChatCompletion, answer: WriterAnswer) -> None:
         with self.lock:
             self.answered, self.works, self.failed = self.answered + 1, True, False
         answer["completions"] += 1
@@ -282,7 +284,7 @@ class EndpointWriter:
         answer["prompt_tokens"] += getattr(completion.usage, "prompt_tokens", 0) or 0
         answer["completion_tokens"] += getattr(completion.usage, "completion_tokens", 0) or 0
 
-    def _fields(self, request: Request, attempt: int) -> dict[str, Any]:
+    def _fields(self, request: WritingRequest, attempt: int) -> dict[str, Any]:
         """Return what a request's body has by the configuration."""
         sampling = self.config.sampling
         fields: dict[str, Any] = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}

@@ -245,7 +245,7 @@ def _own_words(candidate: Candidate) -> str:
 
 
 def given_away(candidate: Candidate, answer: dict[str, Any]) -> bool:
-    """Return whether one who has not heard the audio (`forms.BlindAnswer`) is sure of the answer, and right."""
+    """Return whether one who has not heard the audio (`schemas.BlindAnswer`) is sure of the answer, and right."""
     if not answer["sure"]:
         return False
     if candidate["choices"]:

@@ -9,8 +9,8 @@ import jinja2
 import jinja2.sandbox
 
 from mellow_platform import storage
-from mellow_platform.synthesis.asked import Request
-from mellow_platform.synthesis.forms import ASPECTS, CHOICES
+from mellow_platform.synthesis.requests import WritingRequest
+from mellow_platform.synthesis.schemas import ASPECTS, CHOICES
 
 FOLDER = Path(__file__).with_name("prompts")
 
@@ -56,7 +56,7 @@ class Prompts:
         """Return the SHA-256 over the texts of some kinds: an edited prompt gets other answers."""
         return hashlib.sha256(repr([(kind, self.texts[kind]) for kind in sorted(kinds)]).encode()).hexdigest()
 
-    def render(self, request: Request) -> str:
+    def render(self, request: WritingRequest) -> str:
         """Return the prompt of `request`.
 
         Raises:
@@ -70,5 +70,5 @@ class Prompts:
             raise ValueError(f"prompt {request.kind}.md: {error}") from error
 
 
-def _aspects(request: Request) -> list[str]:
+def _aspects(request: WritingRequest) -> list[str]:
     return random.Random(request.id).sample(ASPECTS, len(ASPECTS))

@@ -10,24 +10,24 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mellow_platform.synthesis.answers import Answer, begin
-from mellow_platform.synthesis.asked import Request
 from mellow_platform.synthesis.candidates import HYPOTHESES, VERDICTS, hypothesis
-from mellow_platform.synthesis.forms import CHOICES, parse
-from mellow_platform.synthesis.sounds import (
+from mellow_platform.synthesis.caption_parser import (
     FEELINGS,
     NUMBERS,
     PITCH,
     PLACES,
     SOURCES,
     STEM,
-    Scene,
+    CaptionScene,
     Sound,
     implied,
     stems,
     take_apart,
 )
+from mellow_platform.synthesis.requests import WritingRequest
+from mellow_platform.synthesis.schemas import CHOICES, parse
 from mellow_platform.synthesis.words import content_words, words
+from mellow_platform.synthesis.writer import WriterAnswer, begin
 
 # What no recording settles, so that it is plausible of a sound that is heard.
 UNKNOWABLE = (
@@ -48,22 +48,24 @@ class RuleWriter:
     """Answers requests by rules, the same ones always the same.
 
     Args:
-        pool: names of sounds to draw wrong choices from (`sounds.pool`).
+        pool: names of sounds to draw wrong choices from (`caption_parser.pool`).
     """
 
     def __init__(self, seed: int, pool: list[str]):
         self.seed, self.pool = seed, random.Random(seed).sample(pool, len(pool))
 
-    def answers(self, requests: list[Request], kept: str, earlier: Mapping[str, Answer]) -> list[Answer]:
-        """Return the answers to `requests` (`answers.Writer`); they cost nothing, and none is kept."""
+    def answers(
+        self, requests: list[WritingRequest], kept: str, earlier: Mapping[str, WriterAnswer]
+    ) -> list[WriterAnswer]:
+        """Return the answers to `requests` (`writer.Writer`); they cost nothing, and none is kept."""
         return [self.answer(request) for request in requests]
 
-    def answer(self, request: Request) -> Answer:
+    def answer(self, request: WritingRequest) -> WriterAnswer:
         content = json.dumps(self.write(request), ensure_ascii=False)
         parse(request, content, least=0)
         return begin(request) | {"content": content}
 
-    def write(self, request: Request) -> dict[str, Any]:
+    def write(self, request: WritingRequest) -> dict[str, Any]:
         """Return the content of the answer, in the form of the request's kind."""
         rng = random.Random(f"{self.seed} {request.id}")
         match request.kind:
@@ -85,7 +87,7 @@ class RuleWriter:
             case _:
                 return self._hypotheses(request.material["captions"][0], scenes[0], rng)
 
-    def _absent(self, scene: Scene, count: int, rng: random.Random) -> list[str]:
+    def _absent(self, scene: CaptionScene, count: int, rng: random.Random) -> list[str]:
         """Draw names of sounds that have no word in common with those heard, nor with each other."""
         taken = set().union(*(stems(sound.name) for sound in scene.sounds))
         found: list[str] = []
@@ -99,7 +101,7 @@ class RuleWriter:
                 break
         return found
 
-    def _choice_questions(self, scene: Scene, rng: random.Random) -> list[Question]:
+    def _choice_questions(self, scene: CaptionScene, rng: random.Random) -> list[Question]:
         questions: list[Question] = []
 
         def ask(aspect: str, question: str, right: str, wrong: list[str]) -> None:
@@ -135,7 +137,7 @@ class RuleWriter:
             ask("semantics", "how many different sounds are heard?", NUMBERS[len(names)], wrong)
         return questions
 
-    def _hypotheses(self, caption: str, scene: Scene, rng: random.Random) -> dict[str, str]:
+    def _hypotheses(self, caption: str, scene: CaptionScene, rng: random.Random) -> dict[str, str]:
         heard = rng.choice(scene.sounds).name if scene.sounds else caption
         missing = (self._absent(scene, 1, rng) or ["silence"])[0]
         claim = rng.choice(UNKNOWABLE)
@@ -148,7 +150,7 @@ class RuleWriter:
         }
 
 
-def _detail_questions(scene: Scene) -> list[Question]:
+def _detail_questions(scene: CaptionScene) -> list[Question]:
     questions: list[Question] = []
 
     def ask(aspect: str, question: str, answer: str) -> None:
@@ -181,7 +183,7 @@ def _described(sound: Sound) -> str:
     return " and ".join(filter(None, (sound.loudness, sound.pitch)))
 
 
-def _telling(scene: Scene, table: dict[str, str]) -> list[str]:
+def _telling(scene: CaptionScene, table: dict[str, str]) -> list[str]:
     """Return the sounds by which a scene belongs to groups of a table."""
     return [sound.phrase for sound in scene.sounds if any(word in table for word in words(sound.phrase))]
 
@@ -190,7 +192,7 @@ def _listed(items: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(items[:-1]), items[-1])))
 
 
-def _difference(caption1: str, caption2: str, scene1: Scene, scene2: Scene) -> dict[str, str]:
+def _difference(caption1: str, caption2: str, scene1: CaptionScene, scene2: CaptionScene) -> dict[str, str]:
     first, second = (
         [sound.phrase for sound in scene.sounds] or [caption]
         for scene, caption in ((scene1, caption1), (scene2, caption2))

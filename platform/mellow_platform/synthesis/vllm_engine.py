@@ -18,11 +18,11 @@ import ray
 
 from mellow_platform import storage
 from mellow_platform.config import SynthesizeConfig
-from mellow_platform.synthesis.answers import REFUSED, Answer, begin, keep, read_arrived
-from mellow_platform.synthesis.asked import Request
-from mellow_platform.synthesis.forms import BadAnswerError, parse, schema
-from mellow_platform.synthesis.passes import ARRIVING, Answering, Part
 from mellow_platform.synthesis.prompts import Prompts
+from mellow_platform.synthesis.requests import WritingRequest
+from mellow_platform.synthesis.runner import ARRIVING, Answering, Part
+from mellow_platform.synthesis.schemas import BadAnswerError, parse, schema
+from mellow_platform.synthesis.writer import REFUSED, WriterAnswer, begin, keep, read_arrived
 
 FAILURE = "__inference_error__"  # the column in which Ray says what an engine did not answer
 WRITTEN_AT_ONCE = 16  # answers on their way to the folder
@@ -44,7 +44,9 @@ def ask_vllm(config: SynthesizeConfig, prompts: Prompts) -> Answering:
 
     engine = functools.cache(functools.partial(_engine, config))  # built when there is something to ask
 
-    def answering(name: str, parts: list[Part], earlier: Mapping[str, Answer]) -> Iterator[tuple[str, list[Answer]]]:
+    def answering(
+        name: str, parts: list[Part], earlier: Mapping[str, WriterAnswer]
+    ) -> Iterator[tuple[str, list[WriterAnswer]]]:
         folder = storage.join(config.output, ARRIVING, name)
         left = {request.id: (part, request) for part, requests in parts for request in requests}
         with ThreadPoolExecutor(WRITTEN_AT_ONCE) as pool:
@@ -65,8 +67,11 @@ def ask_vllm(config: SynthesizeConfig, prompts: Prompts) -> Answering:
 
 
 def _settled(
-    outputs: Iterable[dict[str, Any]], left: dict[str, tuple[str, Request]], answers: dict[str, Answer], again: bool
-) -> Iterator[tuple[str, Answer]]:
+    outputs: Iterable[dict[str, Any]],
+    left: dict[str, tuple[str, WritingRequest]],
+    answers: dict[str, WriterAnswer],
+    again: bool,
+) -> Iterator[tuple[str, WriterAnswer]]:
     """Yield what need not be asked again, each with its part, and take it from `left`.
 
     Args:
@@ -80,11 +85,13 @@ def _settled(
             yield part, answer
 
 
-def _keeping(folder: str, answers: Iterable[tuple[str, Answer]], pool: Executor) -> Iterator[tuple[str, list[Answer]]]:
+def _keeping(
+    folder: str, answers: Iterable[tuple[str, WriterAnswer]], pool: Executor
+) -> Iterator[tuple[str, list[WriterAnswer]]]:
     """Yield answers when they are written, several of which are at a time."""
-    writing: deque[tuple[str, Answer, Future[None]]] = deque()
+    writing: deque[tuple[str, WriterAnswer, Future[None]]] = deque()
 
-    def written() -> tuple[str, list[Answer]]:
+    def written() -> tuple[str, list[WriterAnswer]]:
         part, answer, future = writing.popleft()
         future.result()
         return part, [answer]
@@ -97,7 +104,7 @@ def _keeping(folder: str, answers: Iterable[tuple[str, Answer]], pool: Executor)
         yield written()
 
 
-def engine_row(request: Request, prompts: Prompts, config: SynthesizeConfig, attempt: int) -> dict[str, Any]:
+def engine_row(request: WritingRequest, prompts: Prompts, config: SynthesizeConfig, attempt: int) -> dict[str, Any]:
     """Return what the engine is given: the messages, and sampling parameters that hold it to the answer's form."""
     sampling = config.sampling
     parameters: dict[str, Any] = {"max_tokens": sampling.max_tokens}
@@ -114,11 +121,11 @@ def engine_row(request: Request, prompts: Prompts, config: SynthesizeConfig, att
     }
 
 
-def settle(answer: Answer, request: Request, output: dict[str, Any], least: int) -> Answer:
+def settle(answer: WriterAnswer, request: WritingRequest, output: dict[str, Any], least: int) -> WriterAnswer:
     """Return the answer with what the engine wrote: its content, or why there is none.
 
     Args:
-        least: written questions that it has to hold (`forms.parse`).
+        least: written questions that it has to hold (`schemas.parse`).
     """
     if output.get(FAILURE):  # nothing was written, nor counted
         return answer | {"error": REFUSED, "detail": output[FAILURE]}

@@ -17,14 +17,14 @@ from ray import tune
 
 from mellow_platform import storage
 from mellow_platform.config import AblationConfig, EvaluateConfig, PreprocessConfig, TrainConfig
-from mellow_platform.evaluation.evaluate import evaluate
-from mellow_platform.evaluation.report import of_main
+from mellow_platform.evaluation.evaluate_job import evaluate
+from mellow_platform.evaluation.evaluation_report import of_main
 from mellow_platform.failure import Failure
-from mellow_platform.features.preprocess import preprocess
 from mellow_platform.model.folder import load_processor
+from mellow_platform.preprocessing.preprocess_job import preprocess
 from mellow_platform.training.ablation_report import Outcome, report, write_report
 from mellow_platform.training.finetune import build_model, finetune
-from mellow_platform.training.loop import CHANGEABLE
+from mellow_platform.training.trainer import CHANGEABLE
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ TRIAL = tune.PlacementGroupFactory([{"memory": 1}])
 
 
 @dataclass(frozen=True)
-class Run:
+class AblationRun:
     """One point with one seed.
 
     Attributes:
@@ -92,7 +92,7 @@ def run_ablation(config: AblationConfig) -> dict[str, Any]:
     return result
 
 
-def runs_of(config: AblationConfig) -> list[Run]:
+def runs_of(config: AblationConfig) -> list[AblationRun]:
     """Return the runs of an ablation, seeds of a point one behind the other."""
     runs = []
     for number, point in enumerate(config.points()):
@@ -103,7 +103,7 @@ def runs_of(config: AblationConfig) -> list[Run]:
             made = config.preprocess_config(train) if config.preprocess is not None else None
             asked = hashlib.sha256(json.dumps(config.evaluate, sort_keys=True).encode()).hexdigest()[:8]
             scored = config.evaluate_config(train, storage.join(config.output, "evaluation", f"{name}-{asked}"))
-            runs.append(Run(number, train, made, scored, config.output))
+            runs.append(AblationRun(number, train, made, scored, config.output))
     return runs
 
 
@@ -125,7 +125,7 @@ def _last(uri: str) -> str:
     return uri.rstrip("/").rsplit("/", 1)[-1]
 
 
-def make_shards(runs: list[Run]) -> dict[str, str]:
+def make_shards(runs: list[AblationRun]) -> dict[str, str]:
     """Write the shards that the runs read, each set once; return the reason by name of the runs that have none."""
     failures: dict[str, str] = {}
     reasons: dict[str, str | None] = {}
@@ -145,7 +145,7 @@ def make_shards(runs: list[Run]) -> dict[str, str]:
     return failures
 
 
-def run_trials(runs: list[Run], concurrent: int | None) -> dict[str, str]:
+def run_trials(runs: list[AblationRun], concurrent: int | None) -> dict[str, str]:
     """Train and score runs as trials of Ray Tune; return the reason by name of those that failed."""
     if not runs:
         return {}
@@ -172,7 +172,7 @@ def run_trials(runs: list[Run], concurrent: int | None) -> dict[str, str]:
     return {result.config["run"]: Failure(result.error).message.splitlines()[0] for result in failed}
 
 
-def train_and_score(values: dict[str, str], runs: dict[str, Run]) -> None:
+def train_and_score(values: dict[str, str], runs: dict[str, AblationRun]) -> None:
     """The trial of a run: the driver of its training and evaluation, on the cluster."""
     run = runs[values["run"]]
     # What is wrong with a point is found here, before workers are started for it, and started again.

@@ -9,7 +9,7 @@ import numpy as np
 import ray
 import torch
 
-from mellow_platform.training.plan import Plan, collated
+from mellow_platform.training.step_plan import StepPlan, collated
 
 WINDOW, TASK = 64, 16  # micro-batches made ahead, and of them in one Ray task
 TASKS = 2  # such tasks at a time for a training worker
@@ -32,7 +32,7 @@ class MicroBatch:
     draw: int
 
 
-def batches(plan: Plan, source: ray.ObjectRef, rank: int, first: int, last: int) -> Iterator[list[MicroBatch]]:
+def batches(plan: StepPlan, source: ray.ObjectRef, rank: int, first: int, last: int) -> Iterator[list[MicroBatch]]:
     """Yield this worker's micro-batches of the steps `first` to `last` (excluded), a list a step.
 
     They are made a window at a time, the next one while this one is trained on. One endless pipeline would be simpler,

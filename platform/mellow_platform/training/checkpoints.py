@@ -47,7 +47,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, order=True)
-class Saved:
+class SavedCheckpoint:
     """A whole checkpoint: the state after `step` steps."""
 
     step: int
@@ -60,20 +60,20 @@ class CheckpointStore:
 
     run: str
 
-    def saved(self) -> list[Saved]:
+    def saved(self) -> list[SavedCheckpoint]:
         """Return the whole checkpoints, oldest first."""
         found = []
         for name in storage.list_folder(storage.join(self.run, FOLDER)):
             uri = storage.join(self.run, FOLDER, name)
             if storage.exists(storage.join(uri, MARKER)):
-                found.append(Saved(step_of(name), uri))
+                found.append(SavedCheckpoint(step_of(name), uri))
         return sorted(found)
 
-    def progress_of(self, saved: Saved) -> dict[str, Any]:
+    def progress_of(self, saved: SavedCheckpoint) -> dict[str, Any]:
         """Return what a checkpoint says besides its tensors."""
         return storage.read_json(storage.join(saved.uri, PROGRESS))
 
-    def load_latest(self, step: int | None = None) -> tuple[Saved, Tensors, dict[str, Any]] | None:
+    def load_latest(self, step: int | None = None) -> tuple[SavedCheckpoint, Tensors, dict[str, Any]] | None:
         """Return the latest whole checkpoint (of `step`) with its tensors and progress; None where there is none.
 
         A checkpoint whose bytes are not those that were written is passed over with a warning.
@@ -86,7 +86,7 @@ class CheckpointStore:
                     logger.warning("%s, and is passed over", error)
         return None
 
-    def load(self, saved: Saved) -> tuple[Tensors, dict[str, Any]]:
+    def load(self, saved: SavedCheckpoint) -> tuple[Tensors, dict[str, Any]]:
         """Return tensors and progress of a checkpoint.
 
         Raises:
@@ -98,13 +98,13 @@ class CheckpointStore:
                 raise ValueError(f"checkpoint {saved.uri}: {name} is damaged or missing")
         return load_file(folder / STATE), storage.read_json(str(folder / PROGRESS))
 
-    def write(self, step: int, attempt: str, tensors: Tensors, progress: dict[str, Any]) -> Saved:
+    def write(self, step: int, attempt: str, tensors: Tensors, progress: dict[str, Any]) -> SavedCheckpoint:
         """Write a checkpoint, its marker last.
 
         Args:
             attempt: name of this start of the run: a torn checkpoint of an earlier one is never added to.
         """
-        saved = Saved(step, storage.join(self.run, FOLDER, f"step-{step:08d}-{attempt}"))
+        saved = SavedCheckpoint(step, storage.join(self.run, FOLDER, f"step-{step:08d}-{attempt}"))
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             save_file(tensors, folder / STATE)

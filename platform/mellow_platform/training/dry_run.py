@@ -13,8 +13,8 @@ from mellow_platform.model.folder import load_processor
 from mellow_platform.training.examples import AnswerExamples
 from mellow_platform.training.finetune import build_model
 from mellow_platform.training.flops import ModelFlops
-from mellow_platform.training.loop import plan_of, total_steps
-from mellow_platform.training.plan import Plan
+from mellow_platform.training.step_plan import StepPlan
+from mellow_platform.training.trainer import plan_of, total_steps
 
 SAMPLE = 16  # micro-batches that the work of a step is taken from
 GIB = 2**30
@@ -96,7 +96,7 @@ def report(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _samples(config: TrainConfig, plan: Plan, examples: AnswerExamples) -> list[dict[str, torch.Tensor]]:
+def _samples(config: TrainConfig, plan: StepPlan, examples: AnswerExamples) -> list[dict[str, torch.Tensor]]:
     """Return the first micro-batches of the run."""
     order = examples.order(config.seed, 0)
     parts = [order[start : start + plan.micro_batch] for start in range(0, len(order), plan.micro_batch)][:SAMPLE]

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 
 from mellow_platform.config import PartnerDraws
 from mellow_platform.data.shards import Manifest, read_records
-from mellow_platform.features.store import FeatureStore
-from mellow_platform.training.plan import Arrays
+from mellow_platform.preprocessing.feature_store import FeatureStore
+from mellow_platform.training.step_plan import Arrays
 
 # What `forward` calls the arrays that shards hold of a clip.
 NETWORK_NAMES = {"log_mel": "input_features", "frames": "audio_frames", "latent": "audio_latent"}
@@ -26,14 +26,14 @@ KEPT_ORDERS = 4
 
 
 @dataclass(frozen=True)
-class Texts:
+class TokenTexts:
     """Token ids of many texts, one behind the other: text n is `tokens[offsets[n] : offsets[n + 1]]`."""
 
     tokens: np.ndarray
     offsets: np.ndarray
 
     @classmethod
-    def from_column(cls, column: pa.ChunkedArray) -> "Texts":
+    def from_column(cls, column: pa.ChunkedArray) -> "TokenTexts":
         """Take over a column of lists of int32."""
         lists = column.combine_chunks()
         offsets = lists.offsets.to_numpy()
@@ -44,12 +44,12 @@ class Texts:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
-    def subset(self, numbers: np.ndarray) -> "Texts":
+    def subset(self, numbers: np.ndarray) -> "TokenTexts":
         """Return the numbered texts alone, in this order."""
         lengths = self.lengths[numbers]
         offsets = np.append(0, np.cumsum(lengths))
         places = np.arange(offsets[-1]) + np.repeat(self.offsets[numbers] - offsets[:-1], lengths)
-        return Texts(self.tokens[places], offsets)
+        return TokenTexts(self.tokens[places], offsets)
 
     def padded(self, numbers: np.ndarray, fill: int, length: int | None = None) -> np.ndarray:
         """Return texts as int64 [texts, length], filled up with `fill`; by default to the longest of them."""
@@ -63,7 +63,7 @@ class Texts:
 
 
 @dataclass(frozen=True, eq=False)
-class Recordings:
+class RecordingClips:
     """Whole recordings of clips, of which every question hears a window of its own.
 
     Attributes:
@@ -133,14 +133,14 @@ class AnswerExamples:
     ids: RecordNames
     clips: np.ndarray
     single: np.ndarray
-    prompts: Texts
-    answers: Texts
+    prompts: TokenTexts
+    answers: TokenTexts
     features: Arrays
     pad_token: int
     questions_per_pack: int = 1
     prompt_length: int | None = None
     partner_draws: PartnerDraws = "stored"
-    recordings: Recordings | None = None
+    recordings: RecordingClips | None = None
 
     @classmethod
     def load(
@@ -157,7 +157,7 @@ class AnswerExamples:
         """Read the examples of `split`; the arguments are attributes of the class.
 
         Args:
-            extractor: of `Recordings`, for a set with features: waveform.
+            extractor: of `RecordingClips`, for a set with features: waveform.
 
         Raises:
             ValueError: the set has no such split, a question without a token, or another rule than `partner: random`
@@ -173,7 +173,7 @@ class AnswerExamples:
         store = FeatureStore.load(shards)
         sides = [[store.rows[clip] for clip in records[side].to_pylist()] for side in ("clip1", "clip2")]
         rows, clips = np.unique(np.array(sides, np.int64).T, return_inverse=True)
-        prompts = Texts.from_column(records["prompt_ids"])
+        prompts = TokenTexts.from_column(records["prompt_ids"])
         if len(empty := np.flatnonzero(prompts.lengths == 0)):
             raise ValueError(f"{shards}: {len(empty)} questions of {split} have no token, the first is {empty[0]}")
         return cls(
@@ -182,14 +182,14 @@ class AnswerExamples:
             clips=clips.reshape(-1, 2),
             single=pc.equal(records["filepath2"], "").to_numpy(),
             prompts=prompts,
-            answers=Texts.from_column(records["answer_ids"]),
+            answers=TokenTexts.from_column(records["answer_ids"]),
             # Of the other splits' clips nothing is kept.
             features={NETWORK_NAMES[name]: array[rows] for name, array in store.arrays.items()},
             pad_token=pad_token,
             questions_per_pack=questions_per_pack,
             prompt_length=prompt_length,
             partner_draws=partner_draws,
-            recordings=None if store.recordings is None else Recordings(store, rows, extractor),
+            recordings=None if store.recordings is None else RecordingClips(store, rows, extractor),
         )
 
     def subset(self, numbers: np.ndarray) -> "AnswerExamples":

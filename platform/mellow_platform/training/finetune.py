@@ -29,10 +29,10 @@ from mellow_platform.training.batches import MicroBatch, batches
 from mellow_platform.training.checkpoints import Tensors
 from mellow_platform.training.examples import AnswerExamples
 from mellow_platform.training.flops import ModelFlops, measured_peak
-from mellow_platform.training.gate import Question, check_published, greedy_answers
-from mellow_platform.training.loop import learning_rate_factor, plan_of, prepare_worker, run_training
-from mellow_platform.training.plan import Plan
-from mellow_platform.training.progress import Progress
+from mellow_platform.training.recorder import Recorder
+from mellow_platform.training.step_plan import StepPlan
+from mellow_platform.training.trainer import learning_rate_factor, plan_of, prepare_worker, run_training
+from mellow_platform.training.verify_export import Question, check_published, greedy_answers
 
 BETAS = (0.9, 0.98)
 GATE_QUESTIONS = 8
@@ -199,7 +199,7 @@ def with_synthetic_share(config: TrainConfig, share: float) -> np.ndarray:
     return np.sort(np.concatenate(kept))
 
 
-def deepspeed_config(config: TrainConfig, plan: Plan) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig, plan: StepPlan) -> dict[str, Any]:
     """Return the DeepSpeed engine's configuration."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload != "none":
@@ -223,7 +223,9 @@ def deepspeed_config(config: TrainConfig, plan: Plan) -> dict[str, Any]:
 class Finetuning:
     """Mellow in a DeepSpeed engine on one worker: steps, state, validation. All workers call its methods together."""
 
-    def __init__(self, config: TrainConfig, plan: Plan, model: MellowForConditionalGeneration, tensors: Tensors | None):
+    def __init__(
+        self, config: TrainConfig, plan: StepPlan, model: MellowForConditionalGeneration, tensors: Tensors | None
+    ):
         """
         Args:
             tensors: of the checkpoint to go on from, when there is one.
@@ -317,7 +319,7 @@ class Finetuning:
         return {name: value.to(self.engine.device) for name, value in micro.arrays.items()}
 
 
-def publish(tuning: Finetuning, progress: Progress, processor: MellowProcessor, examples: AnswerExamples) -> None:
+def publish(tuning: Finetuning, progress: Recorder, processor: MellowProcessor, examples: AnswerExamples) -> None:
     """Save the model to the run's output, where it passes the gate; all workers call it together.
 
     Args:
@@ -384,7 +386,7 @@ def train_answers(values: dict[str, Any]) -> None:
     rank, workers = context.get_world_rank(), context.get_world_size()
     examples: AnswerExamples = ray.get(values["examples"])
     plan = plan_of(config, examples, workers)
-    progress = Progress(config, plan, examples, clip_seconds=20.0, peak_flops=peak_of_all(config))
+    progress = Recorder(config, plan, examples, clip_seconds=20.0, peak_flops=peak_of_all(config))
     processor = load_processor(storage.join(config.shards, "processor"))
     model = build_model(config, processor)
     tensors = progress.resume()

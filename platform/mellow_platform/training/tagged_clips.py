@@ -5,7 +5,7 @@ import numpy as np
 from mellow_platform.config import EncoderConfig
 from mellow_platform.data.labels import read_labels, vocabulary
 from mellow_platform.data.shards import Manifest
-from mellow_platform.features.store import FeatureStore
+from mellow_platform.preprocessing.feature_store import FeatureStore
 
 
 class TaggedClips:

@@ -22,9 +22,9 @@ from mellow_platform.model.encoders import encoder_parts
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.training.batches import batches
 from mellow_platform.training.checkpoints import Tensors
-from mellow_platform.training.loop import learning_rate_factor, plan_of, prepare_worker, run_training
-from mellow_platform.training.progress import Progress
+from mellow_platform.training.recorder import Recorder
 from mellow_platform.training.tagged_clips import TaggedClips
+from mellow_platform.training.trainer import learning_rate_factor, plan_of, prepare_worker, run_training
 
 
 def pretrain(config: EncoderConfig) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def train_tagger(values: dict[str, Any]) -> None:
     rank, workers = context.get_world_rank(), context.get_world_size()
     clips: TaggedClips = ray.get(values["examples"])
     plan = plan_of(config, clips, workers)
-    progress = Progress(config, plan, clips, clip_seconds=10.0)
+    progress = Recorder(config, plan, clips, clip_seconds=10.0)
 
     encoder = build_encoder(config, clips.names)
     model = ray.train.torch.prepare_model(encoder)

@@ -1,0 +1,181 @@
+"""What is asked about which clips: the same questions about every clip of a folder, or the rows of a table."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from mellow_platform import storage
+from mellow_platform.config import PredictConfig
+from mellow_platform.data.clip_reader import AUDIO_SUFFIXES
+from mellow_platform.data.tables import read_table
+
+TEXT_COLUMNS = ("clip", "clip2", "question")
+# What the answers stand in: a table to be answered cannot have these columns.
+ANSWER_COLUMNS = ("answer", "finish_reason", "tokens", "heard", "scores", "logprobs", "error", "detail")
+
+Pair = tuple[str, str | None]
+
+
+@dataclass(frozen=True)
+class QuestionTable:
+    """Questions in the order that they are answered in, those about the same clips together.
+
+    Attributes:
+        table: a row a question: `clip`, `question`, and where the input has them `clip2` (null: about one clip),
+            `choices` (null or empty: an answer is written) and whatever else stood in it.
+        base: what clips are relative to; None: the working directory.
+        sizes: bytes of the clips, where listing them told.
+    """
+
+    table: pa.Table
+    base: str | None
+    sizes: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def has(self, column: str) -> bool:
+        return column in self.table.column_names
+
+    @property
+    def passed(self) -> list[str]:
+        """Names of the columns that are passed through."""
+        return [name for name in self.table.column_names if name not in (*TEXT_COLUMNS, "choices")]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all that is asked and passed through: another one means other rows."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.table.schema) as stream:
+            stream.write_table(self.table.combine_chunks())
+        return hashlib.sha256(f"{self.base} {self.sizes}".encode() + sink.getvalue().to_pybytes()).hexdigest()
+
+    def clips(self, start: int, end: int) -> set[str]:
+        """Return the clips that rows `start` up to `end` are about."""
+        return {clip for pair in _pairs(self.table.slice(start, end - start)) for clip in pair if clip}
+
+    def groups(self, start: int, end: int) -> list[dict[str, Any]]:
+        """Return the questions from row `start` up to `end`, by what they are asked about.
+
+        Each is its first `row`, the `uris` of one or two clips, and `questions` and `choices` of neighbouring rows.
+        """
+        part = self.table.slice(start, end - start)
+        choices = part["choices"].to_pylist() if self.has("choices") else [None] * len(part)
+        rows = zip(_pairs(part), part["question"].to_pylist(), choices, strict=True)
+        groups: list[dict[str, Any]] = []
+        about = None
+        for number, (pair, question, own) in enumerate(rows, start):
+            if pair != about:
+                about = pair
+                uris = [self.uri(clip) for clip in pair if clip]
+                groups.append({"row": number, "uris": uris, "questions": [], "choices": []})
+            groups[-1]["questions"].append(question)
+            groups[-1]["choices"].append(own or [])
+        return groups
+
+    def uri(self, clip: str) -> str:
+        return storage.absolute(storage.join(self.base, clip) if self.base else clip)
+
+
+def read_question_table(config: PredictConfig) -> QuestionTable:
+    """Return what `config` asks, without reading audio.
+
+    Raises:
+        FileNotFoundError: the folder or the table is absent.
+        ValueError: the folder holds no audio, or the table is none that can be answered; the message names the row.
+    """
+    if config.table:
+        return _read_table(config, config.table)
+    assert config.clips
+    found = [(name, size) for name, size in storage.find(config.clips) if name.lower().endswith(AUDIO_SUFFIXES)]
+    if not found:
+        raise ValueError(f"{config.clips} holds no {', '.join(AUDIO_SUFFIXES)} file: check `clips`")
+    clips = [name for name, _ in found for _ in config.asked]
+    table = pa.table({"clip": pa.array(clips, pa.string()), "question": config.asked * len(found)})
+    return QuestionTable(table, config.clips, tuple(size for _, size in found))
+
+
+def _read_table(config: PredictConfig, uri: str) -> QuestionTable:
+    table = read_table(uri, text_columns=(*TEXT_COLUMNS, "choices"))
+    names = table.column_names
+    if missing := [name for name in ("clip", "question") if name not in names]:
+        raise ValueError(f"{uri} has no column {' and no column '.join(missing)}; it has {', '.join(names)}")
+    if taken := [name for name in names if name in ANSWER_COLUMNS or names.count(name) > 1]:
+        raise ValueError(f"{uri} has a column {taken[0]!r} that answers or another column go by: rename it")
+    if not len(table):
+        raise ValueError(f"{uri} has no rows")
+    columns = {name: _texts(uri, name, table[name].to_pylist()) for name in TEXT_COLUMNS if name in names}
+    if "choices" in names:
+        columns["choices"] = _choices(uri, table["choices"].to_pylist())
+    for name, values in columns.items():
+        table = table.set_column(names.index(name), name, values)
+    asked = QuestionTable(table.take(_order(table)), config.clips)
+    _check(asked, uri, config.window)
+    return asked
+
+
+def _texts(uri: str, column: str, values: list[Any]) -> pa.Array:
+    """Return a column of texts; clip2 may be null or empty, which is null from then on."""
+    for row, value in enumerate(values):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{uri}: row {row} has {value!r} in {column}, which is no text")
+        if column != "clip2" and not (value or "").strip():
+            raise ValueError(f"{uri}: row {row} has an empty {column}")
+    return pa.array([value or None for value in values], pa.string())
+
+
+def _choices(uri: str, values: list[Any]) -> pa.Array:
+    """Return a column of lists of texts, which a CSV file holds as JSON."""
+    lists = []
+    for row, value in enumerate(values):
+        try:
+            own = (json.loads(value) if value else None) if isinstance(value, str) else value
+        except json.JSONDecodeError:
+            own = value
+        if own is not None and not (isinstance(own, list) and all(isinstance(text, str) and text for text in own)):
+            raise ValueError(
+                f'{uri}: row {row} has {value!r} in choices: expected a list of texts, as in ["yes", "no"]'
+            )
+        lists.append(own)
+    return pa.array(lists, pa.list_(pa.string()))
+
+
+def _order(table: pa.Table) -> list[int]:
+    """Return the rows with those about the same clips together, and otherwise as they come."""
+    pairs = list(_pairs(table))
+    first: dict[str | Pair, int] = {}
+    for row, pair in enumerate(pairs):
+        first.setdefault(pair[0], row)
+        first.setdefault(pair, row)
+    return sorted(range(len(pairs)), key=lambda row: (first[pairs[row][0]], first[pairs[row]], row))
+
+
+def _check(asked: QuestionTable, uri: str, window: str) -> None:
+    """Make sure that every clip has an address, and that the window rule fits.
+
+    Raises:
+        ValueError: a clip of an unknown scheme, a relative one in a submitted job, or two clips under `pair`.
+    """
+    known: set[str] = set()
+    for clip, second in _pairs(asked.table):
+        if second and window == "pair":
+            raise ValueError(f"{uri}: clips {clip} and {second}: window: pair is for one clip; take first or each")
+        for name in (clip, second):
+            scheme = name.partition("://")[0] if name and "://" in name else ""
+            if name and scheme not in known:
+                try:
+                    storage.filesystem(asked.uri(name))
+                except (ValueError, ImportError) as error:
+                    raise ValueError(f"{uri}: clip {name}: {error}") from error
+                known.add(scheme)
+
+
+def _pairs(table: pa.Table) -> Iterator[Pair]:
+    """Yield what each row is about: its clip, and the second where there is one."""
+    clips = table["clip"].to_pylist()
+    seconds = table["clip2"].to_pylist() if "clip2" in table.column_names else [None] * len(clips)
+    return zip(clips, seconds, strict=True)

@@ -1,0 +1,209 @@
+"""From clips to shards of features on Ray Data: decode, resample, log-mel, and the frozen encoder once a clip.
+
+A shard is a fixed range of the clips, and one row of the Ray dataset: it is decoded, encoded in fixed batches and
+written as a whole, so the same input gives the same files with the same bytes, whichever worker makes them.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from mellow_platform.config import PreprocessConfig
+from mellow_platform.data import shards
+from mellow_platform.data.audio import AudioError, Limits, decode, encode
+from mellow_platform.data.clip_reader import ClipAddress, read_clips
+from mellow_platform.data.log_mel import FrontEnd, LogMel
+from mellow_platform.data.partners import SILENCE
+
+if TYPE_CHECKING:
+    from mellow_platform.model.encoders import AudioEncoderConfig
+
+ENCODER_BATCH = 16
+SILENCE_ID = hashlib.sha256(SILENCE.encode()).hexdigest()
+# What a lost worker or node had in hand is done again, however often; an error of our own ends the job at once. Actors
+# are restarted by Ray Data anyway; that they lack this keeps decoding out of the processes that hold a GPU.
+RETRIED = {"max_retries": -1}
+QUIETEST = -120.0  # dB that digital silence counts as
+
+Shapes = dict[str, list[int]]
+
+
+def feature_shapes(config: PreprocessConfig, front_end: FrontEnd, encoder: "AudioEncoderConfig") -> Shapes:
+    """Return the arrays that are stored of a clip with their shapes; [-1] is a recording of any length."""
+    if config.features == "encoder":
+        return {"frames": [encoder.num_frames, encoder.frame_size], "latent": [encoder.hidden_size]}
+    if config.features == "waveform":
+        return {"waveform": [-1]}
+    return {"log_mel": [front_end.num_frames, front_end.feature_size]}
+
+
+def shard_rows(clips: list[tuple[str, ClipAddress]], clips_per_shard: int) -> list[dict[str, Any]]:
+    """Return a row a shard of clips, given as (clip id, address) in the set's order."""
+    rows = []
+    for number, start in enumerate(range(0, len(clips), clips_per_shard)):
+        part = clips[start : start + clips_per_shard]
+        rows.append(
+            {
+                "name": f"{number:06d}",
+                "clip_ids": [clip_id for clip_id, _ in part],
+                "addresses": json.dumps([asdict(address) for _, address in part]),
+            }
+        )
+    return rows
+
+
+def write_clip_shards(
+    rows: list[dict[str, Any]], config: PreprocessConfig, log_mel: LogMel, shapes: Shapes
+) -> Iterator[dict[str, Any]]:
+    """Make the shards that `rows` describe on Ray Data, and yield their receipts as they are done."""
+    if not rows:
+        return
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset.context.enable_progress_bars = False  # the job prints lines of its own, for a log
+    decoding = ray.data.TaskPoolStrategy(size=config.decode_workers)
+    dataset = dataset.map(
+        decode_shard,
+        fn_kwargs={
+            "log_mel": log_mel,
+            "limits": Limits(**config.limits.model_dump()),
+            "min_seconds": config.min_seconds,
+            "whole": config.features == "waveform",
+        },
+        compute=decoding,
+        **RETRIED,
+    )
+    if config.encoder:
+        dataset = dataset.map(
+            EncodeShard,
+            fn_constructor_args=(config.encoder,),
+            # Of a fixed number Ray starts all, and where they take every CPU decoding waits for them, and they for it.
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.encoder_workers),
+            num_gpus=config.gpus_per_worker or None,
+        )
+    # Behind an encoder, writing waits for no CPU: a shard is committed as soon as it is encoded, however much there is
+    # left to decode. Tasks without a CPU would start a process each, were their number not bounded. Otherwise writing
+    # is part of the decoding task, which takes the same pool.
+    behind = {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=config.encoder_workers)}
+    writing: dict[str, Any] = RETRIED | (behind if config.encoder else {"compute": decoding})
+    written = dataset.map(write_clip_shard, fn_kwargs={"output": config.output, "shapes": shapes}, **writing)
+    for row in written.iter_rows():
+        yield json.loads(row["receipt"])
+
+
+def decode_shard(
+    row: dict[str, Any], log_mel: LogMel, limits: Limits, min_seconds: float, whole: bool
+) -> dict[str, Any]:
+    """Decode the clips of a shard row.
+
+    Adds `log_mel` fp16 [usable, frames, bands], or `waveform`, a FLAC file a clip, where the `whole` recording is
+    stored; what is known of each of these; and `rejected`, JSON of clip id, reason and detail of the others.
+
+    Raises:
+        ValueError: a clip's bytes are not those that stock was taken of.
+    """
+    torch.set_num_threads(1)
+    front_end = log_mel.front_end
+    rate = front_end.sampling_rate
+    out: dict[str, Any] = {"name": row["name"], "expected": len(row["clip_ids"])}
+    out |= {"clip_ids": [], "filepaths": [], "splits": [], "seconds": [], "levels": []}
+    flacs: list[bytes] = []
+    clips = 0 if whole else len(row["clip_ids"])
+    features = np.empty((clips, front_end.num_frames, front_end.feature_size), np.float16)
+    rejected = []
+    addresses = [ClipAddress(**values) for values in json.loads(row["addresses"])]
+    ids = dict(zip((address.path for address in addresses), row["clip_ids"], strict=True))
+    recorded = [address for address in addresses if address.path != SILENCE]
+    silence = [(address, b"") for address in addresses if address.path == SILENCE]
+    for address, data in itertools.chain(read_clips(recorded, limits), silence):
+        clip_id = ids[address.path]
+        try:
+            waveform = _decoded(address, data, clip_id, rate, limits, min_seconds, front_end.clip_samples)
+        except AudioError as error:
+            rejected.append({"clip_id": clip_id, "reason": error.reason, "detail": str(error)})
+            continue
+        power = float(np.dot(waveform, waveform)) / len(waveform)
+        if whole:
+            flacs.append(encode(np.clip(waveform, -1.0, 1.0), rate))
+        else:
+            features[len(out["clip_ids"])] = log_mel(log_mel.fit(waveform)[None])[0].numpy()
+        out["clip_ids"].append(clip_id)
+        out["filepaths"].append(address.path)
+        out["splits"].append(address.split)
+        out["seconds"].append(len(waveform) / rate)
+        out["levels"].append(max(QUIETEST, 10 * float(np.log10(power + 1e-30))))
+    out["rejected"] = json.dumps(rejected)
+    return out | ({"waveform": flacs} if whole else {"log_mel": features[: len(out["clip_ids"])]})
+
+
+def _decoded(
+    address: ClipAddress, data: Any, clip_id: str, rate: int, limits: Limits, min_seconds: float, silence: int
+) -> np.ndarray:
+    if address.path == SILENCE:
+        return np.zeros(silence, np.float32)
+    if isinstance(data, AudioError) or hashlib.sha256(data).hexdigest() != clip_id:
+        raise ValueError(
+            f"clip {address.path}: {address.uri} has changed since stock was taken of it; "
+            "delete the output, or choose another, and begin anew"
+        )
+    waveform = decode(data, rate, limits)
+    if len(waveform) < min_seconds * rate:
+        raise AudioError("too_short", f"{len(waveform) / rate:.2f} s long: at least {min_seconds:g} s are asked for")
+    return waveform
+
+
+class EncodeShard:
+    """Ray Data actor that replaces a shard row's `log_mel` by what the frozen encoder makes of it."""
+
+    def __init__(self, encoder: str):
+        from mellow_platform.model import load_encoder  # not in the processes that decode: it loads for seconds
+
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cpu":
+            torch.set_num_threads(1)
+        self.encoder = load_encoder(encoder).eval().to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        frames, latents = [], []
+        for batch in torch.tensor(row.pop("log_mel")).split(ENCODER_BATCH):
+            encoded = self.encoder(batch.to(self.device).float())
+            frames.append(encoded.frames.half().cpu().numpy())
+            latents.append(encoded.latent.half().cpu().numpy())
+        config = self.encoder.config
+        row["frames"] = np.concatenate([np.empty((0, config.num_frames, config.frame_size), np.float16), *frames])
+        row["latent"] = np.concatenate([np.empty((0, config.hidden_size), np.float16), *latents])
+        return row
+
+
+def write_clip_shard(row: dict[str, Any], output: str, shapes: Shapes) -> dict[str, str]:
+    """Write one shard of clips, and return its receipt as JSON: `expected`, `read` and `rejected` clips and more."""
+    columns = {
+        "clip_id": list(row["clip_ids"]),
+        "filepath": list(row["filepaths"]),
+        "split": list(row["splits"]),
+        "seconds": list(row["seconds"]),
+        "level": list(row["levels"]),
+    }
+    for name in shapes:
+        columns[name] = [
+            value if isinstance(value, bytes) else np.ascontiguousarray(value).tobytes() for value in row[name]
+        ]
+    receipt = {
+        "name": row["name"],
+        "expected": int(row["expected"]),
+        "read": len(columns["clip_id"]),
+        "seconds": [round(float(value), 4) for value in row["seconds"]],
+        "levels": [round(float(value), 2) for value in row["levels"]],
+        "clip_ids": columns["clip_id"],
+        "rejected": json.loads(row["rejected"]),
+    }
+    table = pa.table(columns, schema=shards.clip_schema(shapes))
+    return {"receipt": json.dumps(shards.write_shard(output, shards.CLIPS, row["name"], table, receipt))}
