@@ -10,7 +10,7 @@ runs.
 import json
 
 from mellow_platform import job, storage
-from mellow_platform.config import AblationConfig
+from mellow_platform.training.ablation_config import AblationConfig
 
 
 def ablate(config: AblationConfig) -> None:

@@ -23,10 +23,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import Field
+
 from mellow_platform import job, storage
 from mellow_platform.cluster import REPOSITORY
-from mellow_platform.config import DemoConfig
 from mellow_platform.local_ray import LOG, LocalRay
+from mellow_platform.settings import Input, Output, Section
 
 INSTALL_SECONDS = REPOSITORY / ".venv" / "install-seconds"
 CONFIGS = "jobs/configs/mellow-tiny"
@@ -48,6 +50,20 @@ STAGES = {
 PERCENT = re.compile(r"(\d{1,3}) ?%")
 HEARTBEAT = 30.0  # seconds between two lines of progress if the output is not a terminal
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class DemoConfig(Section):
+    """Run the main job end to end on one machine."""
+
+    output: Output = Field("runs/demo", description="folder to write everything to")
+    corpus: Input | None = Field(
+        None, description="folder of labelled recordings, see docs/recordings.md (default: synthetic scenes)"
+    )
+    keep: bool = Field(False, description="leave the cluster and the endpoint running")
+    resume: bool = Field(False, description="continue with what a stopped demo left in --output")
+    cpus: int = Field(4, ge=4, description="logical CPUs of the cluster, which may be more than the machine has")
+    port: int = Field(8000, ge=1, le=65535, description="HTTP port of the endpoint")
+    dashboard_port: int = Field(8265, ge=1, le=65535, description="HTTP port of Ray's dashboard")
 
 
 class Screen:

@@ -10,13 +10,15 @@ import copy
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
+from pydantic import Field
 
 from mellow_platform import job
-from mellow_platform.config import DeployConfig
+from mellow_platform.evaluation.gate_config import GateSection
 from mellow_platform.failure import cause_in
+from mellow_platform.settings import File, Input, Metavar, Name, Section
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
@@ -25,6 +27,27 @@ ENDPOINT, TEMPLATE = "endpoint", "mellow"  # applications in the Serve configura
 TIMEOUT = 600.0  # seconds; a large model comes from object storage first
 
 Application = dict[str, Any]
+
+
+class DeployConfig(Section):
+    """Deploy a model behind the HTTP endpoint of the running cluster."""
+
+    serve: File = Field(
+        "serve/config.yaml", description="Ray Serve configuration file, relative to the working directory"
+    )
+    model: Input = Field(description="folder of the trained model")
+    name: Name = Field(
+        "mellow",
+        pattern=r"^[\w.-]+$",
+        description="name of the model in requests (`model`); a name that is already served gets a new version",
+    )
+    gate: GateSection = GateSection()
+    host: Annotated[str, Metavar("ADDRESS")] = Field(
+        "127.0.0.1",
+        description="address to listen on, fixed by the first deployment; 0.0.0.0 for all addresses, which requires "
+        "API keys",
+    )
+    port: int = Field(8000, ge=1, le=65535, description="HTTP port, fixed by the first deployment")
 
 
 class Rollout:

@@ -11,7 +11,7 @@ ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
 import json
 
 from mellow_platform import job
-from mellow_platform.config import EvaluateConfig
+from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 
 
 def evaluate(config: EvaluateConfig) -> None:

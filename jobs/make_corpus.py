@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from mellow_platform import job, storage
-from mellow_platform.config import CorpusConfig
+from mellow_platform.data.corpus_config import CorpusConfig
 
 CLIPS_PER_TASK = 32
 

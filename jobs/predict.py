@@ -10,7 +10,7 @@ ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
 import json
 
 from mellow_platform import job
-from mellow_platform.config import PredictConfig
+from mellow_platform.inference.predict_config import PredictConfig
 
 
 def predict(config: PredictConfig) -> None:

@@ -9,7 +9,7 @@ ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
 import json
 
 from mellow_platform import job
-from mellow_platform.config import PreprocessConfig
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 
 
 def preprocess(config: PreprocessConfig) -> None:

@@ -9,7 +9,7 @@ import json
 import time
 
 from mellow_platform import job
-from mellow_platform.config import EncoderConfig
+from mellow_platform.training.tagger_config import EncoderConfig
 
 
 def pretrain(config: EncoderConfig) -> None:

@@ -10,7 +10,7 @@ ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
 import json
 
 from mellow_platform import job
-from mellow_platform.config import SynthesizeConfig
+from mellow_platform.synthesis.synthesize_config import SynthesizeConfig
 
 TOTALS = ("requested", "accepted", "rejected", "failed", "cost_usd", "seconds")
 

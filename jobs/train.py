@@ -8,7 +8,7 @@ import json
 import time
 
 from mellow_platform import job
-from mellow_platform.config import TrainConfig
+from mellow_platform.training.train_config import TrainConfig
 
 
 def train(config: TrainConfig) -> None:

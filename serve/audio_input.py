@@ -9,25 +9,23 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from mellow_platform.data.audio import AudioError, Limits, decode
+from mellow_platform.data.audio import AudioError, decode
+from mellow_platform.data.audio_limits import AudioLimits, MaxBytes, MaxChannels, MaxRate, MaxSamples, MinRate
 from mellow_platform.inference.windows import Window, windows
 from serve.messages import ClipFormat
 from serve.schema import ClipSource, RequestError
 
 
-class ClipLimits(BaseModel):
-    """What a clip may be. Bytes and header are checked before anything is decoded."""
+class ClipLimits(AudioLimits):
+    """Limits of the clips in a request; bytes and header are checked before decoding."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    max_bytes: int = Field(16 << 20, gt=0, description="of a clip's file")
-    max_seconds: float = Field(600.0, gt=0, description="of a recording")
-    max_samples: int = Field(32 << 20, gt=0, description="of all channels together; decoding takes 4 bytes for each")
-    max_channels: int = Field(8, ge=1, description="of a file")
-    min_rate: int = Field(4_000, gt=0, description="sampling rate in Hz")
-    max_rate: int = Field(192_000, gt=0, description="sampling rate in Hz")
+    max_bytes: MaxBytes = 16 << 20
+    max_samples: MaxSamples = 32 << 20
+    max_channels: MaxChannels = 8
+    min_rate: MinRate = 4_000
+    max_rate: MaxRate = 192_000
     url_hosts: list[str] = Field([], description="hosts that clips may be fetched from; none: URLs are refused")
     url_seconds: float = Field(10.0, gt=0, description="a host that takes longer to send a clip is given up")
     decoders: int = Field(2, ge=1, description="clips decoded at once by a replica; each holds max_samples in memory")
@@ -49,8 +47,6 @@ class ClipReader:
 
     def __init__(self, limits: ClipLimits):
         self._limits = limits
-        fields = limits.model_dump(include=set(Limits.__dataclass_fields__))
-        self._decode_limits = Limits(**fields)
         self._pool = concurrent.futures.ThreadPoolExecutor(limits.decoders, thread_name_prefix="decode")
 
     async def read(self, sources: Sequence[ClipSource], front_end: ClipFormat, rule: str) -> DecodedQuestion:
@@ -81,7 +77,7 @@ class ClipReader:
 
     def _decode(self, file: bytes, source: ClipSource, number: int, rate: int) -> np.ndarray:
         try:
-            return decode(file, rate, self._decode_limits)
+            return decode(file, rate, self._limits)
         except AudioError as error:
             raise RequestError(f"clip {number}: {error}", source.param, code=error.reason) from error
 

@@ -17,11 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 
 from mellow_platform import storage
-from mellow_platform.config import Dtype, GateSection
 from mellow_platform.data.audio import decode
 from mellow_platform.data.records import read_records
+from mellow_platform.evaluation.gate_config import GateSection
 from mellow_platform.evaluation.matching import is_right
 from mellow_platform.inference.request import Answer, QueueFull, Request, Stream, Token
+from mellow_platform.option_values import Dtype
 from serve.messages import FRONT_END_CHANGED, MODEL, ChosenAnswer, ClipFormat, Piece, Refusal, WrittenAnswer
 from serve.monitoring import ModelMetrics
 from serve.placement import preferably_on

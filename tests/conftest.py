@@ -20,7 +20,6 @@ import torch
 from playwright.sync_api import Browser, sync_playwright
 
 from mellow_platform import storage
-from mellow_platform.config import PreprocessConfig
 from mellow_platform.data import builtin_corpora
 from mellow_platform.data.scenes import Scene
 from mellow_platform.local_ray import LocalRay
@@ -34,6 +33,7 @@ from mellow_platform.model import (
 )
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.model.tokenizer import train_tokenizer
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.preprocess_job import preprocess
 from tests.object_storage import object_store
 

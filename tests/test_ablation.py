@@ -12,13 +12,15 @@ import torch
 import transformers
 
 from mellow_platform import storage
-from mellow_platform.config import AblationConfig, TrainConfig
 from mellow_platform.data.shards import read_records
 from mellow_platform.model.configuration_mellow import tiny_decoder_config
 from mellow_platform.model.folder import load_processor
 from mellow_platform.training.ablation import run_ablation, runs_of
+from mellow_platform.training.ablation_config import AblationConfig
+from mellow_platform.training.ablation_grid import grid_points
 from mellow_platform.training.ablation_report import Outcome, markdown, picture, point_labels, report
 from mellow_platform.training.finetune import build_model, load_examples
+from mellow_platform.training.train_config import TrainConfig
 from mellow_platform.training.trainer import RESULT
 from tests.conftest import write_features
 
@@ -200,7 +202,7 @@ def test_one_axis_at_a_time_is_changed_from_the_first_values(grid):
     config = AblationConfig(**grid.model_dump() | {"grid": axes, "combinations": "one_at_a_time"} | SHARDS)
     assert point_labels(config) == ["reference", "projection mlp", "projection linear", "lora rank 8"]
     config = AblationConfig(**grid.model_dump() | {"grid": axes} | SHARDS)
-    assert len(config.points()) == 6
+    assert len(grid_points(config)) == 6
     assert point_labels(config)[-1] == "projection linear, lora rank 8"
 
 

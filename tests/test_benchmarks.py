@@ -14,10 +14,10 @@ import pytest
 from playwright.sync_api import Browser
 
 from mellow_platform import storage
-from mellow_platform.config import EvaluateConfig
 from mellow_platform.data.records import Record, write_records
 from mellow_platform.evaluation.benchmarks import MMAU
 from mellow_platform.evaluation.dataset import QuestionSource
+from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.evaluation.evaluate_job import evaluate
 from mellow_platform.evaluation.evaluation_report import markdown
 from tests.conftest import REPOSITORY, SHARED, write_corpus

@@ -10,14 +10,15 @@ import pytest
 import soundfile
 
 from mellow_platform.data import builtin_corpora
-from mellow_platform.data.audio import AudioError, Limits, decode, encode
+from mellow_platform.data.audio import AudioError, decode, encode
+from mellow_platform.data.audio_limits import AudioLimits
 from mellow_platform.data.labels import ClipLabels, read_labels
 from mellow_platform.data.partners import draw_partner, second_clip
 from mellow_platform.data.records import Record, from_row, read_records, to_table, write_records
 from mellow_platform.data.scenes import KINDS, PITCHES, Event, Scene, draw_scene, render
 
 RATE = 32_000
-LIMITS = Limits(max_seconds=2.0, max_bytes=1_000_000, max_channels=2, max_samples=70_000)
+LIMITS = AudioLimits(max_seconds=2.0, max_bytes=1_000_000, max_channels=2, max_samples=70_000)
 
 
 def tone(seconds: float = 1.0, rate: int = RATE, frequency: float = 440.0) -> np.ndarray:

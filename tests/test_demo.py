@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.demo import LOCK, again, locked
+from jobs.demo import LOCK, DemoConfig, again, locked
 from mellow_platform import storage
 from mellow_platform.cluster import free_port
-from mellow_platform.config import DemoConfig
 from mellow_platform.local_ray import LOG
 from tests.conftest import REPOSITORY
 

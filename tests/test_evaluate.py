@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mellow_platform import storage
-from mellow_platform.config import EvaluateConfig, PreprocessConfig
 from mellow_platform.data.audio import decode, encode
 from mellow_platform.data.records import Record, read_records, write_records
 from mellow_platform.data.shards import read_records as read_shard_records
 from mellow_platform.evaluation.dataset import QuestionSource
+from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.evaluation.evaluate_job import evaluate, select
 from mellow_platform.evaluation.models import noise_for
 from mellow_platform.inference.engine import Engine
@@ -30,6 +30,7 @@ from mellow_platform.inference.request import Clip, ClipFeatures, Request
 from mellow_platform.model import HTSATEncoder
 from mellow_platform.model.folder import load_model, save_pretrained
 from mellow_platform.preprocessing.feature_store import FeatureStore
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.preprocess_job import preprocess
 from tests.conftest import REPOSITORY, kill_when, write_features, write_tiny_model
 

@@ -21,8 +21,10 @@ from ray.scripts.scripts import drain_node
 from ray.serve.schema import ServeDeploySchema
 
 from mellow_platform import cluster
-from mellow_platform.config import EvaluateConfig, PreprocessConfig, TrainConfig
+from mellow_platform.evaluation.evaluate_config import EvaluateConfig
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.settings import Section, load
+from mellow_platform.training.train_config import TrainConfig
 from serve.middleware import RequestLimits
 from tests.conftest import NEEDS_KUBECTL, REPOSITORY, SHARED
 

@@ -12,19 +12,21 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config
 
-from mellow_platform.config import PartnerDraws, PreprocessConfig, ScalingSection, TrainConfig
 from mellow_platform.data.audio import encode
 from mellow_platform.data.shards import Manifest, read_records
 from mellow_platform.model import HTSATEncoder, MellowConfig, MellowForConditionalGeneration, encoder_config
 from mellow_platform.model.configuration_mellow import tiny_decoder_config
 from mellow_platform.model.folder import load_processor, save_pretrained
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.preprocess_job import preprocess
 from mellow_platform.training.batches import batches
 from mellow_platform.training.checkpoints import CheckpointStore
 from mellow_platform.training.examples import AnswerExamples, RecordNames, TokenTexts
 from mellow_platform.training.finetune import finetune, load_examples
 from mellow_platform.training.flops import ModelFlops
+from mellow_platform.training.run_config import ScalingSection
 from mellow_platform.training.step_plan import StepPlan
+from mellow_platform.training.train_config import PartnerDraws, TrainConfig
 from tests.conftest import write_corpus
 
 VOCABULARY = 128

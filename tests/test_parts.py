@@ -19,7 +19,6 @@ from transformers import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
-from mellow_platform.config import EncoderConfig, PreprocessConfig, TrainConfig
 from mellow_platform.data.shards import Manifest
 from mellow_platform.model import (
     ENCODERS,
@@ -43,11 +42,14 @@ from mellow_platform.model.encoders import (
 from mellow_platform.model.folder import load_model, load_processor, save_model, save_pretrained
 from mellow_platform.model.tokenizer import train_tokenizer
 from mellow_platform.preprocessing.feature_store import FeatureStore
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.preprocess_job import preprocess
 from mellow_platform.training.checkpoints import CheckpointStore
 from mellow_platform.training.finetune import build_model, finetune
 from mellow_platform.training.tagger import build_encoder as build_tagger
 from mellow_platform.training.tagger import pretrain
+from mellow_platform.training.tagger_config import EncoderConfig
+from mellow_platform.training.train_config import TrainConfig
 from tests.conftest import write_corpus
 
 VOCABULARY = 300

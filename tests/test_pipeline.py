@@ -13,21 +13,25 @@ from huggingface_hub import ModelCard
 from transformers import AutoModel
 
 from mellow_platform import storage
-from mellow_platform.config import EncoderConfig, EvaluateConfig, PreprocessConfig, ScalingSection, TrainConfig
 from mellow_platform.data.records import SPLITS, read_records, write_records
 from mellow_platform.data.shards import Manifest
 from mellow_platform.data.shards import read_records as read_shard_records
+from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.evaluation.evaluate_job import evaluate
 from mellow_platform.evaluation.evaluation_report import markdown
 from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.decoder import load_decoder
 from mellow_platform.model.folder import load_model, load_processor, save_pretrained
 from mellow_platform.preprocessing.feature_store import FeatureStore
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.preprocess_job import preprocess
 from mellow_platform.training.checkpoints import CheckpointStore
 from mellow_platform.training.finetune import finetune
+from mellow_platform.training.run_config import ScalingSection
 from mellow_platform.training.tagged_clips import TaggedClips
 from mellow_platform.training.tagger import pretrain
+from mellow_platform.training.tagger_config import EncoderConfig
+from mellow_platform.training.train_config import TrainConfig
 from tests.conftest import write_corpus
 
 CLIPS = {"train": 24, "val": 2, "test": 6}

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from mellow_platform import storage
-from mellow_platform.config import PredictConfig
-from mellow_platform.data.audio import Limits, decode, encode
+from mellow_platform.data.audio import decode, encode
+from mellow_platform.data.audio_limits import AudioLimits
 from mellow_platform.inference.engine import Engine
+from mellow_platform.inference.predict_config import PredictConfig
 from mellow_platform.inference.predict_job import GROUP_SCHEMA, AnswerGroups, decode_groups, draw_seed, predict
 from mellow_platform.inference.question_table import read_question_table
 from mellow_platform.inference.request import Request
@@ -271,7 +272,7 @@ def test_a_clip_is_read_once_for_neighbouring_questions_and_encoded_once(model, 
     ]
     extractor = load_processor(model).feature_extractor
     heard = pa.concat_tables(
-        decode_groups(pa.Table.from_pylist(groups, schema=GROUP_SCHEMA), extractor, Limits(), "first")
+        decode_groups(pa.Table.from_pylist(groups, schema=GROUP_SCHEMA), extractor, AudioLimits(), "first")
     )
     assert sorted(read) == [a, b]
     actor = AnswerGroups(config(model, "/none", clips=clips, question="?"))

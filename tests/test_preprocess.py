@@ -13,14 +13,15 @@ import pytest
 import soundfile
 
 from mellow_platform import storage
-from mellow_platform.config import PreprocessConfig
-from mellow_platform.data.audio import Limits, decode, encode
+from mellow_platform.data.audio import decode, encode
+from mellow_platform.data.audio_limits import AudioLimits
 from mellow_platform.data.clip_reader import plan_source, split_of, take_stock
 from mellow_platform.data.records import Record, read_records, write_records
 from mellow_platform.data.shards import read_records as read_shard_records
 from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.preprocessing.feature_store import FeatureStore
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.preprocess_job import preprocess
 from tests.conftest import write_corpus
 
@@ -355,9 +356,9 @@ def test_stock_is_taken_without_reading_what_is_too_large(tmp_path):
     _as_recordings(tmp_path, 2)
     settings = config(tmp_path / "recordings", tmp_path / "set", source="recordings")
     (unit,) = plan_source(settings).units
-    table = take_stock(unit, Limits(max_bytes=100))
+    table = take_stock(unit, AudioLimits(max_bytes=100))
     assert table["reason"].to_pylist() == ["too_large"] * 2
-    assert take_stock(unit, Limits())["reason"].to_pylist() == [""] * 2
+    assert take_stock(unit, AudioLimits())["reason"].to_pylist() == [""] * 2
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def test_importing_lower_layers_does_not_import_higher_ones():
     code = (
         "import sys, mellow_platform.data.builtin_corpora, mellow_platform.data.audio;"
         "print([n for n in sys.modules if n.startswith('mellow_platform.') and n.split('.')[1] not in"
-        " ('data', 'storage', 'settings', 'config')])"
+        " ('data', 'storage', 'settings', 'option_values')])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

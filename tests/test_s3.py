@@ -12,16 +12,19 @@ import torch
 from s3fs import S3FileSystem
 
 from mellow_platform import storage
-from mellow_platform.config import EncoderConfig, EvaluateConfig, PreprocessConfig, TrainConfig
+from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.evaluation.evaluate_job import evaluate
 from mellow_platform.model import MellowConfig, MellowFeatureExtractor, MellowForConditionalGeneration, MellowProcessor
 from mellow_platform.model.conversion import export, from_reference
 from mellow_platform.model.folder import load_model, save_model
 from mellow_platform.model.tokenizer import train_tokenizer
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.preprocess_job import preprocess
 from mellow_platform.s3 import S3
 from mellow_platform.training.finetune import finetune
 from mellow_platform.training.tagger import pretrain
+from mellow_platform.training.tagger_config import EncoderConfig
+from mellow_platform.training.train_config import TrainConfig
 from tests.conftest import SharedRay, write_corpus
 from tests.object_storage import object_store
 

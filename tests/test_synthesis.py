@@ -22,11 +22,11 @@ import ray
 from pydantic import SecretStr
 
 from mellow_platform import storage
-from mellow_platform.config import FiltersSection, PreprocessConfig, SynthesizeConfig
 from mellow_platform.data import builtin_corpora, shards
 from mellow_platform.data.caption_tables import Caption, read_captions
 from mellow_platform.data.clip_reader import plan_source
 from mellow_platform.data.records import SPLITS, Record, read_records
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.synthesis import vllm_engine
 from mellow_platform.synthesis.candidates import TIER_QUESTIONS, candidates, deal_letters, record, subtype
 from mellow_platform.synthesis.caption_parser import pool, take_apart
@@ -38,6 +38,7 @@ from mellow_platform.synthesis.requests import WritingRequest, plan
 from mellow_platform.synthesis.rules import RuleWriter
 from mellow_platform.synthesis.runner import Part, read_parts, run_pass
 from mellow_platform.synthesis.schemas import ASPECTS, BadAnswerError, parse, schema, unbounded
+from mellow_platform.synthesis.synthesize_config import FiltersSection, SynthesizeConfig
 from mellow_platform.synthesis.synthesize_job import synthesize
 from mellow_platform.synthesis.verification import apply, blind, support
 from mellow_platform.synthesis.vllm_engine import ask_vllm, engine_row, settle
@@ -1106,7 +1107,7 @@ def test_answers_cut_short_end_the_job_and_a_greater_length_goes_on_in_the_same_
     job = endpoint_job(tmp_path)
     short = job.model_copy(update={"sampling": job.sampling.model_copy(update={"max_tokens": 5}), "attempts": 2})
     requests = some_requests(job, 20)
-    assert short.shaping == job.shaping
+    assert short.identity == job.identity
     with llm_server() as server:
         check = r"none of the last 1[12] requests had an answer in form: check sampling \(max_tokens"
         with pytest.raises(RuntimeError, match=check + r'.* finish_reason length; the last answer: \{"questions'):

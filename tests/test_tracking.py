@@ -6,8 +6,8 @@ import mlflow
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mellow_platform.config import TrainConfig
 from mellow_platform.training.tracking import Tracker
+from mellow_platform.training.train_config import TrainConfig
 
 
 def configured(tracking: str) -> TrainConfig:

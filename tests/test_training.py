@@ -15,16 +15,17 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mellow_platform import storage
-from mellow_platform.config import PreprocessConfig, TrainConfig
 from mellow_platform.data.shards import Manifest
 from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.folder import load_model, load_processor, save_pretrained
 from mellow_platform.preprocessing.feature_store import FeatureStore
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.preprocess_job import preprocess
 from mellow_platform.training.batches import batches
 from mellow_platform.training.checkpoints import FOLDER, MARKER, STATE, CheckpointStore
 from mellow_platform.training.finetune import BETAS, build_model, finetune, load_examples, train_answers
 from mellow_platform.training.step_plan import StepPlan
+from mellow_platform.training.train_config import TrainConfig
 from mellow_platform.training.trainer import (
     MOST_RESIZED,
     RESULT,

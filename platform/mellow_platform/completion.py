@@ -10,14 +10,15 @@ from typing import Any
 from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion import Choice
 
-from mellow_platform.data.audio import Limits, decode, encode
+from mellow_platform.data.audio import decode, encode
+from mellow_platform.data.audio_limits import AudioLimits
 
 CONTAINERS = ("wav", "flac", "ogg", "mp3")  # that the Serve endpoint takes
 WAV_RATE = 32_000  # Hz, of clips that are converted
 
 
 def input_audio(
-    data: bytes, container: str, containers: Sequence[str] = CONTAINERS, limits: Limits | None = None
+    data: bytes, container: str, containers: Sequence[str] = CONTAINERS, limits: AudioLimits | None = None
 ) -> dict[str, Any]:
     """Return a clip as an `input_audio` part of a message.
 
@@ -25,7 +26,7 @@ def input_audio(
         data: bytes of the audio file.
         container: its name or the file's suffix (`flac`, `.flac`).
         containers: names that the endpoint takes; a clip in another container is converted to 16-bit WAV, one channel.
-        limits: of the clip; by default those of `Limits`.
+        limits: of the clip; by default those of `AudioLimits`.
 
     Raises:
         AudioError: the bytes are not usable audio; `reason` says why.

@@ -32,13 +32,13 @@ import ray
 import torch
 
 from mellow_platform import storage
-from mellow_platform.config import PreprocessConfig
 from mellow_platform.data.audio import decode, encode
 from mellow_platform.data.clip_reader import plan_source
 from mellow_platform.model import HTSATEncoder, MellowFeatureExtractor, encoder_config
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.preprocessing.clip_shards import EncodeShard, feature_shapes, shard_rows, write_clip_shards
 from mellow_platform.preprocessing.inventory import write_stock
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 
 CONTAINERS = ("WAV", "FLAC", "OGG", "MP3")
 RATES = (32_000, 44_100, 48_000)  # Hz

@@ -30,13 +30,13 @@ import torch
 from torch import nn
 
 from mellow_platform import training
-from mellow_platform.config import TrainConfig
 from mellow_platform.model import MellowConfig, MellowForConditionalGeneration
 from mellow_platform.training.batches import MicroBatch, batches
 from mellow_platform.training.examples import AnswerExamples, RecordNames, TokenTexts
 from mellow_platform.training.finetune import BETAS, Finetuning
 from mellow_platform.training.flops import ModelFlops, measured_peak
 from mellow_platform.training.step_plan import StepPlan
+from mellow_platform.training.train_config import TrainConfig
 
 THREADS = 2
 VOCABULARY, PAD_TOKEN = 49152, 17

@@ -29,8 +29,8 @@ import tests  # noqa: F401  # its token for Ray, before Ray is imported
 import ray
 
 from mellow_platform import storage
-from mellow_platform.config import PreprocessConfig
 from mellow_platform.data.shards import Manifest
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.preprocess_job import preprocess
 from mellow_platform.progress import Progress
 from tests.chaos.cluster import DRIVER, NODE, WORKER, ChaosCluster

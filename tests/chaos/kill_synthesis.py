@@ -31,10 +31,10 @@ import tests  # noqa: F401  # its token for Ray, before Ray is imported
 import pyarrow.parquet as pq
 
 from mellow_platform import storage
-from mellow_platform.config import SynthesizeConfig
 from mellow_platform.data.caption_tables import read_captions
 from mellow_platform.data.records import SPLITS, read_records
 from mellow_platform.synthesis.requests import plan
+from mellow_platform.synthesis.synthesize_config import SynthesizeConfig
 from tests.chaos.cluster import ChaosCluster
 from tests.llm_server import LLMServer, llm_server
 

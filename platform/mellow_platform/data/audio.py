@@ -2,35 +2,16 @@
 
 import io
 import struct
-from dataclasses import dataclass
 
 import numpy as np
 import soundfile
 import soxr
 
+from mellow_platform.data.audio_limits import AudioLimits
+
 # Full scale is 1, and 2**31 where a file of floats holds integers. The power of samples of more than about 1e15
 # overflows float32, and what a model makes of that is NaN.
 LOUDEST = 1e10
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a clip may be; all of it is checked before anything is decoded.
-
-    Attributes:
-        max_bytes: of the file.
-        max_seconds: of the recording.
-        max_samples: of all channels together, which is what decoding takes memory for (4 bytes each).
-        max_channels: of the file.
-        min_rate, max_rate: in Hz; outside of it a header is damaged or forged.
-    """
-
-    max_bytes: int = 256 << 20
-    max_seconds: float = 600.0
-    max_samples: int = 1 << 26
-    max_channels: int = 32
-    min_rate: int = 1_000
-    max_rate: int = 384_000
 
 
 class AudioError(ValueError):
@@ -46,7 +27,7 @@ class AudioError(ValueError):
         self.reason = reason
 
 
-def check_size(size: int, limits: Limits) -> None:
+def check_size(size: int, limits: AudioLimits) -> None:
     """Make sure that a file of `size` bytes may be read.
 
     Raises:
@@ -58,13 +39,13 @@ def check_size(size: int, limits: Limits) -> None:
         raise AudioError("too_large", f"the file has {size} bytes: the limit is {limits.max_bytes}")
 
 
-def decode(data: bytes, sampling_rate: int, limits: Limits | None = None) -> np.ndarray:
+def decode(data: bytes, sampling_rate: int, limits: AudioLimits | None = None) -> np.ndarray:
     """Return the waveform [samples], float32, channels averaged, resampled to `sampling_rate` Hz.
 
     Raises:
         AudioError: the bytes are no usable audio; `reason` says why.
     """
-    limits = limits or Limits()
+    limits = limits or AudioLimits()
     check_size(len(data), limits)
     try:
         file = soundfile.SoundFile(io.BytesIO(data))
@@ -98,7 +79,7 @@ def is_bounded(samples: np.ndarray) -> bool:
     return float(samples.max()) <= LOUDEST and float(samples.min()) >= -LOUDEST
 
 
-def _check_header(file: soundfile.SoundFile, limits: Limits) -> None:
+def _check_header(file: soundfile.SoundFile, limits: AudioLimits) -> None:
     if not (limits.min_rate <= file.samplerate <= limits.max_rate and 1 <= file.channels <= limits.max_channels):
         raise AudioError(
             "bad_header",

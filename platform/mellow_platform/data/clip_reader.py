@@ -22,11 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mellow_platform import storage
-from mellow_platform.config import PreprocessConfig
 from mellow_platform.data import records as record_format
-from mellow_platform.data.audio import AudioError, Limits, check_size
+from mellow_platform.data.audio import AudioError, check_size
+from mellow_platform.data.audio_limits import AudioLimits
 from mellow_platform.data.labels import read_labels
 from mellow_platform.data.records import FIELDS, SPLITS
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".oga", ".opus")
 CLIPS_A_UNIT = 128
@@ -194,7 +195,7 @@ def _units(clips: list[ClipAddress]) -> list[CorpusUnit]:
     return [CorpusUnit(number, tuple(clips[start : start + CLIPS_A_UNIT])) for number, start in enumerate(starts)]
 
 
-def take_stock(unit: CorpusUnit, limits: Limits) -> pa.Table:
+def take_stock(unit: CorpusUnit, limits: AudioLimits) -> pa.Table:
     """Read every clip of a unit once, and return what and where they are (`STOCK_SCHEMA`), in the unit's order."""
     if unit.uri.lower().endswith(".tar"):
         found = _tar_clips(unit, limits)
@@ -216,7 +217,7 @@ def take_stock(unit: CorpusUnit, limits: Limits) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=STOCK_SCHEMA)
 
 
-def read(clip: ClipAddress, limits: Limits) -> bytes:
+def read(clip: ClipAddress, limits: AudioLimits) -> bytes:
     """Return the bytes of a clip that has a file of its own or stands in a tar.
 
     Raises:
@@ -231,7 +232,7 @@ def read(clip: ClipAddress, limits: Limits) -> bytes:
         raise AudioError("missing", f"{clip.uri} does not exist") from error
 
 
-def read_clips(clips: Iterable[ClipAddress], limits: Limits) -> Iterator[tuple[ClipAddress, bytes | AudioError]]:
+def read_clips(clips: Iterable[ClipAddress], limits: AudioLimits) -> Iterator[tuple[ClipAddress, bytes | AudioError]]:
     """Yield clips with their bytes, or why there are none, in the order given; a few are read ahead."""
     clips = list(clips)
     in_parquet = {clip.uri for clip in clips if clip.row >= 0}
@@ -244,7 +245,7 @@ def read_clips(clips: Iterable[ClipAddress], limits: Limits) -> Iterator[tuple[C
     return _ahead(fetch, clips, 1 if in_parquet else READERS)
 
 
-def _attempt(clip: ClipAddress, limits: Limits) -> bytes | AudioError:
+def _attempt(clip: ClipAddress, limits: AudioLimits) -> bytes | AudioError:
     try:
         return read(clip, limits)
     except AudioError as error:
@@ -270,7 +271,7 @@ def _ahead(
 Found = Iterator[tuple[ClipAddress, bytes | AudioError, list[dict[str, str]]]]
 
 
-def _tar_clips(unit: CorpusUnit, limits: Limits) -> Found:
+def _tar_clips(unit: CorpusUnit, limits: AudioLimits) -> Found:
     """Yield the audio members of a tar, each with the questions in the `.json` members of its key.
 
     A member's key is its name up to the first dot of its last part, as WebDataset has it; a clip's path is
@@ -308,7 +309,7 @@ def _with_questions(
         yield replace(clip, taskname=own[0]["taskname"] if own else ""), data, own
 
 
-def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, limits: Limits) -> bytes | AudioError:
+def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, limits: AudioLimits) -> bytes | AudioError:
     try:
         check_size(member.size, limits)
     except AudioError as error:

@@ -3,9 +3,9 @@
 import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
-from mellow_platform.config import Partner
+Partner = Literal["random", "same", "silence"]
 
 # The silent clip that a shard set stores under the rule `silence`.
 SILENCE = "<silence>"

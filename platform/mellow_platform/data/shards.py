@@ -29,8 +29,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mellow_platform import storage
-from mellow_platform.config import Features
 from mellow_platform.data import records as record_format
+from mellow_platform.option_values import Features
 
 SCHEMA_VERSION = 4
 MANIFEST, CONFIGURATION = "manifest.json", "configuration.json"

@@ -20,9 +20,9 @@ import ray
 from pydantic import SecretStr
 
 from mellow_platform import storage
-from mellow_platform.config import EvaluateConfig
 from mellow_platform.data import shards
 from mellow_platform.evaluation.dataset import QuestionSource
+from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.evaluation.models import (
     UNANSWERED,
     Endpoint,
@@ -159,7 +159,7 @@ def claim(config: EvaluateConfig, asked: Sequence[ModelInput], model: str, sourc
     questions = hashlib.sha256()
     for question in asked:
         questions.update(json.dumps(asdict(question)).encode())
-    depends_on = config.shaping | {
+    depends_on = config.identity | {
         # By `benchmark`, `limit`, and the files that they and their clips come from.
         "questions": questions.hexdigest(),
         "shards": source.manifest.content_hash if source.manifest else None,

@@ -7,11 +7,11 @@ from typing import Any
 import pyarrow as pa
 
 from mellow_platform import storage
-from mellow_platform.config import EvaluateConfig
 from mellow_platform.data.tables import read_table
 from mellow_platform.evaluation.benchmarks import Benchmark
 from mellow_platform.evaluation.bootstrap import Bootstrap, holm
 from mellow_platform.evaluation.dataset import BenchmarkItem
+from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.evaluation.scoring import AnsweredBenchmark, alike
 
 PREDICTIONS = "predictions.parquet"

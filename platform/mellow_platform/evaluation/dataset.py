@@ -6,12 +6,12 @@ from functools import cached_property
 from typing import Any
 
 from mellow_platform import storage
-from mellow_platform.config import EvaluateConfig
 from mellow_platform.data import records as record_files
 from mellow_platform.data.clip_reader import audio_root
 from mellow_platform.data.records import FIELDS, Record, from_row
 from mellow_platform.data.shards import Manifest
 from mellow_platform.data.shards import read_records as read_shard_records
+from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 
 MOST_CHOICES = 8  # that there are letters for, a to h
 MMAU_GROUPS = ("task", "difficulty", "sub-category")

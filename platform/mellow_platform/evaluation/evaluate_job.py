@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from mellow_platform import storage
-from mellow_platform.config import EvaluateConfig
 from mellow_platform.evaluation.benchmarks import BENCHMARKS, MMAU, Benchmark
 from mellow_platform.evaluation.collect import are_too_many, claim, in_words, listen
 from mellow_platform.evaluation.comparison import PREDICTIONS, compare, read_baseline
 from mellow_platform.evaluation.dataset import BenchmarkItem, QuestionSource
+from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.evaluation.evaluation_report import Example, markdown, page
 from mellow_platform.evaluation.models import ModelInput, Reply, draw, given
 from mellow_platform.evaluation.scoring import AnsweredBenchmark, score, summarise

@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mellow_platform.data.audio import AudioError, Limits, decode, encode
+from mellow_platform.data.audio import AudioError, decode, encode
+from mellow_platform.data.audio_limits import AudioLimits
 from mellow_platform.data.clip_reader import ClipAddress, read
 from mellow_platform.evaluation.dataset import BenchmarkItem
 
@@ -210,7 +211,9 @@ def sounds(uris: set[str]) -> dict[str, str]:
     played = {}
     for uri in sorted(uris):
         try:
-            waveform = decode(read(ClipAddress(uri, "", uri), Limits()), PLAYED_RATE)[: PLAYED_SECONDS * PLAYED_RATE]
+            waveform = decode(read(ClipAddress(uri, "", uri), AudioLimits()), PLAYED_RATE)[
+                : PLAYED_SECONDS * PLAYED_RATE
+            ]
         except (AudioError, OSError) as error:  # a report is worth more than one of its players
             played[uri] = str(error)
             continue

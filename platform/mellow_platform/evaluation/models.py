@@ -16,11 +16,12 @@ from pydantic import SecretStr
 
 from mellow_platform import storage
 from mellow_platform.completion import WAV_RATE, input_audio, read_completion, said
-from mellow_platform.config import EvaluateConfig
-from mellow_platform.data.audio import AudioError, Limits, encode
+from mellow_platform.data.audio import AudioError, encode
+from mellow_platform.data.audio_limits import AudioLimits
 from mellow_platform.data.clip_reader import ClipAddress, read_clips
 from mellow_platform.data.tables import read_table
 from mellow_platform.evaluation.dataset import BenchmarkItem
+from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.inference.engine import Engine
 from mellow_platform.inference.predict_job import decode_or_reason
 from mellow_platform.inference.request import Answer, Clip, ClipFeatures, Request
@@ -130,7 +131,7 @@ class MellowFolder:
             return {clip: self.noise[clip] for clip in clips}
         places = {clip: self.store.rows[clip] for clip in clips if clip in self.store.rows} if self.store else {}
         heard: dict[str, Clip | AudioError] = {clip: self._stored(place) for clip, place in places.items()}
-        limits = Limits(**self.config.limits.model_dump())
+        limits = self.config.limits
         rate = self.extractor.sampling_rate
         for address, data in read_clips(
             [ClipAddress(clip, "", clip) for clip in sorted(clips - places.keys())], limits
@@ -273,13 +274,13 @@ class Endpoint:
                 clip: input_audio(encode(noise_for(clip, samples) if noise else silence, WAV_RATE, "WAV"), "wav")
                 for clip in sorted(clips)
             }
-        limits = Limits(**self.config.limits.model_dump())
+        limits = self.config.limits
         sounds: dict[str, dict[str, Any] | AudioError] = {}
         for address, data in read_clips([ClipAddress(clip, "", clip) for clip in sorted(clips)], limits):
             sounds[address.uri] = data if isinstance(data, AudioError) else self._as_sent(address.uri, data, limits)
         return sounds
 
-    def _as_sent(self, uri: str, data: bytes, limits: Limits) -> dict[str, Any] | AudioError:
+    def _as_sent(self, uri: str, data: bytes, limits: AudioLimits) -> dict[str, Any] | AudioError:
         try:
             return input_audio(data, PurePosixPath(uri).suffix, self.config.endpoint.formats, limits)
         except AudioError as error:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from mellow_platform.config import EvaluateConfig
 from mellow_platform.evaluation.benchmarks import Benchmark, ChoiceBenchmark, DescriptionBenchmark, Families, Scored
 from mellow_platform.evaluation.bootstrap import Bootstrap
 from mellow_platform.evaluation.dataset import BenchmarkItem
+from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.evaluation.metrics import Expected, Metric
 from mellow_platform.evaluation.models import Reply
 

@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 from torch import nn
 
-from mellow_platform.config import Dtype
+from mellow_platform.option_values import Dtype
 
 # Rows that oneDNN lays the weights out for. One layout serves a single token, a batch of them and a prompt: laid out
 # for 1 row, two rows take 1.8 times as long.

@@ -3,7 +3,7 @@
 The folder gets
 
     configuration.json     what is asked, of which model; written first
-    answers/*.parquet      a row an answer, in the order of the question table; each file is a fixed range of the questions
+    answers/*.parquet      a row per answer, in the order of the questions; each file is a fixed range of them
     receipts/answers/      one JSON file a part, written after it: the part is done
     report.json            written last
 
@@ -33,11 +33,12 @@ import pyarrow as pa
 import ray
 
 from mellow_platform import storage
-from mellow_platform.config import PredictConfig
 from mellow_platform.data import shards
-from mellow_platform.data.audio import AudioError, Limits, decode
+from mellow_platform.data.audio import AudioError, decode
+from mellow_platform.data.audio_limits import AudioLimits
 from mellow_platform.data.clip_reader import ClipAddress, read_clips
 from mellow_platform.inference.engine import Engine
+from mellow_platform.inference.predict_config import PredictConfig
 from mellow_platform.inference.question_table import TEXT_COLUMNS, QuestionTable, read_question_table
 from mellow_platform.inference.request import Request
 from mellow_platform.inference.windows import windows
@@ -99,9 +100,9 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     asked = read_question_table(config)
     model = storage.local_copy(config.model)
     extractor = load_processor(config.model).feature_extractor
-    depends_on = {"fields": config.shaping, "input": asked.digest, "model": model_digest(model)}
+    depends_on = {"fields": config.identity, "input": asked.digest, "model": model_digest(model)}
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
-    shards.claim(config.output, config.shaping, digest, holds="predictions")
+    shards.claim(config.output, config.identity, digest, holds="predictions")
     if storage.exists(storage.join(config.output, REPORT)):
         print(f"{config.output} is finished: nothing to do", flush=True)
         return storage.read_json(storage.join(config.output, REPORT))
@@ -203,7 +204,7 @@ def answer_groups(
         decode_groups,
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"extractor": extractor, "limits": Limits(**config.limits.model_dump()), "rule": config.window},
+        fn_kwargs={"extractor": extractor, "limits": config.limits, "rule": config.window},
         **RETRIED,
     )
     dataset = dataset.map_batches(
@@ -226,7 +227,9 @@ def answer_groups(
         yield batch.to_pylist()
 
 
-def decode_groups(groups: pa.Table, extractor: MellowFeatureExtractor, limits: Limits, rule: str) -> Iterator[pa.Table]:
+def decode_groups(
+    groups: pa.Table, extractor: MellowFeatureExtractor, limits: AudioLimits, rule: str
+) -> Iterator[pa.Table]:
     """Read and decode the clips of groups of questions; yield what is heard of each (`HEARD_SCHEMA`).
 
     A clip that the group before has too is taken over from there: no more than four recordings are held at a time.
@@ -250,7 +253,7 @@ def decode_groups(groups: pa.Table, extractor: MellowFeatureExtractor, limits: L
         yield pa.Table.from_pylist([heard], schema=HEARD_SCHEMA)
 
 
-def decode_or_reason(data: bytes | AudioError, rate: int, limits: Limits) -> np.ndarray | AudioError:
+def decode_or_reason(data: bytes | AudioError, rate: int, limits: AudioLimits) -> np.ndarray | AudioError:
     """Return a recording's waveform [samples] at `rate` Hz, or why there is none."""
     if isinstance(data, AudioError):
         return data

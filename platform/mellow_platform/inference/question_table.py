@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from mellow_platform import storage
-from mellow_platform.config import PredictConfig
 from mellow_platform.data.clip_reader import AUDIO_SUFFIXES
 from mellow_platform.data.tables import read_table
+from mellow_platform.inference.predict_config import PredictConfig
 
 TEXT_COLUMNS = ("clip", "clip2", "question")
 # What the answers stand in: a table to be answered cannot have these columns.

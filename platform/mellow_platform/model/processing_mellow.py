@@ -8,8 +8,7 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from mellow_platform.config import Partner
-from mellow_platform.data.partners import second_clip
+from mellow_platform.data.partners import Partner, second_clip
 
 
 class MellowProcessor(ProcessorMixin):

@@ -16,12 +16,13 @@ import pyarrow as pa
 import ray
 import torch
 
-from mellow_platform.config import PreprocessConfig
 from mellow_platform.data import shards
-from mellow_platform.data.audio import AudioError, Limits, decode, encode
+from mellow_platform.data.audio import AudioError, decode, encode
+from mellow_platform.data.audio_limits import AudioLimits
 from mellow_platform.data.clip_reader import ClipAddress, read_clips
 from mellow_platform.data.log_mel import FrontEnd, LogMel
 from mellow_platform.data.partners import SILENCE
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 
 if TYPE_CHECKING:
     from mellow_platform.model.encoders import AudioEncoderConfig
@@ -73,7 +74,7 @@ def write_clip_shards(
         decode_shard,
         fn_kwargs={
             "log_mel": log_mel,
-            "limits": Limits(**config.limits.model_dump()),
+            "limits": config.limits,
             "min_seconds": config.min_seconds,
             "whole": config.features == "waveform",
         },
@@ -99,7 +100,7 @@ def write_clip_shards(
 
 
 def decode_shard(
-    row: dict[str, Any], log_mel: LogMel, limits: Limits, min_seconds: float, whole: bool
+    row: dict[str, Any], log_mel: LogMel, limits: AudioLimits, min_seconds: float, whole: bool
 ) -> dict[str, Any]:
     """Decode the clips of a shard row.
 
@@ -144,7 +145,7 @@ def decode_shard(
 
 
 def _decoded(
-    address: ClipAddress, data: Any, clip_id: str, rate: int, limits: Limits, min_seconds: float, silence: int
+    address: ClipAddress, data: Any, clip_id: str, rate: int, limits: AudioLimits, min_seconds: float, silence: int
 ) -> np.ndarray:
     if address.path == SILENCE:
         return np.zeros(silence, np.float32)

@@ -13,10 +13,9 @@ import pyarrow as pa
 import ray
 
 from mellow_platform import storage
-from mellow_platform.config import PreprocessConfig
 from mellow_platform.data import shards
-from mellow_platform.data.audio import Limits
 from mellow_platform.data.clip_reader import ClipAddress, CorpusUnit, take_stock
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.progress import Progress
 
 
@@ -54,7 +53,7 @@ def write_stock(units: list[CorpusUnit], config: PreprocessConfig) -> Inventory:
         rows = [{"unit": json.dumps(asdict(unit))} for unit in open_units]
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         dataset.context.enable_progress_bars = False
-        limits = Limits(**config.limits.model_dump())
+        limits = config.limits
 
         def write(row: dict[str, Any]) -> dict[str, int]:
             """Write the stock of one unit, whole or not at all: the file is its own receipt."""

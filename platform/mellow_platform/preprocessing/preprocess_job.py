@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 
 from mellow_platform import storage
-from mellow_platform.config import PreprocessConfig
 from mellow_platform.data import shards
 from mellow_platform.data.clip_reader import ClipAddress, CorpusPlan, plan_source, stocked_records
 from mellow_platform.data.partners import SILENCE
@@ -29,6 +28,7 @@ from mellow_platform.model import (
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.preprocessing.clip_shards import SILENCE_ID, feature_shapes, shard_rows, write_clip_shards
 from mellow_platform.preprocessing.inventory import Inventory, write_stock
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.record_shards import build_processor, with_clips, write_record_shards
 from mellow_platform.preprocessing.statistics import describe, draw
 from mellow_platform.progress import Progress
@@ -95,10 +95,10 @@ def claim(config: PreprocessConfig, plan: CorpusPlan, weights: str) -> Preproces
     Raises:
         ValueError: the folder is another set's.
     """
-    depends_on = {"fields": config.shaping, "input": plan.digest, "encoder": weights}
+    depends_on = {"fields": config.identity, "input": plan.digest, "encoder": weights}
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     config = config.model_copy(update={"output": config.output.replace("{hash}", digest[:12])})
-    shards.claim(config.output, config.shaping, digest)
+    shards.claim(config.output, config.identity, digest)
     return config
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from mellow_platform.config import PreprocessConfig
 from mellow_platform.data import shards
 from mellow_platform.data.partners import SILENCE, draw_partner, second_clip
 from mellow_platform.model import MellowFeatureExtractor, MellowProcessor, holds_model
 from mellow_platform.model.decoder import load_tokenizer
 from mellow_platform.model.folder import load_processor
 from mellow_platform.model.tokenizer import train_tokenizer
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 
 # Prompt and answer lengths in tokens, as published; a tokenizer of the corpus's own is measured on the corpus.
 PUBLISHED_LENGTHS = (129, 250)

@@ -25,10 +25,10 @@ from openai.types.chat.chat_completion import Choice
 from pydantic import SecretStr
 
 from mellow_platform.completion import read_completion, said
-from mellow_platform.config import SynthesizeConfig
 from mellow_platform.synthesis.prompts import Prompts
 from mellow_platform.synthesis.requests import WritingRequest
 from mellow_platform.synthesis.schemas import BadAnswerError, parse, schema, unbounded
+from mellow_platform.synthesis.synthesize_config import SynthesizeConfig
 from mellow_platform.synthesis.writer import REFUSED, STOP, WriterAnswer, begin, keep, read_arrived
 
 URL, MODEL, KEY = "OPENAI_BASE_URL", "OPENAI_MODEL", "OPENAI_API_KEY"

@@ -10,9 +10,9 @@ import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from mellow_platform.config import FiltersSection
 from mellow_platform.data.records import Record, lettered
 from mellow_platform.synthesis.candidates import Candidate, hypothesis
+from mellow_platform.synthesis.synthesize_config import FiltersSection
 from mellow_platform.synthesis.words import FUNCTION_WORDS, content_words, holds_phrase, words
 
 if TYPE_CHECKING:  # packages of the extra `synthesis`, imported where they are used

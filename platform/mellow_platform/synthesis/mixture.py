@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from mellow_platform import storage
-from mellow_platform.config import SYNTHETIC_SUBTYPES, SynthesizeConfig
 from mellow_platform.data.caption_tables import Caption
 from mellow_platform.data.records import SPLITS, Record, from_row, read_records
+from mellow_platform.option_values import SYNTHETIC_SUBTYPES
 from mellow_platform.synthesis.candidates import CAPTION_QUESTION, Candidate, deal_letters, record, subtype
+from mellow_platform.synthesis.synthesize_config import SynthesizeConfig
 
 
 @dataclass(frozen=True, slots=True)

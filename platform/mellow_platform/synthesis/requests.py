@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from mellow_platform.config import SynthesizeConfig
 from mellow_platform.data.caption_tables import Caption
+from mellow_platform.synthesis.synthesize_config import SynthesizeConfig
 
 PASS = "write"
 DRAWS = 8  # of a partner with another text: all captions of a split may be the same

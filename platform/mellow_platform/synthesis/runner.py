@@ -30,10 +30,10 @@ import pyarrow as pa
 import ray
 
 from mellow_platform import storage
-from mellow_platform.config import SynthesizeConfig
 from mellow_platform.data import shards
 from mellow_platform.progress import Progress
 from mellow_platform.synthesis.requests import WritingRequest
+from mellow_platform.synthesis.synthesize_config import SynthesizeConfig
 from mellow_platform.synthesis.writer import ANSWER_SCHEMA, STOP, Writer, WriterAnswer, arrived
 
 ANSWERS, ARRIVING = "answers", "arriving"

@@ -29,7 +29,6 @@ import pyarrow as pa
 import ray
 
 from mellow_platform import storage
-from mellow_platform.config import FiltersSection, SynthesizeConfig
 from mellow_platform.data import shards
 from mellow_platform.data.caption_tables import read_captions
 from mellow_platform.data.records import SPLITS, write_records
@@ -47,6 +46,7 @@ from mellow_platform.synthesis.rules import RuleWriter
 from mellow_platform.synthesis.runner import ANSWERS, Answering, ask_actors, read_parts, run_pass
 from mellow_platform.synthesis.schemas import WRITTEN_ONE_BY_ONE
 from mellow_platform.synthesis.synthesis_report import markdown, pass_counts
+from mellow_platform.synthesis.synthesize_config import FiltersSection, SynthesizeConfig
 from mellow_platform.synthesis.vllm_engine import ask_vllm
 from mellow_platform.synthesis.writer import WriterAnswer
 
@@ -81,7 +81,7 @@ def synthesize(config: SynthesizeConfig) -> dict[str, Any]:
     access = Access.from_environment() if config.writer == "endpoint" else None
     model = access.model if access else config.vllm.model
     depends_on = {
-        "fields": config.shaping,
+        "fields": config.identity,
         "requests": writing_requests.digest(requests),
         "model": model,
         "prompts": prompts.digest(config.kinds) if model else "",
@@ -100,7 +100,7 @@ def synthesize(config: SynthesizeConfig) -> dict[str, Any]:
     else:
         sounds = pool(caption.text for caption in captions)
         answering = ask_actors(functools.partial(RuleWriter, config.seed, sounds), config)
-    shards.claim(config.output, config.shaping | {"model": model}, digest, holds="questions")
+    shards.claim(config.output, config.identity | {"model": model}, digest, holds="questions")
     told: dict[str, str] = {name: prompts.texts[name] if model else "" for name in config.checks}
     sifted = _sifting_digest(existing, told, config)
     report_uri = storage.join(config.output, REPORT)

@@ -17,11 +17,11 @@ from typing import Any
 import ray
 
 from mellow_platform import storage
-from mellow_platform.config import SynthesizeConfig
 from mellow_platform.synthesis.prompts import Prompts
 from mellow_platform.synthesis.requests import WritingRequest
 from mellow_platform.synthesis.runner import ARRIVING, Answering, Part
 from mellow_platform.synthesis.schemas import BadAnswerError, parse, schema
+from mellow_platform.synthesis.synthesize_config import SynthesizeConfig
 from mellow_platform.synthesis.writer import REFUSED, WriterAnswer, begin, keep, read_arrived
 
 FAILURE = "__inference_error__"  # the column in which Ray says what an engine did not answer

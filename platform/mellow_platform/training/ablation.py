@@ -16,14 +16,18 @@ import ray
 from ray import tune
 
 from mellow_platform import storage
-from mellow_platform.config import AblationConfig, EvaluateConfig, PreprocessConfig, TrainConfig
+from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.evaluation.evaluate_job import evaluate
 from mellow_platform.evaluation.evaluation_report import of_main
 from mellow_platform.failure import Failure
 from mellow_platform.model.folder import load_processor
+from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.preprocess_job import preprocess
+from mellow_platform.training.ablation_config import AblationConfig
+from mellow_platform.training.ablation_grid import evaluate_config, grid_points, preprocess_config, train_config
 from mellow_platform.training.ablation_report import Outcome, report, write_report
 from mellow_platform.training.finetune import build_model, finetune
+from mellow_platform.training.train_config import TrainConfig
 from mellow_platform.training.trainer import CHANGEABLE
 
 logger = logging.getLogger(__name__)
@@ -95,14 +99,14 @@ def run_ablation(config: AblationConfig) -> dict[str, Any]:
 def runs_of(config: AblationConfig) -> list[AblationRun]:
     """Return the runs of an ablation, seeds of a point one behind the other."""
     runs = []
-    for number, point in enumerate(config.points()):
+    for number, point in enumerate(grid_points(config)):
         for seed in config.seeds:
-            train = config.train_config(point, seed)
+            train = train_config(config, point, seed)
             name = run_name(train, point)
             train = train.model_copy(update={"run": name, "output": storage.join(config.output, "models", name)})
-            made = config.preprocess_config(train) if config.preprocess is not None else None
+            made = preprocess_config(config, train)
             asked = hashlib.sha256(json.dumps(config.evaluate, sort_keys=True).encode()).hexdigest()[:8]
-            scored = config.evaluate_config(train, storage.join(config.output, "evaluation", f"{name}-{asked}"))
+            scored = evaluate_config(config, train, storage.join(config.output, "evaluation", f"{name}-{asked}"))
             runs.append(AblationRun(number, train, made, scored, config.output))
     return runs
 

@@ -11,7 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mellow_platform import storage
-from mellow_platform.config import AblationConfig
+from mellow_platform.training.ablation_config import AblationConfig
+from mellow_platform.training.ablation_grid import grid_points
 
 LESS_IS_BETTER = {"val_loss"}
 PANELS = {
@@ -40,7 +41,7 @@ def report(config: AblationConfig, outcomes: list[Outcome]) -> dict[str, Any]:
     points = [
         {"label": labels[number], "values": values}
         | summarise([outcome for outcome in outcomes if outcome.point == number])
-        for number, values in enumerate(config.points())
+        for number, values in enumerate(grid_points(config))
     ]
     sign = 1 if config.metric in LESS_IS_BETTER else -1
     points.sort(key=lambda point: (not point["mean"], sign * point["mean"].get(config.metric, 0)))
@@ -63,7 +64,7 @@ def summarise(outcomes: list[Outcome]) -> dict[str, Any]:
 
 def point_labels(config: AblationConfig) -> list[str]:
     """Return what a point is called: the axes that tell it from others, or from the first point alone."""
-    points = config.points()
+    points = grid_points(config)
     names = {axis: value_names(values) for axis, values in config.grid.items()}
     labels = []
     for point in points:

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from mellow_platform import storage
-from mellow_platform.config import TrainConfig
 from mellow_platform.model import MellowForConditionalGeneration
 from mellow_platform.model.folder import load_processor
 from mellow_platform.training.examples import AnswerExamples
 from mellow_platform.training.finetune import build_model
 from mellow_platform.training.flops import ModelFlops
 from mellow_platform.training.step_plan import StepPlan
+from mellow_platform.training.train_config import TrainConfig
 from mellow_platform.training.trainer import plan_of, total_steps
 
 SAMPLE = 16  # micro-batches that the work of a step is taken from

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mellow_platform.config import PartnerDraws
 from mellow_platform.data.shards import Manifest, read_records
 from mellow_platform.preprocessing.feature_store import FeatureStore
 from mellow_platform.training.step_plan import Arrays
+from mellow_platform.training.train_config import PartnerDraws
 
 # What `forward` calls the arrays that shards hold of a clip.
 NETWORK_NAMES = {"log_mel": "input_features", "frames": "audio_frames", "latent": "audio_latent"}

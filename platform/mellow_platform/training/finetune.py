@@ -13,7 +13,6 @@ import ray.train.torch
 import torch
 
 from mellow_platform import storage
-from mellow_platform.config import TrainConfig
 from mellow_platform.data.shards import Manifest
 from mellow_platform.extras import require
 from mellow_platform.model import (
@@ -31,6 +30,7 @@ from mellow_platform.training.examples import AnswerExamples
 from mellow_platform.training.flops import ModelFlops, measured_peak
 from mellow_platform.training.recorder import Recorder
 from mellow_platform.training.step_plan import StepPlan
+from mellow_platform.training.train_config import TrainConfig
 from mellow_platform.training.trainer import learning_rate_factor, plan_of, prepare_worker, run_training
 from mellow_platform.training.verify_export import Question, check_published, greedy_answers
 

@@ -16,8 +16,8 @@ import torch.distributed
 from tqdm import tqdm
 
 from mellow_platform import storage
-from mellow_platform.config import RunSection
 from mellow_platform.training.checkpoints import POSITION, CheckpointStore, SavedCheckpoint, Tensors
+from mellow_platform.training.run_config import RunSection
 from mellow_platform.training.step_plan import Examples, StepPlan
 from mellow_platform.training.tracking import Tracker
 from mellow_platform.training.trainer import RESULT, is_stopped, total_steps

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from mellow_platform.config import EncoderConfig
 from mellow_platform.data.labels import read_labels, vocabulary
 from mellow_platform.data.shards import Manifest
 from mellow_platform.preprocessing.feature_store import FeatureStore
+from mellow_platform.training.tagger_config import EncoderConfig
 
 
 class TaggedClips:

@@ -15,7 +15,6 @@ import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from mellow_platform import storage
-from mellow_platform.config import EncoderConfig
 from mellow_platform.data.shards import Manifest
 from mellow_platform.model import MellowFeatureExtractor, encoder_config
 from mellow_platform.model.encoders import encoder_parts
@@ -24,6 +23,7 @@ from mellow_platform.training.batches import batches
 from mellow_platform.training.checkpoints import Tensors
 from mellow_platform.training.recorder import Recorder
 from mellow_platform.training.tagged_clips import TaggedClips
+from mellow_platform.training.tagger_config import EncoderConfig
 from mellow_platform.training.trainer import learning_rate_factor, plan_of, prepare_worker, run_training
 
 

@@ -3,7 +3,7 @@
 import tempfile
 
 from mellow_platform import storage
-from mellow_platform.config import RunSection
+from mellow_platform.training.run_config import RunSection
 
 
 class Tracker:

@@ -11,10 +11,10 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mellow_platform import storage
-from mellow_platform.config import RunSection
 from mellow_platform.data.shards import Manifest
 from mellow_platform.extras import require
 from mellow_platform.training.checkpoints import CheckpointStore
+from mellow_platform.training.run_config import RunSection
 from mellow_platform.training.step_plan import Examples, StepPlan
 
 logger = logging.getLogger(__name__)
