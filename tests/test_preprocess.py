@@ -15,12 +15,14 @@ import soundfile
 from mellow_platform import storage
 from mellow_platform.data.audio import decode, encode
 from mellow_platform.data.audio_limits import AudioLimits
-from mellow_platform.data.clip_reader import plan_source, split_of, take_stock
 from mellow_platform.data.records import Record, read_records, write_records
 from mellow_platform.data.shards import read_records as read_shard_records
+from mellow_platform.data.splits import split_of
 from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.folder import save_pretrained
+from mellow_platform.preprocessing.corpus_plan import plan_corpus
 from mellow_platform.preprocessing.feature_store import FeatureStore
+from mellow_platform.preprocessing.inventory import scan_unit
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.preprocess_job import preprocess
 from tests.conftest import write_corpus
@@ -355,10 +357,10 @@ def _as_recordings(folder: Path, clips: int) -> Path:
 def test_stock_is_taken_without_reading_what_is_too_large(tmp_path):
     _as_recordings(tmp_path, 2)
     settings = config(tmp_path / "recordings", tmp_path / "set", source="recordings")
-    (unit,) = plan_source(settings).units
-    table = take_stock(unit, AudioLimits(max_bytes=100))
+    (unit,) = plan_corpus(settings).units
+    table = scan_unit(unit, AudioLimits(max_bytes=100))
     assert table["reason"].to_pylist() == ["too_large"] * 2
-    assert take_stock(unit, AudioLimits())["reason"].to_pylist() == [""] * 2
+    assert scan_unit(unit, AudioLimits())["reason"].to_pylist() == [""] * 2
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ from pydantic import SecretStr
 from mellow_platform import storage
 from mellow_platform.data import builtin_corpora, shards
 from mellow_platform.data.caption_tables import Caption, read_captions
-from mellow_platform.data.clip_reader import plan_source
 from mellow_platform.data.records import SPLITS, Record, read_records
+from mellow_platform.preprocessing.corpus_plan import plan_corpus
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.synthesis import vllm_engine
 from mellow_platform.synthesis.candidates import TIER_QUESTIONS, candidates, deal_letters, record, subtype
@@ -628,7 +628,7 @@ def test_without_any_endpoint_the_built_in_corpus_gets_questions_that_preprocess
             assert made.answer in made.choices or not made.is_multiple_choice
         known = set(read_records(storage.join(scenes, f"{split}.json")))
         assert split == "train" or known <= set(records[split])
-    read = plan_source(PreprocessConfig(corpus=by_rules.output, audio_root=f"{scenes}/audio", output="/o"))
+    read = plan_corpus(PreprocessConfig(corpus=by_rules.output, audio_root=f"{scenes}/audio", output="/o"))
     assert {split: len(table) for split, table in read.records.items()} == {s: len(r) for s, r in records.items()}
     assert "| train |" in storage.read_bytes(storage.join(by_rules.output, "report.md")).decode()
 

@@ -33,10 +33,10 @@ import torch
 
 from mellow_platform import storage
 from mellow_platform.data.audio import decode, encode
-from mellow_platform.data.clip_reader import plan_source
 from mellow_platform.model import HTSATEncoder, MellowFeatureExtractor, encoder_config
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.preprocessing.clip_shards import EncodeShard, feature_shapes, shard_rows, write_clip_shards
+from mellow_platform.preprocessing.corpus_plan import plan_corpus
 from mellow_platform.preprocessing.inventory import write_stock
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 
@@ -81,7 +81,7 @@ class Job:
     def __init__(self, folder: Path, workers: int):
         self.folder, self.workers, self.turn = folder, workers, 0
         self.config = self.settings(folder / "out" / f"stock-{workers}")
-        plan = plan_source(self.config)
+        plan = plan_corpus(self.config)
         start = time.perf_counter()
         self.clips = write_stock(plan.units, self.config).distinct()
         self.stock_seconds = time.perf_counter() - start

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mellow_platform.data.clip_reader import split_of
 from mellow_platform.data.labels import read_labels
 from mellow_platform.data.records import SPLITS
+from mellow_platform.data.splits import split_of
 from mellow_platform.data.tables import read_table
 
 # What a file's columns say it is; the first that all stand there.

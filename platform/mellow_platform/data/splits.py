@@ -1,5 +1,6 @@
-"""Dealing of labelled clips to train, val and test: by group, stratified by label."""
+"""Splits: their names in paths, and the assignment of labelled clips to them by group, stratified by label."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
@@ -113,3 +114,20 @@ def _excess(count: int, added: int, total: int, split: str) -> float:
     """
     target = SHARES[split] * total
     return round((count + added / 2 - target) / target, 9)
+
+
+# Words that name a split; Clotho's development split is the one to train on, its evaluation split the test.
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training", "development"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+
+
+def split_of(name: str) -> str:
+    """Return the split that the first such word of a shard's path names (`train/0.tar`, `Valid-0.parquet`), or train.
+
+    A word goes from one sign or digit to the next.
+    """
+    words = re.findall(r"[a-z]+", name.lower())
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")

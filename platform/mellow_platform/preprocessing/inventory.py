@@ -5,8 +5,11 @@ a set, whatever their names; a clip that stands in two splits under two names is
 missing, empty and oversized files are known before the first clip is decoded.
 """
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -14,14 +17,28 @@ import ray
 
 from mellow_platform import storage
 from mellow_platform.data import shards
-from mellow_platform.data.clip_reader import ClipAddress, CorpusUnit, take_stock
+from mellow_platform.data.audio import AudioError, check_size
+from mellow_platform.data.audio_limits import AudioLimits
+from mellow_platform.data.clip_reader import AUDIO_SUFFIXES, ClipAddress, ParquetAudio, audio_bytes, read_clips
+from mellow_platform.data.records import FIELDS
+from mellow_platform.preprocessing.corpus_plan import CorpusUnit
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.progress import Progress
+
+# What taking stock says of a clip: where it is, what it is (SHA-256 of its bytes), or why it cannot be used.
+INVENTORY_SCHEMA = pa.schema(
+    [
+        *(pa.field(name, pa.string(), nullable=False) for name in ("path", "split", "taskname", "uri")),
+        *(pa.field(name, pa.int64(), nullable=False) for name in ("offset", "size", "row")),
+        *(pa.field(name, pa.string(), nullable=False) for name in ("clip_id", "reason", "detail")),
+        pa.field("records", pa.string(), nullable=False),  # JSON of the questions that stand beside the audio
+    ]
+)
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """The clips of a corpus, a row each (`data.clip_reader.STOCK_SCHEMA`), sorted by path."""
+    """The clips of a corpus, a row each (`INVENTORY_SCHEMA`), sorted by path."""
 
     table: pa.Table
 
@@ -59,7 +76,7 @@ def write_stock(units: list[CorpusUnit], config: PreprocessConfig) -> Inventory:
             """Write the stock of one unit, whole or not at all: the file is its own receipt."""
             values = json.loads(row["unit"])
             unit = CorpusUnit(**values | {"clips": tuple(ClipAddress(**clip) for clip in values["clips"])})
-            table = take_stock(unit, limits)
+            table = scan_unit(unit, limits)
             storage.write_table(storage.join(folder, f"{unit.number:06d}.parquet"), table)
             return {"rejected": sum(map(bool, table["reason"].to_pylist()))}
 
@@ -106,3 +123,110 @@ def _refuse_clips_in_two_splits(stock: Inventory) -> None:
             known, there = first.setdefault(clip_id, (path, split))
             if there != split:
                 raise ValueError(f"clips {known} of {there} and {path} of {split} are the same recording: keep one")
+
+
+def scan_unit(unit: CorpusUnit, limits: AudioLimits) -> pa.Table:
+    """Read every clip of a unit once, and return what and where they are (`INVENTORY_SCHEMA`), in the unit's order."""
+    if unit.uri.lower().endswith(".tar"):
+        found = _tar_clips(unit, limits)
+    elif unit.uri:
+        found = _parquet_clips(unit)
+    else:
+        found = ((clip, data, []) for clip, data in read_clips(unit.clips, limits))
+    rows = []
+    for clip, data, records in found:
+        row = asdict(clip) | {"clip_id": "", "reason": "", "detail": "", "records": json.dumps(records)}
+        try:
+            if isinstance(data, AudioError):
+                raise data
+            check_size(len(data), limits)
+            row |= {"clip_id": hashlib.sha256(data).hexdigest(), "size": len(data)}
+        except AudioError as error:
+            row |= {"reason": error.reason, "detail": str(error)}
+        rows.append(row)
+    return pa.Table.from_pylist(rows, schema=INVENTORY_SCHEMA)
+
+
+Found = Iterator[tuple[ClipAddress, bytes | AudioError, list[dict[str, str]]]]
+
+
+def _tar_clips(unit: CorpusUnit, limits: AudioLimits) -> Found:
+    """Yield the audio members of a tar, each with the questions in the `.json` members of its key.
+
+    A member's key is its name up to the first dot of its last part, as WebDataset has it; a clip's path is
+    `<tar>/<member>`, the tar's relative to the corpus. The `.json` holds the fields of one record, or a list of such.
+    """
+    tar = unit.name
+    # Of the key at hand, whose members are neighbours.
+    current = ""
+    clips: list[tuple[ClipAddress, bytes | AudioError]] = []
+    questions: list[dict[str, Any]] = []
+    with storage.open_read(unit.uri) as file, tarfile.open(fileobj=file, mode="r|") as archive:
+        for member in archive:
+            folder, _, base = member.name.rpartition("/")
+            key, _, suffix = base.partition(".")
+            if f"{folder}/{key}" != current:
+                yield from _with_questions(clips, questions, tar)
+                current, clips, questions = f"{folder}/{key}", [], []
+            if f".{suffix.rpartition('.')[2]}".lower() in AUDIO_SUFFIXES and member.isreg():
+                path = f"{tar}/{member.name}"
+                clip = ClipAddress(path, unit.split, unit.uri, "", member.offset_data, member.size)
+                clips.append((clip, _member(archive, member, limits)))
+            elif suffix == "json" and member.isreg():
+                stream = archive.extractfile(member)
+                assert stream
+                questions = _questions(json.loads(stream.read()), f"{unit.uri}: {member.name}")
+    yield from _with_questions(clips, questions, tar)
+
+
+def _with_questions(
+    clips: list[tuple[ClipAddress, bytes | AudioError]], questions: list[dict[str, Any]], tar: str
+) -> Found:
+    """Yield the clips of one key, the first with the key's questions."""
+    for place, (clip, data) in enumerate(clips):
+        own = [_located(entry, clip.path, tar) for entry in questions] if place == 0 else []
+        yield replace(clip, taskname=own[0]["taskname"] if own else ""), data, own
+
+
+def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, limits: AudioLimits) -> bytes | AudioError:
+    try:
+        check_size(member.size, limits)
+    except AudioError as error:
+        return error
+    stream = archive.extractfile(member)
+    assert stream
+    return stream.read()
+
+
+def _questions(value: Any, where: str) -> list[dict[str, str]]:
+    entries = value if isinstance(value, list) else [value]
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{where}: expected the fields of a record or a list of such, found {value!r:.80}")
+    return [entry for entry in entries if "input" in entry and "answer" in entry]
+
+
+def _located(entry: dict[str, Any], path: str, tar: str = "") -> dict[str, str]:
+    """Return a record's fields with its clips by their paths in the corpus; a second one may be named as in its tar."""
+    values = {name: str(entry.get(name) or "") for name in FIELDS} | {"filepath1": path}
+    second = values["filepath2"]
+    if second and tar and ".tar/" not in second.lower():
+        values["filepath2"] = f"{tar}/{second}"
+    return values
+
+
+def _parquet_clips(unit: CorpusUnit) -> Found:
+    """Yield the rows of a Parquet file: a clip each, and a question where there are columns `input` and `answer`.
+
+    A clip's path is its column `path` or `filepath1`, the path beside the bytes, or `<file>/<row>`.
+    """
+    rows = ParquetAudio(unit.uri)
+    columns = [name for name in ("path", *FIELDS) if name in rows.file.schema_arrow.names]
+    number = 0
+    for batch in rows.file.iter_batches(batch_size=32, columns=[rows.column, *columns]):
+        for cells in batch.to_pylist():
+            audio = cells.pop(rows.column)
+            inside = audio.get("path") if isinstance(audio, dict) else None
+            path = cells.get("path") or cells.get("filepath1") or inside or f"{unit.name}/{number}"
+            clip = ClipAddress(path, unit.split, unit.uri, cells.get("taskname") or "", row=number)
+            yield clip, audio_bytes(audio), [_located(cells, path)] if {"input", "answer"} <= cells.keys() else []
+            number += 1

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from mellow_platform import storage
 from mellow_platform.data import shards
-from mellow_platform.data.clip_reader import ClipAddress, CorpusPlan, plan_source, stocked_records
+from mellow_platform.data.clip_reader import ClipAddress
 from mellow_platform.data.partners import SILENCE
 from mellow_platform.model import (
     MellowFeatureExtractor,
@@ -27,6 +27,7 @@ from mellow_platform.model import (
 )
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.preprocessing.clip_shards import SILENCE_ID, feature_shapes, shard_rows, write_clip_shards
+from mellow_platform.preprocessing.corpus_plan import CorpusPlan, plan_corpus, records_beside_audio
 from mellow_platform.preprocessing.inventory import Inventory, write_stock
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.record_shards import build_processor, with_clips, write_record_shards
@@ -41,7 +42,7 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
         ValueError: a clip stands in two splits, too many clips are unusable, or `output` holds another set.
     """
     begun = time.monotonic()
-    plan = plan_source(config)
+    plan = plan_corpus(config)
     weights = encoder_digest(load_encoder(config.encoder)) if config.encoder else ""
     config = claim(config, plan, weights)
     if storage.exists(storage.join(config.output, shards.MANIFEST)):
@@ -56,7 +57,7 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
     shapes = feature_shapes(config, extractor.front_end, encoder)
 
     stock = write_stock(plan.units, config)
-    records = plan.records or stocked_records(stock.table, config)
+    records = plan.records or records_beside_audio(stock.table, config)
     if records and not plan.records:
         stock = asked_about(stock, records)
     if not records:
