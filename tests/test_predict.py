@@ -342,7 +342,7 @@ def test_a_csv_keeps_names_that_look_like_numbers_and_holds_choices_as_json(tmp_
         {"clip": "001", "question": "one, or\ntwo?", "choices": ["yes", "no"], "n": 5},
         {"clip": "002", "question": "?", "choices": None, "n": None},
     ]
-    assert asked.groups(0, 5)[0]["uris"] == ["/c/001"]
+    assert asked.groups(range(5))[0]["uris"] == ["/c/001"]
 
 
 def test_a_folder_without_audio_or_that_is_absent_is_named(tmp_path):

@@ -22,11 +22,12 @@ import ray
 from pydantic import SecretStr
 
 from mellow_platform import storage
-from mellow_platform.data import builtin_corpora, shards
+from mellow_platform.data import builtin_corpora
 from mellow_platform.data.caption_tables import Caption, read_captions
 from mellow_platform.data.records import SPLITS, Record, read_records
 from mellow_platform.preprocessing.corpus_plan import plan_corpus
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
+from mellow_platform.resumable import read_receipts
 from mellow_platform.synthesis import vllm_engine
 from mellow_platform.synthesis.candidates import TIER_QUESTIONS, candidates, deal_letters, record, subtype
 from mellow_platform.synthesis.caption_parser import pool, take_apart
@@ -787,7 +788,7 @@ def test_a_job_that_was_killed_asks_again_only_what_was_on_its_way(cluster, reac
     digest = storage.read_json(str(tmp_path / "out/configuration.json"))["digest"][:16]
     kept = set(reachable.answered(digest))
     assert 24 <= len(kept) < 120
-    whole = shards.receipts(job.output, "answers/write")
+    whole = read_receipts(job.output, "answers/write")
     capsys.readouterr()
     report = synthesize(job)
     assert (f"{16 * len(whole)} of 120 are done already" in capsys.readouterr().out) == bool(whole)

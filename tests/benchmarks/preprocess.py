@@ -37,7 +37,7 @@ from mellow_platform.model import HTSATEncoder, MellowFeatureExtractor, encoder_
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.preprocessing.clip_shards import EncodeShard, feature_shapes, shard_rows, write_clip_shards
 from mellow_platform.preprocessing.corpus_plan import plan_corpus
-from mellow_platform.preprocessing.inventory import write_stock
+from mellow_platform.preprocessing.inventory import write_inventory
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 
 CONTAINERS = ("WAV", "FLAC", "OGG", "MP3")
@@ -83,7 +83,7 @@ class Job:
         self.config = self.settings(folder / "out" / f"stock-{workers}")
         plan = plan_corpus(self.config)
         start = time.perf_counter()
-        self.clips = write_stock(plan.units, self.config).distinct()
+        self.clips = write_inventory(plan.units, self.config).distinct()
         self.stock_seconds = time.perf_counter() - start
 
     def settings(self, output: Path, **fields) -> PreprocessConfig:

@@ -73,6 +73,16 @@ def decode(data: bytes, sampling_rate: int, limits: AudioLimits | None = None) -
     return waveform
 
 
+def try_decode(data: bytes | AudioError, sampling_rate: int, limits: AudioLimits) -> np.ndarray | AudioError:
+    """Return the waveform of `decode`, or the error that the clip has."""
+    if isinstance(data, AudioError):
+        return data
+    try:
+        return decode(data, sampling_rate, limits)
+    except AudioError as error:
+        return error
+
+
 def is_bounded(samples: np.ndarray) -> bool:
     """Whether all samples, of which there is at least one, are numbers of at most `LOUDEST`."""
     # As Python's floats, whatever the samples are: half precision has no such bound. NaN is neither.

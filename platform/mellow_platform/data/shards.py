@@ -2,26 +2,20 @@
 
 A shard set is a folder with
 
-    configuration.json        what the set is made of and from, written first
-    stock/*.parquet           every clip of the corpus: where it is, and the SHA-256 of its bytes
-    clips/*.parquet           a row a distinct clip, with its features
-    records/<split>/*.parquet a row a question, tokenised, naming its clips by content
-    receipts/                 one JSON file a shard, written after it: the shard is done
-    quarantine/*.parquet      clips that could not be used, and why
+    configuration.json        options and input of the set, written first
+    stock/*.parquet           inventory: every clip of the corpus with its address and the SHA-256 of its bytes
+    clips/*.parquet           a row per distinct clip, with its features
+    records/<split>/*.parquet a row per question, tokenised, with its clips by content
+    receipts/                 a JSON file per shard, written after it: the shard is done
+    quarantine/*.parquet      clips that cannot be used, with the reason
     processor/                front end and tokenizer
-    statistics.json, .png     of the corpus
+    statistics.json, .png     statistics of the corpus
     manifest.json             written last
 
-Every shard is one file that appears whole, under a name and with bytes that are a function of configuration and input,
-so a job that was killed goes on with the shards that have no receipt, and one that is done twice overwrites itself.
-
-`ray.data.checkpoint.CheckpointConfig` of Ray 2.60 is not used for this. It leaves out the rows that were written, and
-batches the rest anew: the files' names hold a fresh uuid a run and their rows depend on where the run before was
-killed. It commits by renaming, which object storage does not have.
+Shards are the parts of a resumable job (`mellow_platform.resumable`).
 """
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,8 +27,8 @@ from mellow_platform.data import records as record_format
 from mellow_platform.option_values import Features
 
 SCHEMA_VERSION = 4
-MANIFEST, CONFIGURATION = "manifest.json", "configuration.json"
-STOCK, CLIPS, RECORDS, RECEIPTS, QUARANTINE = "stock", "clips", "records", "receipts", "quarantine"
+MANIFEST = "manifest.json"
+INVENTORY, CLIPS, RECORDS, QUARANTINE = "stock", "clips", "records", "quarantine"
 
 # Shape and type of a clip's arrays stand in the manifest; a row holds their bytes (fp16, C order; a waveform is FLAC).
 CLIP_FIELDS = [
@@ -132,56 +126,6 @@ class Manifest:
             )
         del values["content_hash"]
         return cls(**values)
-
-
-def claim(shards: str, configuration: dict[str, Any], digest: str, holds: str = "shards") -> None:
-    """Make `shards` the folder of the set that `configuration` describes, or make sure that it is.
-
-    Args:
-        digest: of everything that the set's bytes depend on.
-        holds: what an error says is there.
-
-    Raises:
-        ValueError: the folder is another set's, finished or not; the message names the fields that differ.
-    """
-    uri = storage.join(shards, CONFIGURATION)
-    if not storage.exists(uri):
-        if storage.exists(storage.join(shards, MANIFEST)):
-            raise ValueError(f"{shards} holds {holds} of an earlier version: choose another output, or delete it")
-        storage.write_json(uri, {"digest": digest, "configuration": configuration})
-        return
-    there = storage.read_json(uri)
-    if there["digest"] == digest:
-        return
-    differing = [name for name, value in configuration.items() if there["configuration"].get(name) != value]
-    raise ValueError(
-        f"{shards} holds {holds} of another configuration (differing: {', '.join(differing) or 'the input itself'}): "
-        f"set output to {shards}-{digest[:8]}, or delete it"
-    )
-
-
-def claimed(shards: str) -> dict[str, Any]:
-    """Return the configuration that `shards` was claimed with; empty where it was not."""
-    uri = storage.join(shards, CONFIGURATION)
-    return storage.read_json(uri)["configuration"] if storage.exists(uri) else {}
-
-
-def receipts(shards: str, kind: str) -> dict[str, dict[str, Any]]:
-    """Return the receipts of the shards of `kind` (`clips`, `records/test`) that are done, by the shard's name."""
-    written = set(storage.list_folder(storage.join(shards, kind)))
-    names = [name.removesuffix(".json") for name in storage.list_folder(storage.join(shards, RECEIPTS, kind))]
-    names = [name for name in names if f"{name}.parquet" in written]
-    with ThreadPoolExecutor(16) as pool:
-        uris = [storage.join(shards, RECEIPTS, kind, f"{name}.json") for name in names]
-        return dict(zip(names, pool.map(storage.read_json, uris), strict=True))
-
-
-def write_shard(shards: str, kind: str, name: str, table: pa.Table, receipt: dict[str, Any]) -> dict[str, Any]:
-    """Write one shard, then its receipt, and return the latter: `receipt`, and the shard's file and SHA-256."""
-    file = f"{kind}/{name}.parquet"
-    receipt = receipt | {"file": file, "digest": storage.write_table(storage.join(shards, file), table)}
-    storage.write_json(storage.join(shards, RECEIPTS, kind, f"{name}.json"), receipt)
-    return receipt
 
 
 def clip_schema(features: dict[str, list[int]]) -> pa.Schema:

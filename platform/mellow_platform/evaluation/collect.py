@@ -1,16 +1,12 @@
-"""Asking on Ray Data: answers to fixed ranges of the questions, each written as a whole, so that a killed job goes on.
+"""Replies of a model to the questions of benchmarks, collected on Ray Data in parts that a resumed job skips.
 
-The output folder gets
-
-    configuration.json     what is asked, of which model; written first
-    answers/*.parquet      a row an answer; each file is a range of the questions under one condition, so that another
-                           condition is asked for without asking the others again
-    receipts/answers/      one JSON file a part, written after it: the part is done
+A part (`mellow_platform.resumable`) is a range of the questions under one condition, so that a further condition is
+answered without repeating the others.
 """
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -20,7 +16,6 @@ import ray
 from pydantic import SecretStr
 
 from mellow_platform import storage
-from mellow_platform.data import shards
 from mellow_platform.evaluation.dataset import QuestionSource
 from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.evaluation.models import (
@@ -33,18 +28,25 @@ from mellow_platform.evaluation.models import (
     endpoint_key,
     listed_model,
 )
-from mellow_platform.inference.predict_job import model_digest
 from mellow_platform.model import encoder_digest, load_encoder
+from mellow_platform.model.folder import model_digest
 from mellow_platform.preprocessing.feature_store import FeatureStore
 from mellow_platform.progress import Progress
+from mellow_platform.resumable import (
+    FailureBudget,
+    claim,
+    claimed_options,
+    dataset_of_parts,
+    digest,
+    map_on_actors,
+    part_ranges,
+    read_receipts,
+    write_part,
+)
 
-ANSWERS = "answers"
+ANSWERS, REPORT = "answers", "report.json"
 SERVED = "served_model"  # the field in configuration.json for what an endpoint calls its model
-# Parts that an actor answers at the same time: while the last answers of one are written, slots of the engine would
-# stand empty.
-PARTS_AT_ONCE = 2
-# Clips, the first that are asked about, whose mean stands for any of them where a model hears nothing.
-CLIPS_OF_THE_MEAN = 64
+CLIPS_OF_THE_MEAN = 64  # clips whose mean is the input under the condition text_only
 
 ANSWER_SCHEMA = pa.schema(
     [
@@ -57,47 +59,52 @@ ANSWER_SCHEMA = pa.schema(
 )
 
 
-def listen(config: EvaluateConfig, asked: Sequence[ModelInput], source: QuestionSource) -> dict[str, list[Reply]]:
-    """Return a model's replies to every question, in order, by condition; what is answered already is not asked again.
+def collect_replies(
+    config: EvaluateConfig, questions: Sequence[ModelInput], source: QuestionSource
+) -> dict[str, list[Reply]]:
+    """Return a model's replies to all questions, in order, by condition; questions that have a reply are skipped.
 
     Raises:
-        ValueError: under a condition more than the allowed share of the questions has no answer, the shards were
-            written by another encoder, or `output` holds other answers.
-        ConnectionError: the endpoint cannot be asked; what it has answered is kept for the next run.
+        ValueError: under a condition more than the allowed share of the questions failed, the shards were written by
+            another encoder, or `output` contains other answers.
+        ConnectionError: the endpoint cannot be reached; its answers are kept for the next run.
     """
     conditions = [name for name in config.conditions if name != "chance"]
-    # Questions about the same clips stand together: they are read once, and found in the engine's caches.
-    order = sorted(range(len(asked)), key=lambda row: (asked[row].clips, row))
-    columns = {"row": order, "prompt": [asked[row].prompt for row in order]}
-    questions = pa.table(columns | {"clips": [list(asked[row].clips) for row in order]})
+    # Questions about the same clips are neighbours: their clips are read once, and found in the engine's caches.
+    order = sorted(range(len(questions)), key=lambda row: (questions[row].clips, row))
+    columns = {"row": order, "prompt": [questions[row].prompt for row in order]}
+    table = pa.table(columns | {"clips": [list(questions[row].clips) for row in order]})
     key = endpoint_key()
-    model = _served_model(config, key) if config.is_remote else _model_of(config, source)
-    claim(config, asked, model, source)
+    model = _served_model(config, key) if config.is_remote else _model_digest(config, source)
+    claim_output(config, questions, model, source)
+    ranges = part_ranges(len(table), config.rows_per_part)
     parts = {
-        f"{_asked_under(condition, config)}-{start // config.rows_per_part:06d}": {
-            "condition": condition,
-            "start": start,
-        }
+        f"{_file_prefix(condition, config)}-{name}": {"condition": condition, "start": rows.start}
         for condition in conditions
-        for start in range(0, len(questions), config.rows_per_part)
+        for name, rows in ranges.items()
     }
-    done = {name: each for name, each in shards.receipts(config.output, ANSWERS).items() if name in parts}
+    done = {name: each for name, each in read_receipts(config.output, ANSWERS).items() if name in parts}
     works = any(receipt["questions"] > sum(receipt["failed"].values()) for receipt in done.values())
-    if len(done) < len(parts) or any(are_too_many(own, len(asked), config) for own in _failed(done).values()):
-        # What an endpoint did not answer may be had now; of a job that is done it is left as it is.
+    if len(done) < len(parts) or any(
+        budget.is_exceeded for budget in _budgets(done, conditions, table, config).values()
+    ):
+        # Questions that an endpoint did not answer are retried, but not those of a finished job.
         done = {name: receipt for name, receipt in done.items() if UNANSWERED not in receipt["failed"]}
-    there = sum(receipt["questions"] for receipt in done.values())
-    progress = Progress("questions", len(asked) * len(conditions), there, rejected_are="without an answer")
+    budgets = _budgets(done, conditions, table, config)
+    for condition, budget in budgets.items():
+        details = (each["first"] for each in done.values() if each["condition"] == condition and each["first"])
+        budget.add({}, next(details, None))
+    progress = Progress(
+        "questions",
+        len(table) * len(conditions),
+        sum(receipt["questions"] for receipt in done.values()),
+        rejected_are="without an answer",
+    )
     missing = [{"name": name} | part for name, part in parts.items() if name not in done]
-    clips = list(dict.fromkeys(clip for question in asked for clip in question.clips))[:CLIPS_OF_THE_MEAN]
-    failed = _failed(done)
-    for receipt in _answer_parts(config, questions, missing, clips, key, model, works):
+    clips = list(dict.fromkeys(clip for question in questions for clip in question.clips))[:CLIPS_OF_THE_MEAN]
+    for receipt in _answer_parts(config, table, missing, clips, key, model, works):
         progress.add(receipt["questions"], sum(receipt["failed"].values()))
-        failed[receipt["condition"]].update(receipt["failed"])
-        stop_if_too_many(failed[receipt["condition"]], receipt["first"], len(asked), config)
-    for condition, counts in failed.items():
-        first = next((each["first"] for each in done.values() if each["condition"] == condition and each["first"]), "")
-        stop_if_too_many(counts, first, len(asked), config)
+        budgets[receipt["condition"]].add(receipt["failed"], receipt["first"])
     storage.remove_partial(config.output)
     return {
         condition: _read(config, [name for name, part in parts.items() if part["condition"] == condition])
@@ -105,17 +112,23 @@ def listen(config: EvaluateConfig, asked: Sequence[ModelInput], source: Question
     }
 
 
-def _asked_under(condition: str, config: EvaluateConfig) -> str:
-    """Return the name of a condition with what it depends on besides the questions, for its files."""
-    return f"{condition}-{config.endpoint.text_only}" if config.is_remote and condition == "text_only" else condition
-
-
-def _failed(receipts: dict[str, dict[str, Any]]) -> defaultdict[str, Counter[str]]:
-    """Return how many questions of parts have no answer, by condition and reason."""
-    failed: defaultdict[str, Counter[str]] = defaultdict(Counter)
+def _budgets(
+    receipts: dict[str, dict[str, Any]], conditions: Sequence[str], questions: pa.Table, config: EvaluateConfig
+) -> dict[str, FailureBudget]:
+    """Return by condition how many questions of finished parts failed, against the share that may."""
+    remedy = f"Submit the job again to retry unanswered questions; repair unusable clips and delete {config.output}"
+    budgets = {
+        condition: FailureBudget(f"questions under {condition}", len(questions), config.max_failed_share, remedy)
+        for condition in conditions
+    }
     for receipt in receipts.values():
-        failed[receipt["condition"]].update(receipt["failed"])
-    return failed
+        budgets[receipt["condition"]].failed.update(receipt["failed"])
+    return budgets
+
+
+def _file_prefix(condition: str, config: EvaluateConfig) -> str:
+    """Return the prefix of a condition's files, with the option that its answers depend on."""
+    return f"{condition}-{config.endpoint.text_only}" if config.is_remote and condition == "text_only" else condition
 
 
 def _served_model(config: EvaluateConfig, key: SecretStr) -> str:
@@ -126,11 +139,11 @@ def _served_model(config: EvaluateConfig, key: SecretStr) -> str:
     """
     if config.endpoint.model:
         return config.endpoint.model
-    known = shards.claimed(config.output)
+    known = claimed_options(config.output)
     return known[SERVED] if known.get("model") == config.model and SERVED in known else listed_model(config, key)
 
 
-def _model_of(config: EvaluateConfig, source: QuestionSource) -> str:
+def _model_digest(config: EvaluateConfig, source: QuestionSource) -> str:
     """Return the SHA-256 of the model's folder, having made sure that its encoder wrote the shards.
 
     Raises:
@@ -150,23 +163,22 @@ def _model_of(config: EvaluateConfig, source: QuestionSource) -> str:
     return model_digest(storage.local_copy(config.model))
 
 
-def claim(config: EvaluateConfig, asked: Sequence[ModelInput], model: str, source: QuestionSource) -> None:
-    """Make `output` the folder of what `model` answers to these questions, or make sure that it is.
+def claim_output(config: EvaluateConfig, questions: Sequence[ModelInput], model: str, source: QuestionSource) -> None:
+    """Reserve `output` for the answers of `model` to these questions.
 
     Raises:
-        ValueError: it holds others.
+        ValueError: it contains other answers.
     """
-    questions = hashlib.sha256()
-    for question in asked:
-        questions.update(json.dumps(asdict(question)).encode())
+    content = hashlib.sha256()
+    for question in questions:
+        content.update(json.dumps(asdict(question)).encode())
     depends_on = config.identity | {
-        # By `benchmark`, `limit`, and the files that they and their clips come from.
-        "questions": questions.hexdigest(),
+        # Covers `benchmark`, `limit`, and the files of questions and clips.
+        "questions": content.hexdigest(),
         "shards": source.manifest.content_hash if source.manifest else None,
         SERVED if config.is_remote else "weights": model,
     }
-    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
-    shards.claim(config.output, depends_on, digest, holds="answers")
+    claim(config.output, depends_on, digest(depends_on), "answers", REPORT)
 
 
 def _answer_parts(
@@ -178,27 +190,15 @@ def _answer_parts(
     model: str,
     works: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Have parts answered and written, and yield their receipts as they come."""
+    """Answer and write parts, and yield their receipts as they arrive."""
     if not parts:
         return
     store = ray.put(FeatureStore.load(config.shards, _clips_of(questions))) if config.shards else None
-    dataset = ray.data.from_items(parts, override_num_blocks=len(parts))
-    dataset.context.enable_progress_bars = False  # the job prints lines of its own, for a log
-    written = dataset.map_batches(
-        AnswerQuestions,
-        fn_constructor_args=(config, ray.put(questions), store, clips, key, model, works),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(
-            min_size=1,
-            max_size=config.workers,
-            max_concurrent_calls_per_actor=PARTS_AT_ONCE,
-            enable_true_multi_threading=True,
-        ),
-        num_gpus=config.gpus_per_worker or None,
-    )
-    for row in written.iter_rows():
-        yield json.loads(row["receipt"])
+    dataset = dataset_of_parts([pa.Table.from_pylist([part]) for part in parts])
+    arguments = (config, ray.put(questions), store, clips, key, model, works)
+    for rows in map_on_actors(dataset, AnswerQuestions, arguments, config.workers, config.gpus_per_worker):
+        for row in rows:
+            yield json.loads(row["receipt"])
 
 
 class AnswerQuestions:
@@ -227,7 +227,7 @@ class AnswerQuestions:
         return pa.table({"receipt": pa.array(receipts, pa.string())})
 
     def _write(self, name: str, condition: str, start: int) -> dict[str, Any]:
-        """Answer what of one part has no answer yet, write it, and return its receipt."""
+        """Answer the questions of a part that have no answer yet, write the part, and return its receipt."""
         rows = self.questions.slice(start, self.config.rows_per_part).to_pylist()
         uri = storage.join(self.config.output, ANSWERS, f"{name}.parquet")
         before = storage.read_tables([uri]).to_pylist() if storage.exists(uri) else []
@@ -245,28 +245,7 @@ class AnswerQuestions:
             "first": next((answer["detail"] for answer in answers if answer["error"]), None),
         }
         table = pa.Table.from_pylist(answers, schema=ANSWER_SCHEMA)
-        return shards.write_shard(self.config.output, ANSWERS, name, table, receipt)
-
-
-def stop_if_too_many(failed: Counter[str], detail: str | None, questions: int, config: EvaluateConfig) -> None:
-    """Raise ValueError, with the reason of one in words, where more than the allowed share has no answer."""
-    if not are_too_many(failed, questions, config):
-        return
-    clips = failed.keys() - {UNANSWERED}
-    mend = f"mend that and delete {config.output}" if clips else "submit the job again to ask those again"
-    since = f", one since {detail}" if detail else ""
-    raise ValueError(
-        f"{failed.total()} of {questions} questions have no answer ({in_words(failed)}) so far{since}; {mend}, "
-        f"or raise max_failed_share (now {config.max_failed_share:g})"
-    )
-
-
-def are_too_many(failed: Counter[str], questions: int, config: EvaluateConfig) -> bool:
-    return failed.total() > config.max_failed_share * questions
-
-
-def in_words(failed: Counter[str]) -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in sorted(failed.items()))
+        return write_part(self.config.output, ANSWERS, name, table, receipt)
 
 
 def _clips_of(questions: pa.Table) -> list[str]:

@@ -17,13 +17,14 @@ import pyarrow as pa
 
 from mellow_platform import storage
 from mellow_platform.evaluation.benchmarks import BENCHMARKS, MMAU, Benchmark
-from mellow_platform.evaluation.collect import are_too_many, claim, in_words, listen
+from mellow_platform.evaluation.collect import REPORT, claim_output, collect_replies
 from mellow_platform.evaluation.comparison import PREDICTIONS, compare, read_baseline
 from mellow_platform.evaluation.dataset import BenchmarkItem, QuestionSource
 from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.evaluation.evaluation_report import Example, markdown, page
 from mellow_platform.evaluation.models import ModelInput, Reply, draw, given
 from mellow_platform.evaluation.scoring import AnsweredBenchmark, score, summarise
+from mellow_platform.resumable import FailureBudget
 
 SUBMISSION = "mmau.json"
 TEXTS = pa.list_(pa.string())
@@ -58,13 +59,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     before = read_baseline(config, questions)
     # What several benchmarks ask alike is asked once.
     asked = list(dict.fromkeys(ModelInput(b.prompt(item), item.clips) for b, items in questions for item in items))
-    listened = _by_question(listen(config, asked, source)) if config.listens else []
-    said = dict(zip(asked, listened, strict=config.listens))
+    replies = _by_question(collect_replies(config, asked, source)) if config.listens else []
+    said = dict(zip(asked, replies, strict=config.listens))
     answered = [score(b, items, _replies_to(b, items, said, config)) for b, items in questions]
     for each in answered:
-        stop_if_unanswered(each, config)
+        check_failures(each, config)
     if not config.listens:  # nothing is kept that a failed run could go on with
-        claim(config, asked, "", source)
+        claim_output(config, asked, "", source)
     report = {
         "model": config.model,
         "split": config.split,
@@ -84,20 +85,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return report
 
 
-def stop_if_unanswered(answered: AnsweredBenchmark, config: EvaluateConfig) -> None:
-    """Raise ValueError where more than the allowed share of a benchmark's questions has no answer.
+def check_failures(answered: AnsweredBenchmark, config: EvaluateConfig) -> None:
+    """Check each benchmark's failed questions, which may be many in a small benchmark and few over all.
 
-    Of all benchmarks together it may be a small one: a score of few answers is none.
+    Raises:
+        ValueError: more than the allowed share of a benchmark's questions failed.
     """
-    name, questions = answered.benchmark.name, len(answered.items)
     for condition, reasons in answered.without_answer.items():
-        if are_too_many(reasons, questions, config):
-            first = next(reply.detail for reply in answered.replies[condition] if reply.error)
-            raise ValueError(
-                f"benchmark {name}: {reasons.total()} of {questions} questions have no answer under {condition} "
-                f"({in_words(reasons)}), the first: {first}; mend them, or raise max_failed_share (now "
-                f"{config.max_failed_share:g})"
-            )
+        items = f"questions of benchmark {answered.benchmark.name} under {condition}"
+        detail = next((reply.detail for reply in answered.replies[condition] if reply.error), None)
+        FailureBudget(items, len(answered.items), config.max_failed_share, "Repair them").add(reasons, detail)
 
 
 def _by_question(replies: dict[str, list[Reply]]) -> list[dict[str, Reply]]:
@@ -184,7 +181,7 @@ def write(config: EvaluateConfig, answered: Sequence[AnsweredBenchmark], report:
     """Write predictions and report."""
     tables = [table for each in answered for table in _predictions(each)]
     storage.write_table(storage.join(config.output, PREDICTIONS), pa.concat_tables(tables))
-    storage.write_json(storage.join(config.output, "report.json"), report)
+    storage.write_json(storage.join(config.output, REPORT), report)
     storage.write_bytes(storage.join(config.output, "report.md"), markdown(report).encode())
     examples = {each.benchmark.name: _worst(each, config.examples) for each in answered}
     storage.write_bytes(storage.join(config.output, "report.html"), page(report, examples).encode())

@@ -16,14 +16,13 @@ from pydantic import SecretStr
 
 from mellow_platform import storage
 from mellow_platform.completion import WAV_RATE, input_audio, read_completion, said
-from mellow_platform.data.audio import AudioError, encode
+from mellow_platform.data.audio import AudioError, encode, try_decode
 from mellow_platform.data.audio_limits import AudioLimits
 from mellow_platform.data.clip_reader import ClipAddress, read_clips
 from mellow_platform.data.tables import read_table
 from mellow_platform.evaluation.dataset import BenchmarkItem
 from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.inference.engine import Engine
-from mellow_platform.inference.predict_job import decode_or_reason
 from mellow_platform.inference.request import Answer, Clip, ClipFeatures, Request
 from mellow_platform.inference.windows import windows
 from mellow_platform.preprocessing.feature_store import FeatureStore
@@ -136,7 +135,7 @@ class MellowFolder:
         for address, data in read_clips(
             [ClipAddress(clip, "", clip) for clip in sorted(clips - places.keys())], limits
         ):
-            waveform = decode_or_reason(data, rate, limits)
+            waveform = try_decode(data, rate, limits)
             if not isinstance(waveform, AudioError):
                 waveform = windows([waveform], self.extractor.clip_samples, rate, "first")[0].clips[0]
             heard[address.uri] = waveform

@@ -1,31 +1,18 @@
-"""The prediction job: questions about many clips to a folder of answers, however often it is killed and started again.
+"""The prediction job: answer questions about many clips, however often it is killed and submitted again.
 
-The folder gets
+Its output folder contains, as that of every resumable job (`mellow_platform.resumable`), `configuration.json`, answers
+and receipts, and `report.json`, written last. `answers/*.parquet` has a row per answer in the order of the questions.
 
-    configuration.json     what is asked, of which model; written first
-    answers/*.parquet      a row per answer, in the order of the questions; each file is a fixed range of them
-    receipts/answers/      one JSON file a part, written after it: the part is done
-    report.json            written last
-
-Ray Data decodes in CPU tasks and answers in a pool of actors that hold the engine; the driver puts answers in order
-and writes a part as soon as it is whole. What is in a part depends on nothing but configuration and input, so a job
-that was killed goes on with the parts that have no receipt.
-
-`ray.data.checkpoint.CheckpointConfig` of Ray 2.60 is not used, for the reasons that `data.shards` gives and three more.
-It leaves rows out behind a Read operator only, and those about one clip are to stay together. A row is known by an id
-that no other output row may have, and a question has as many answers as the window rule hears windows. And it keeps ids
-alone, where failures of all runs are to be counted, and deletes these with the end of a run, so that a finished job
-would do everything again.
+Ray Data decodes in CPU tasks and answers on a pool of actors that hold the engine; the driver sorts answers and writes
+a part as soon as it is complete.
 """
 
 import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,8 +20,7 @@ import pyarrow as pa
 import ray
 
 from mellow_platform import storage
-from mellow_platform.data import shards
-from mellow_platform.data.audio import AudioError, decode
+from mellow_platform.data.audio import AudioError, try_decode
 from mellow_platform.data.audio_limits import AudioLimits
 from mellow_platform.data.clip_reader import ClipAddress, read_clips
 from mellow_platform.inference.engine import Engine
@@ -43,15 +29,23 @@ from mellow_platform.inference.question_table import TEXT_COLUMNS, QuestionTable
 from mellow_platform.inference.request import Request
 from mellow_platform.inference.windows import windows
 from mellow_platform.model import MellowFeatureExtractor
-from mellow_platform.model.card import CARD
-from mellow_platform.model.folder import load_processor
-from mellow_platform.preprocessing.clip_shards import RETRIED
+from mellow_platform.model.folder import load_processor, model_digest
 from mellow_platform.progress import Progress
+from mellow_platform.resumable import (
+    RETRY_LOST_WORKERS,
+    FailureBudget,
+    claim,
+    dataset_of_parts,
+    digest,
+    is_finished,
+    map_on_actors,
+    part_name,
+    part_ranges,
+    read_receipts,
+    write_part,
+)
 
 ANSWERS, REPORT = "answers", "report.json"
-# Blocks that an actor answers at the same time: while the last answers of one are written, slots of the engine would
-# stand empty.
-BLOCKS_AT_ONCE = 2
 
 GROUP_SCHEMA = pa.schema(
     [
@@ -96,37 +90,40 @@ def predict(config: PredictConfig) -> dict[str, Any]:
         FileNotFoundError: model, folder or table is absent.
         ValueError: the input cannot be asked, too many questions have no answer, or `output` holds other predictions.
     """
-    begun = time.monotonic()
-    asked = read_question_table(config)
+    start = time.monotonic()
+    questions = read_question_table(config)
     model = storage.local_copy(config.model)
     extractor = load_processor(config.model).feature_extractor
-    depends_on = {"fields": config.identity, "input": asked.digest, "model": model_digest(model)}
-    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
-    shards.claim(config.output, config.identity, digest, holds="predictions")
-    if storage.exists(storage.join(config.output, REPORT)):
-        print(f"{config.output} is finished: nothing to do", flush=True)
+    depends_on = {"fields": config.identity, "input": questions.digest, "model": model_digest(model)}
+    claim(config.output, config.identity, digest(depends_on), "predictions", REPORT)
+    if is_finished(config.output, REPORT):
         return storage.read_json(storage.join(config.output, REPORT))
-    receipts = list(shards.receipts(config.output, ANSWERS).values())
-    progress = Progress("questions", len(asked), sum(map(itemgetter("questions"), receipts)), rejected_are="failed")
-    progress.rejected = count_failed(receipts).total()
+    receipts = read_receipts(config.output, ANSWERS)
+    remedy = f"Repair the input and delete {config.output}"
+    budget = FailureBudget("questions", len(questions), config.max_failed_share, remedy)
+    for receipt in receipts.values():
+        budget.add(receipt["failed"])
+    done = sum(map(itemgetter("questions"), receipts.values()))
+    progress = Progress("questions", len(questions), done, budget.failed.total(), rejected_are="failed")
     clips: set[str] = set()
-    for receipt in answer_parts(asked, receipts, config, extractor):
-        receipts.append(receipt)
-        start = int(receipt["name"]) * config.rows_per_part
-        clips |= asked.clips(start, start + config.rows_per_part)
+    parts = part_ranges(len(questions), config.rows_per_part)
+    missing = {name: rows for name, rows in parts.items() if name not in receipts}
+    for receipt in answer_parts(questions, missing, config, extractor, budget):
+        receipts[receipt["name"]] = receipt
+        clips |= questions.clips(parts[receipt["name"]])
         progress.add(receipt["questions"], sum(receipt["failed"].values()))
     storage.remove_partial(config.output)
-    failed, rows = count_failed(receipts), sum(map(itemgetter("rows"), receipts))
-    seconds = time.monotonic() - begun
+    rows, failed = sum(map(itemgetter("rows"), receipts.values())), budget.failed
+    seconds = time.monotonic() - start
     report = {
         "output": config.output,
-        "questions": len(asked),
+        "questions": len(questions),
         "rows": rows,
         "answered": rows - failed.total(),
         "failed": failed.total(),
         "failed_by_reason": dict(sorted(failed.items())),
-        "clips": len(asked.clips(0, len(asked))),
-        # Of the run that finished the job, and the clips that it heard:
+        "clips": len(questions.clips(range(len(questions)))),
+        # Of the run that finished the job, with the clips that it decoded:
         "seconds": round(seconds, 1),
         "clips_per_second": round(len(clips) / seconds, 2),
     }
@@ -134,97 +131,53 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     return report
 
 
-def model_digest(folder: Path) -> str:
-    """Return the SHA-256 of what is in a model's folder, but for its card."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != CARD)
-    lines = "".join(f"{file.relative_to(folder)} {storage.sha256(file)}\n" for file in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 def answer_parts(
-    asked: QuestionTable, done: list[dict[str, Any]], config: PredictConfig, extractor: MellowFeatureExtractor
+    questions: QuestionTable,
+    parts: dict[str, range],
+    config: PredictConfig,
+    extractor: MellowFeatureExtractor,
+    budget: FailureBudget,
 ) -> Iterator[dict[str, Any]]:
-    """Write the parts that have no receipt among those `done`, and yield their receipts.
+    """Answer and write parts of the questions, and yield their receipts.
 
     Raises:
-        ValueError: more than the allowed share of the questions has no answer; raised as soon as that is sure.
+        ValueError: more than the allowed share of the questions failed; raised as soon as that is certain.
         RuntimeError: an answer is missing.
     """
     size = config.rows_per_part
-    failed = count_failed(done)
-    stop_if_too_many(failed, len(asked), config)
-    names = {receipt["name"] for receipt in done}
-    starts = [start for start in range(0, len(asked), size) if part_name(start // size) not in names]
     waiting: dict[int, list[dict[str, Any]]] = {}  # answers by the number of their part
-    for answers in answer_groups([asked.groups(start, start + size) for start in starts], config, extractor):
+    for answers in answer_groups([questions.groups(rows) for rows in parts.values()], config, extractor):
         for answer in answers:
             waiting.setdefault(answer["row"] // size, []).append(answer)
             if answer["error"]:
-                failed[answer["error"]] += 1
-                stop_if_too_many(failed, len(asked), config, answer["detail"])
+                budget.add({answer["error"]: 1}, answer["detail"])
         for number in sorted({answer["row"] // size for answer in answers}):
             answered = sum(answer["window"] == 0 for answer in waiting[number])
-            if answered == min(size, len(asked) - number * size):
-                yield write_part(number, waiting.pop(number), asked, config)
+            if answered == len(parts[part_name(number)]):
+                yield write_answers(part_name(number), waiting.pop(number), questions, config)
     if waiting:
-        raise RuntimeError(f"parts {', '.join(map(part_name, sorted(waiting)))}: not every question has one answer")
-
-
-def count_failed(receipts: list[dict[str, Any]]) -> Counter[str]:
-    """Return how many questions have no answer, by reason."""
-    return sum((Counter(receipt["failed"]) for receipt in receipts), Counter())
-
-
-def part_name(number: int) -> str:
-    return f"{number:06d}"
-
-
-def stop_if_too_many(failed: Counter[str], questions: int, config: PredictConfig, last: str = "") -> None:
-    if failed.total() <= config.max_failed_share * questions:
-        return
-    counts = ", ".join(f"{reason} {count}" for reason, count in sorted(failed.items()))
-    raise ValueError(
-        f"{failed.total()} of {questions} questions have no answer ({counts}) so far{last and f', the last: {last}'}; "
-        f"mend them and delete {config.output}, or raise max_failed_share (now {config.max_failed_share:g})"
-    )
+        raise RuntimeError(f"parts {', '.join(map(part_name, sorted(waiting)))}: a question has no answer or several")
 
 
 def answer_groups(
     parts: list[list[dict[str, Any]]], config: PredictConfig, extractor: MellowFeatureExtractor
 ) -> Iterator[list[dict[str, Any]]]:
-    """Decode and answer groups of questions (`QuestionTable.groups`) on Ray Data; yield answers as they come."""
+    """Decode and answer groups of questions (`QuestionTable.groups`) on Ray Data; yield answers as they arrive."""
     if not parts:
         return
-    tables = [pa.Table.from_pylist(groups, schema=GROUP_SCHEMA) for groups in parts]
-    dataset = ray.data.from_arrow(tables)
-    dataset.context.enable_progress_bars = False  # the job prints lines of its own, for a log
-    # What a task hands on: about as much as an actor answers at once, however many clips are in a part.
+    dataset = dataset_of_parts([pa.Table.from_pylist(groups, schema=GROUP_SCHEMA) for groups in parts])
+    # A decoding task emits blocks of about what an actor answers at once, however many clips are in a part.
     dataset.context.target_max_block_size = config.batch_size * extractor.clip_samples * np.dtype(np.float32).itemsize
     dataset = dataset.map_batches(
         decode_groups,
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"extractor": extractor, "limits": config.limits, "rule": config.window},
-        **RETRIED,
+        **RETRY_LOST_WORKERS,
     )
-    dataset = dataset.map_batches(
-        AnswerGroups,
-        fn_constructor_args=(config,),
-        batch_size=None,
-        batch_format="pyarrow",
-        # Of a fixed number Ray starts all, and where they take every CPU decoding waits for them, and they for it.
-        compute=ray.data.ActorPoolStrategy(
-            min_size=1,
-            max_size=config.workers,
-            max_concurrent_calls_per_actor=BLOCKS_AT_ONCE,
-            enable_true_multi_threading=True,
-        ),
-        # An actor keeps its CPU to the end: of a cluster's only one, nothing would be left to decode with.
-        num_cpus=0 if ray.cluster_resources().get("CPU") == 1 else None,
-        num_gpus=config.gpus_per_worker or None,
-    )
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield batch.to_pylist()
+    # An actor keeps its CPU to the end: on a cluster with a single one, no CPU would be left to decode with.
+    num_cpus = 0 if ray.cluster_resources().get("CPU") == 1 else None
+    yield from map_on_actors(dataset, AnswerGroups, [config], config.workers, config.gpus_per_worker, num_cpus)
 
 
 def decode_groups(
@@ -246,22 +199,11 @@ def decode_groups(
     decoded: dict[str, np.ndarray | AudioError] = {}
     for row in rows:
         decoded = {
-            uri: decoded[uri] if uri in decoded else decode_or_reason(next(files)[1], extractor.sampling_rate, limits)
+            uri: decoded[uri] if uri in decoded else try_decode(next(files)[1], extractor.sampling_rate, limits)
             for uri in dict.fromkeys(row["uris"])
         }
         heard = {name: row[name] for name in ("row", "questions", "choices")} | _heard(decoded, row, extractor, rule)
         yield pa.Table.from_pylist([heard], schema=HEARD_SCHEMA)
-
-
-def decode_or_reason(data: bytes | AudioError, rate: int, limits: AudioLimits) -> np.ndarray | AudioError:
-    """Return a recording's waveform [samples] at `rate` Hz, or why there is none."""
-    if isinstance(data, AudioError):
-        return data
-    try:
-        waveform = decode(data, rate, limits)
-    except AudioError as error:
-        return error
-    return waveform if len(waveform) else AudioError("no_samples", f"0 samples are left at {rate} Hz")
 
 
 def _heard(
@@ -357,24 +299,22 @@ def draw_seed(seed: int, row: int, window: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {row} {window}".encode()).digest()[:4], "big")
 
 
-def write_part(
-    number: int, answers: list[dict[str, Any]], asked: QuestionTable, config: PredictConfig
+def write_answers(
+    name: str, answers: list[dict[str, Any]], questions: QuestionTable, config: PredictConfig
 ) -> dict[str, Any]:
-    """Write the answers to one range of the questions, and return the part's receipt."""
-    answers = sorted(answers, key=lambda answer: (answer["row"], answer["window"]))
-    table = pa.Table.from_pylist(answers, schema=ANSWER_SCHEMA)
-    questions = asked.table.take(table["row"])
+    """Write the answers to a part of the questions, and return the part's receipt."""
+    table = pa.Table.from_pylist(sorted(answers, key=itemgetter("row", "window")), schema=ANSWER_SCHEMA)
+    asked = questions.table.take(table["row"])
     left_out = {"row", "window"}
-    left_out |= set() if asked.has("choices") else {"scores"}
+    left_out |= set() if questions.has("choices") else {"scores"}
     left_out |= set() if config.logprobs else {"logprobs"}
-    parts = {name: questions[name] for name in TEXT_COLUMNS if asked.has(name)}
-    parts |= {name: table[name] for name in table.column_names if name not in left_out}
-    parts |= {name: questions[name] for name in asked.passed}
-    name = part_name(number)
+    columns = {column: asked[column] for column in TEXT_COLUMNS if questions.has(column)}
+    columns |= {column: table[column] for column in table.column_names if column not in left_out}
+    columns |= {column: asked[column] for column in questions.passed}
     receipt = {
         "name": name,
         "questions": len({answer["row"] for answer in answers}),
         "rows": len(answers),
         "failed": dict(Counter(answer["error"] for answer in answers if answer["error"])),
     }
-    return shards.write_shard(config.output, ANSWERS, name, pa.table(parts), receipt)
+    return write_part(config.output, ANSWERS, name, pa.table(columns), receipt)

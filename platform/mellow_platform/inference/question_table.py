@@ -54,21 +54,21 @@ class QuestionTable:
             stream.write_table(self.table.combine_chunks())
         return hashlib.sha256(f"{self.base} {self.sizes}".encode() + sink.getvalue().to_pybytes()).hexdigest()
 
-    def clips(self, start: int, end: int) -> set[str]:
-        """Return the clips that rows `start` up to `end` are about."""
-        return {clip for pair in _pairs(self.table.slice(start, end - start)) for clip in pair if clip}
+    def clips(self, rows: range) -> set[str]:
+        """Return the clips of the questions in a range of rows."""
+        return {clip for pair in _pairs(self.table.slice(rows.start, len(rows))) for clip in pair if clip}
 
-    def groups(self, start: int, end: int) -> list[dict[str, Any]]:
-        """Return the questions from row `start` up to `end`, by what they are asked about.
+    def groups(self, rows: range) -> list[dict[str, Any]]:
+        """Return groups of neighbouring questions about the same clips in a range of rows.
 
-        Each is its first `row`, the `uris` of one or two clips, and `questions` and `choices` of neighbouring rows.
+        A group has its first `row`, the `uris` of its one or two clips, and `questions` and `choices` per row.
         """
-        part = self.table.slice(start, end - start)
+        part = self.table.slice(rows.start, len(rows))
         choices = part["choices"].to_pylist() if self.has("choices") else [None] * len(part)
-        rows = zip(_pairs(part), part["question"].to_pylist(), choices, strict=True)
+        questions = zip(_pairs(part), part["question"].to_pylist(), choices, strict=True)
         groups: list[dict[str, Any]] = []
         about = None
-        for number, (pair, question, own) in enumerate(rows, start):
+        for number, (pair, question, own) in enumerate(questions, rows.start):
             if pair != about:
                 about = pair
                 uris = [self.uri(clip) for clip in pair if clip]

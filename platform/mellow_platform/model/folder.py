@@ -1,6 +1,8 @@
 """Saving and loading Hugging Face folders at any URI."""
 
+import hashlib
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor, PreTrainedModel
@@ -48,3 +50,10 @@ def load_model(uri: str) -> tuple[MellowForConditionalGeneration, MellowProcesso
     folder = storage.local_copy(uri)
     model = MellowForConditionalGeneration.from_pretrained(folder, dtype="float32")
     return model.merge_lora().eval(), AutoProcessor.from_pretrained(folder)
+
+
+def model_digest(folder: Path) -> str:
+    """Return the SHA-256 over the files of a model folder, without its card."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != CARD)
+    lines = "".join(f"{file.relative_to(folder)} {storage.sha256(file)}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -23,15 +23,13 @@ from mellow_platform.data.clip_reader import ClipAddress, read_clips
 from mellow_platform.data.log_mel import FrontEnd, LogMel
 from mellow_platform.data.partners import SILENCE
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
+from mellow_platform.resumable import RETRY_LOST_WORKERS, dataset_of_parts, part_ranges, write_part
 
 if TYPE_CHECKING:
     from mellow_platform.model.encoders import AudioEncoderConfig
 
 ENCODER_BATCH = 16
 SILENCE_ID = hashlib.sha256(SILENCE.encode()).hexdigest()
-# What a lost worker or node had in hand is done again, however often; an error of our own ends the job at once. Actors
-# are restarted by Ray Data anyway; that they lack this keeps decoding out of the processes that hold a GPU.
-RETRIED = {"max_retries": -1}
 QUIETEST = -120.0  # dB that digital silence counts as
 
 Shapes = dict[str, list[int]]
@@ -47,17 +45,12 @@ def feature_shapes(config: PreprocessConfig, front_end: FrontEnd, encoder: "Audi
 
 
 def shard_rows(clips: list[tuple[str, ClipAddress]], clips_per_shard: int) -> list[dict[str, Any]]:
-    """Return a row a shard of clips, given as (clip id, address) in the set's order."""
+    """Return a row per shard of clips, which are (clip id, address) in the set's order."""
     rows = []
-    for number, start in enumerate(range(0, len(clips), clips_per_shard)):
-        part = clips[start : start + clips_per_shard]
-        rows.append(
-            {
-                "name": f"{number:06d}",
-                "clip_ids": [clip_id for clip_id, _ in part],
-                "addresses": json.dumps([asdict(address) for _, address in part]),
-            }
-        )
+    for name, places in part_ranges(len(clips), clips_per_shard).items():
+        part = clips[places.start : places.stop]
+        addresses = json.dumps([asdict(address) for _, address in part])
+        rows.append({"name": name, "clip_ids": [clip_id for clip_id, _ in part], "addresses": addresses})
     return rows
 
 
@@ -67,8 +60,7 @@ def write_clip_shards(
     """Make the shards that `rows` describe on Ray Data, and yield their receipts as they are done."""
     if not rows:
         return
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    dataset.context.enable_progress_bars = False  # the job prints lines of its own, for a log
+    dataset = dataset_of_parts([pa.Table.from_pylist([row]) for row in rows])
     decoding = ray.data.TaskPoolStrategy(size=config.decode_workers)
     dataset = dataset.map(
         decode_shard,
@@ -79,13 +71,14 @@ def write_clip_shards(
             "whole": config.features == "waveform",
         },
         compute=decoding,
-        **RETRIED,
+        **RETRY_LOST_WORKERS,
     )
     if config.encoder:
         dataset = dataset.map(
             EncodeShard,
             fn_constructor_args=(config.encoder,),
-            # Of a fixed number Ray starts all, and where they take every CPU decoding waits for them, and they for it.
+            # A fixed number of actors could take every CPU and wait for decoding tasks that wait for a CPU. Ray Data
+            # restarts actors anyway; without `RETRY_LOST_WORKERS`, decoding stays out of the processes that hold a GPU.
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.encoder_workers),
             num_gpus=config.gpus_per_worker or None,
         )
@@ -93,7 +86,7 @@ def write_clip_shards(
     # left to decode. Tasks without a CPU would start a process each, were their number not bounded. Otherwise writing
     # is part of the decoding task, which takes the same pool.
     behind = {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=config.encoder_workers)}
-    writing: dict[str, Any] = RETRIED | (behind if config.encoder else {"compute": decoding})
+    writing: dict[str, Any] = RETRY_LOST_WORKERS | (behind if config.encoder else {"compute": decoding})
     written = dataset.map(write_clip_shard, fn_kwargs={"output": config.output, "shapes": shapes}, **writing)
     for row in written.iter_rows():
         yield json.loads(row["receipt"])
@@ -108,7 +101,7 @@ def decode_shard(
     stored; what is known of each of these; and `rejected`, JSON of clip id, reason and detail of the others.
 
     Raises:
-        ValueError: a clip's bytes are not those that stock was taken of.
+        ValueError: the bytes of a clip are not those of the inventory.
     """
     torch.set_num_threads(1)
     front_end = log_mel.front_end
@@ -151,8 +144,8 @@ def _decoded(
         return np.zeros(silence, np.float32)
     if isinstance(data, AudioError) or hashlib.sha256(data).hexdigest() != clip_id:
         raise ValueError(
-            f"clip {address.path}: {address.uri} has changed since stock was taken of it; "
-            "delete the output, or choose another, and begin anew"
+            f"clip {address.path}: {address.uri} has changed since the inventory was made; "
+            "delete the output or choose another, and start again"
         )
     waveform = decode(data, rate, limits)
     if len(waveform) < min_seconds * rate:
@@ -207,4 +200,4 @@ def write_clip_shard(row: dict[str, Any], output: str, shapes: Shapes) -> dict[s
         "rejected": json.loads(row["rejected"]),
     }
     table = pa.table(columns, schema=shards.clip_schema(shapes))
-    return {"receipt": json.dumps(shards.write_shard(output, shards.CLIPS, row["name"], table, receipt))}
+    return {"receipt": json.dumps(write_part(output, shards.CLIPS, row["name"], table, receipt))}

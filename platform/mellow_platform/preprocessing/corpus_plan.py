@@ -23,7 +23,7 @@ CLIPS_PER_UNIT = 128
 
 @dataclass(frozen=True)
 class CorpusUnit:
-    """What one task takes stock of: clips in files of their own, or one tar or Parquet file."""
+    """Input of one inventory task: clips in files of their own, or one tar or Parquet file."""
 
     number: int
     clips: tuple[ClipAddress, ...] = ()
@@ -126,10 +126,10 @@ def _units(clips: list[ClipAddress]) -> list[CorpusUnit]:
     return [CorpusUnit(number, tuple(clips[start : start + CLIPS_PER_UNIT])) for number, start in enumerate(starts)]
 
 
-def records_beside_audio(stock: pa.Table, config: PreprocessConfig) -> dict[str, pa.Table]:
-    """Return the questions that stand beside the audio, by split, in the order of the stock; none gives {}."""
+def records_beside_audio(inventory: pa.Table, config: PreprocessConfig) -> dict[str, pa.Table]:
+    """Return the questions beside the audio by split, in the order of the inventory; {} if there are none."""
     found: dict[str, list[dict[str, str]]] = {}
-    for split, text in zip(stock["split"].to_pylist(), stock["records"].to_pylist(), strict=True):
+    for split, text in zip(inventory["split"].to_pylist(), inventory["records"].to_pylist(), strict=True):
         if text != "[]":
             found.setdefault(split, []).extend(json.loads(text))
     if not found:

@@ -1,8 +1,8 @@
-"""Taking stock of a corpus: every clip is read once, and known by the SHA-256 of its bytes from then on.
+"""Inventory of a corpus: every clip is read once, and identified by the SHA-256 of its bytes from then on.
 
-It costs a second read of the corpus and no decoding. For it, clips of equal bytes are decoded, encoded and stored once
-a set, whatever their names; a clip that stands in two splits under two names is refused before hours of encoding; and
-missing, empty and oversized files are known before the first clip is decoded.
+This costs a second read of the corpus and no decoding. In return, clips with equal bytes are decoded, encoded and
+stored once per set, whatever their names; a clip that is in two splits under two names is refused before hours of
+encoding; and missing, empty and oversized files are known before the first clip is decoded.
 """
 
 import hashlib
@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import ray
 
 from mellow_platform import storage
 from mellow_platform.data import shards
@@ -24,14 +23,15 @@ from mellow_platform.data.records import FIELDS
 from mellow_platform.preprocessing.corpus_plan import CorpusUnit
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.progress import Progress
+from mellow_platform.resumable import RETRY_LOST_WORKERS, dataset_of_parts, part_name
 
-# What taking stock says of a clip: where it is, what it is (SHA-256 of its bytes), or why it cannot be used.
+# A clip's address with the SHA-256 of its bytes (`clip_id`), or with the reason why it cannot be used.
 INVENTORY_SCHEMA = pa.schema(
     [
         *(pa.field(name, pa.string(), nullable=False) for name in ("path", "split", "taskname", "uri")),
         *(pa.field(name, pa.int64(), nullable=False) for name in ("offset", "size", "row")),
         *(pa.field(name, pa.string(), nullable=False) for name in ("clip_id", "reason", "detail")),
-        pa.field("records", pa.string(), nullable=False),  # JSON of the questions that stand beside the audio
+        pa.field("records", pa.string(), nullable=False),  # JSON of the questions beside the audio
     ]
 )
 
@@ -56,46 +56,44 @@ class Inventory:
         return list(zip(first, (ClipAddress(**values) for values in rows), strict=True))
 
 
-def write_stock(units: list[CorpusUnit], config: PreprocessConfig) -> Inventory:
-    """Take stock of the units that are not done yet on Ray Data, and return all of it.
+def write_inventory(units: list[CorpusUnit], config: PreprocessConfig) -> Inventory:
+    """Scan the units that are not done yet on Ray Data, and return the inventory of all.
 
     Raises:
-        ValueError: one path stands for different clips, or a clip stands in two splits.
+        ValueError: one path names different clips, or a clip is in two splits.
     """
-    folder = storage.join(config.output, shards.STOCK)
+    folder = storage.join(config.output, shards.INVENTORY)
+    files = [f"{part_name(unit.number)}.parquet" for unit in units]
     done = set(storage.list_folder(folder))
-    open_units = [unit for unit in units if f"{unit.number:06d}.parquet" not in done]
-    progress = Progress("stock, in units", len(units), len(units) - len(open_units))
-    if open_units:
-        rows = [{"unit": json.dumps(asdict(unit))} for unit in open_units]
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        dataset.context.enable_progress_bars = False
+    missing = [unit for unit, file in zip(units, files, strict=True) if file not in done]
+    progress = Progress("units of the inventory", len(units), len(units) - len(missing))
+    if missing:
+        parts = [pa.table({"unit": [json.dumps(asdict(unit))]}) for unit in missing]
         limits = config.limits
 
         def write(row: dict[str, Any]) -> dict[str, int]:
-            """Write the stock of one unit, whole or not at all: the file is its own receipt."""
+            """Write the inventory of a unit; the file, written whole, is its own receipt."""
             values = json.loads(row["unit"])
             unit = CorpusUnit(**values | {"clips": tuple(ClipAddress(**clip) for clip in values["clips"])})
             table = scan_unit(unit, limits)
-            storage.write_table(storage.join(folder, f"{unit.number:06d}.parquet"), table)
+            storage.write_table(storage.join(folder, f"{part_name(unit.number)}.parquet"), table)
             return {"rejected": sum(map(bool, table["reason"].to_pylist()))}
 
-        for counts in dataset.map(write, max_retries=-1).iter_rows():
+        for counts in dataset_of_parts(parts).map(write, **RETRY_LOST_WORKERS).iter_rows():
             progress.add(1, counts["rejected"])
-    names = [f"{unit.number:06d}.parquet" for unit in units]
-    table = storage.read_tables([storage.join(folder, name) for name in names])
-    stock = Inventory(_without_repeats(table.sort_by("path")))
-    _refuse_clips_in_two_splits(stock)
-    return stock
+    table = storage.read_tables([storage.join(folder, file) for file in files])
+    inventory = Inventory(_without_repeats(table.sort_by("path")))
+    _refuse_clips_in_two_splits(inventory)
+    return inventory
 
 
 def _without_repeats(table: pa.Table) -> pa.Table:
-    """Return the sorted stock with each path once: rows of a Parquet file may repeat a clip for each question.
+    """Return the sorted inventory with each path once, as rows of a Parquet file may repeat a clip for each question.
 
-    What is kept is the first row, with the questions of all.
+    The first row is kept, with the questions of all.
 
     Raises:
-        ValueError: a path stands for different clips, or in two splits.
+        ValueError: a path names different clips, or is in two splits.
     """
     rows: list[dict[str, Any]] = []
     for row in table.to_pylist():
@@ -108,7 +106,7 @@ def _without_repeats(table: pa.Table) -> pa.Table:
                 f"{row['path']} names different clips in {first['uri']} and {row['uri']}: give each a path of its own"
             )
         if row["split"] != first["split"]:
-            raise ValueError(f"clip {row['path']} stands in both {first['split']} and {row['split']}: keep it in one")
+            raise ValueError(f"clip {row['path']} is in both {first['split']} and {row['split']}; keep it in one")
         first.setdefault("repeats", []).append(row["records"])
     for row in rows:
         if repeats := row.pop("repeats", None):
@@ -116,9 +114,10 @@ def _without_repeats(table: pa.Table) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=table.schema)
 
 
-def _refuse_clips_in_two_splits(stock: Inventory) -> None:
+def _refuse_clips_in_two_splits(inventory: Inventory) -> None:
     first: dict[str, tuple[str, str]] = {}
-    for clip_id, path, split in zip(stock.column("clip_id"), stock.column("path"), stock.column("split"), strict=True):
+    columns = (inventory.column(name) for name in ("clip_id", "path", "split"))
+    for clip_id, path, split in zip(*columns, strict=True):
         if clip_id:
             known, there = first.setdefault(clip_id, (path, split))
             if there != split:
@@ -126,7 +125,7 @@ def _refuse_clips_in_two_splits(stock: Inventory) -> None:
 
 
 def scan_unit(unit: CorpusUnit, limits: AudioLimits) -> pa.Table:
-    """Read every clip of a unit once, and return what and where they are (`INVENTORY_SCHEMA`), in the unit's order."""
+    """Read every clip of a unit once; return addresses and hashes (`INVENTORY_SCHEMA`) in the unit's order."""
     if unit.uri.lower().endswith(".tar"):
         found = _tar_clips(unit, limits)
     elif unit.uri:

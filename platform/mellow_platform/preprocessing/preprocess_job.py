@@ -1,15 +1,15 @@
-"""The preprocessing job: a corpus to a shard set, exactly once however often it is killed and started again.
+"""The preprocessing job: from a corpus to a shard set, exactly once however often it is killed and submitted again.
 
-It takes stock of the clips (`stock`), makes shards of their features (`clips`) and of the questions (`questions`), and
-describes the corpus (`statistics`). Every stage leaves out what an earlier run of the same configuration has done.
-The driver holds names, ids and questions of the whole corpus, and features of none.
+It plans what to read (`corpus_plan`), makes the inventory of the clips (`inventory`), writes shards of their features
+(`clip_shards`) and of the questions (`record_shards`), and describes the corpus (`statistics`). Every stage skips parts
+that an earlier run has written (`mellow_platform.resumable`). The driver holds names, ids and questions of the whole
+corpus, and no features.
 """
 
-import hashlib
-import json
 import time
 from collections import Counter
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import pyarrow as pa
@@ -28,11 +28,12 @@ from mellow_platform.model import (
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.preprocessing.clip_shards import SILENCE_ID, feature_shapes, shard_rows, write_clip_shards
 from mellow_platform.preprocessing.corpus_plan import CorpusPlan, plan_corpus, records_beside_audio
-from mellow_platform.preprocessing.inventory import Inventory, write_stock
+from mellow_platform.preprocessing.inventory import Inventory, write_inventory
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.record_shards import build_processor, with_clips, write_record_shards
 from mellow_platform.preprocessing.statistics import describe, draw
 from mellow_platform.progress import Progress
+from mellow_platform.resumable import FailureBudget, claim, digest, is_finished, read_receipts
 
 
 def preprocess(config: PreprocessConfig) -> shards.Manifest:
@@ -44,9 +45,8 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
     begun = time.monotonic()
     plan = plan_corpus(config)
     weights = encoder_digest(load_encoder(config.encoder)) if config.encoder else ""
-    config = claim(config, plan, weights)
-    if storage.exists(storage.join(config.output, shards.MANIFEST)):
-        print(f"{config.output} is finished: nothing to do", flush=True)
+    config = claim_output(config, plan, weights)
+    if is_finished(config.output, shards.MANIFEST):
         return shards.Manifest.read(config.output)
     encoder = (
         load_encoder_config(config.encoder)
@@ -56,24 +56,24 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
     extractor = MellowFeatureExtractor.for_encoder(encoder, config.short_clip)
     shapes = feature_shapes(config, extractor.front_end, encoder)
 
-    stock = write_stock(plan.units, config)
-    records = plan.records or records_beside_audio(stock.table, config)
+    inventory = write_inventory(plan.units, config)
+    records = plan.records or records_beside_audio(inventory.table, config)
     if records and not plan.records:
-        stock = asked_about(stock, records)
+        inventory = asked_about(inventory, records)
     if not records:
-        stock = limited(stock, config.limit)
-    clips = stock.distinct()
+        inventory = limited(inventory, config.limit)
+    clips = inventory.distinct()
     if records and config.partner == "silence":
         clips.append((SILENCE_ID, ClipAddress(SILENCE, "", "")))  # of no split: nothing is asked about it
     rows = shard_rows(clips, config.clips_per_shard)
-    receipts, rejected = clip_stage(rows, stock, config, extractor, shapes)
+    receipts, rejected = clip_stage(rows, inventory, config, extractor, shapes)
 
-    clip_ids = usable_clips(stock, receipts)
+    clip_ids = usable_clips(inventory, receipts)
     usable = {split: with_usable_clips(table, clip_ids) for split, table in records.items()}
-    asked = question_stage(records, usable, clip_ids, stock, extractor, config)
+    asked = question_stage(records, usable, clip_ids, inventory, extractor, config)
     done = [*receipts, *(receipt for members in asked.values() for receipt in members)]
     files = {receipt["file"]: receipt["digest"] for receipt in done} | write_quarantine(rejected, config.output)
-    counts = count(stock, receipts, rejected, clip_ids) | {
+    counts = count(inventory, receipts, rejected, clip_ids) | {
         "records": {split: len(members) for split, members in usable.items()},
         "records_dropped": sum(len(records[split]) - len(usable[split]) for split in records),
     }
@@ -87,7 +87,7 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
     return manifest
 
 
-def claim(config: PreprocessConfig, plan: CorpusPlan, weights: str) -> PreprocessConfig:
+def claim_output(config: PreprocessConfig, plan: CorpusPlan, weights: str) -> PreprocessConfig:
     """Take the output folder for this configuration and this input; return the configuration with its name.
 
     Args:
@@ -97,15 +97,14 @@ def claim(config: PreprocessConfig, plan: CorpusPlan, weights: str) -> Preproces
         ValueError: the folder is another set's.
     """
     depends_on = {"fields": config.identity, "input": plan.digest, "encoder": weights}
-    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
-    config = config.model_copy(update={"output": config.output.replace("{hash}", digest[:12])})
-    shards.claim(config.output, config.identity, digest)
+    config = config.model_copy(update={"output": config.output.replace("{hash}", digest(depends_on)[:12])})
+    claim(config.output, config.identity, digest(depends_on), "shards", shards.MANIFEST)
     return config
 
 
 def clip_stage(
     rows: list[dict[str, Any]],
-    stock: Inventory,
+    inventory: Inventory,
     config: PreprocessConfig,
     extractor: MellowFeatureExtractor,
     shapes: dict[str, list[int]],
@@ -115,38 +114,46 @@ def clip_stage(
     Raises:
         ValueError: more clips than the allowed share cannot be used; raised as soon as that is sure.
     """
-    clips = stock.table.select(["path", "split", "reason", "detail"]).to_pylist()
-    paths: dict[str, list[int]] = {}
-    for row, clip_id in enumerate(stock.column("clip_id")):
-        paths.setdefault(clip_id, []).append(row)
-    rejected = [_quarantined(clips[row], clips[row]) for row in paths.get("", [])]
+    clips = inventory.table.select(["path", "split", "reason", "detail"]).to_pylist()
+    rows_of_clip: dict[str, list[int]] = {}
+    for row, clip_id in enumerate(inventory.column("clip_id")):
+        rows_of_clip.setdefault(clip_id, []).append(row)
+    rejected: list[dict[str, str]] = []
+    remedy = f"See {config.output}/quarantine; repair the clips and delete {config.output}"
+    budget = FailureBudget("clips", len(clips), config.max_failed_share, remedy)
+
+    def reject(entries: list[dict[str, str]]) -> None:
+        rejected.extend(entries)
+        try:
+            budget.add(Counter(entry["reason"] for entry in entries), entries[0]["detail"] if entries else None)
+        except ValueError:
+            write_quarantine(sorted(rejected, key=itemgetter("filepath")), config.output)
+            raise
 
     def add(receipt: dict[str, Any]) -> int:
         expect(f"clips of shard {receipt['name']}", receipt["expected"], receipt["read"] + len(receipt["rejected"]))
-        for item in receipt["rejected"]:
-            rejected.extend(_quarantined(clips[row], item) for row in paths[item["clip_id"]])
-        stop_if_too_many(rejected, len(clips), config)
+        reject([quarantined(clips[row], item) for item in receipt["rejected"] for row in rows_of_clip[item["clip_id"]]])
         return len(receipt["rejected"])
 
-    stop_if_too_many(rejected, len(clips), config)
-    receipts = shards.receipts(config.output, shards.CLIPS)
+    reject([quarantined(clips[row], clips[row]) for row in rows_of_clip.get("", [])])
+    receipts = read_receipts(config.output, shards.CLIPS)
     done = sum(receipt["expected"] for receipt in receipts.values())
     progress = Progress("distinct clips", sum(len(row["clip_ids"]) for row in rows), done)
     for receipt in receipts.values():
         progress.rejected += add(receipt)
-    remaining = [row for row in rows if row["name"] not in receipts]
-    for receipt in write_clip_shards(remaining, config, extractor.spectrogram, shapes):
+    missing = [row for row in rows if row["name"] not in receipts]
+    for receipt in write_clip_shards(missing, config, extractor.spectrogram, shapes):
         receipts[receipt["name"]] = receipt
         progress.add(receipt["expected"], add(receipt), sum(receipt["seconds"]))
     for shard in rows:
         expect(f"clips of shard {shard['name']}", len(shard["clip_ids"]), receipts[shard["name"]]["expected"])
-    return [receipts[shard["name"]] for shard in rows], sorted(rejected, key=lambda item: item["filepath"])
+    return [receipts[shard["name"]] for shard in rows], sorted(rejected, key=itemgetter("filepath"))
 
 
-def usable_clips(stock: Inventory, receipts: list[dict[str, Any]]) -> dict[str, str]:
+def usable_clips(inventory: Inventory, receipts: list[dict[str, Any]]) -> dict[str, str]:
     """Return the clip id of every path whose clip is stored, and of silence where that is."""
     present = {clip_id for receipt in receipts for clip_id in receipt["clip_ids"]}
-    named = zip(stock.column("path"), stock.column("clip_id"), strict=True)
+    named = zip(inventory.column("path"), inventory.column("clip_id"), strict=True)
     silence = {SILENCE: SILENCE_ID} if SILENCE_ID in present else {}
     return {path: clip_id for path, clip_id in named if clip_id in present} | silence
 
@@ -155,7 +162,7 @@ def question_stage(
     records: dict[str, pa.Table],
     usable: dict[str, pa.Table],
     clip_ids: dict[str, str],
-    stock: Inventory,
+    inventory: Inventory,
     extractor: MellowFeatureExtractor,
     config: PreprocessConfig,
 ) -> dict[str, list[dict[str, Any]]]:
@@ -164,7 +171,7 @@ def question_stage(
         return {}
     processor = build_processor(config, extractor, records)
     save_pretrained(processor, storage.join(config.output, "processor"))
-    splits = dict(zip(stock.column("path"), stock.column("split"), strict=True))
+    splits = dict(zip(inventory.column("path"), inventory.column("split"), strict=True))
     asked = {}
     for split, members in usable.items():
         own = sorted({clip_id for path, clip_id in clip_ids.items() if splits.get(path) == split})
@@ -175,7 +182,7 @@ def question_stage(
 
 
 def count(
-    stock: Inventory, receipts: list[dict[str, Any]], rejected: list[dict[str, str]], clip_ids: dict[str, str]
+    inventory: Inventory, receipts: list[dict[str, Any]], rejected: list[dict[str, str]], clip_ids: dict[str, str]
 ) -> dict[str, Any]:
     """Return the manifest's counts of clips.
 
@@ -184,7 +191,7 @@ def count(
     """
     reasons = Counter(row["reason"] for row in rejected)
     recorded = [clip_id for path, clip_id in clip_ids.items() if path != SILENCE]
-    expect("clips", len(stock.table), len(recorded) + reasons.total())
+    expect("clips", len(inventory.table), len(recorded) + reasons.total())
     seconds = {
         clip_id: value
         for receipt in receipts
@@ -196,29 +203,17 @@ def count(
         "audio_seconds": round(sum(seconds[clip_id] for clip_id in sorted(set(recorded))), 3),
         "quarantined": reasons.total(),
         "quarantined_by_reason": dict(sorted(reasons.items())),
-        "splits": by_split(stock, rejected),
+        "splits": by_split(inventory, rejected),
     }
 
 
-def _quarantined(clip: dict[str, str], because: dict[str, str]) -> dict[str, str]:
+def quarantined(clip: dict[str, str], because: dict[str, str]) -> dict[str, str]:
     return {
         "filepath": clip["path"],
         "split": clip["split"],
         "reason": because["reason"],
         "detail": because["detail"],
     }
-
-
-def stop_if_too_many(rejected: list[dict[str, str]], clips: int, config: PreprocessConfig) -> None:
-    if len(rejected) <= config.max_failed_share * clips:
-        return
-    reasons = Counter(item["reason"] for item in rejected)
-    counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
-    write_quarantine(sorted(rejected, key=lambda item: item["filepath"]), config.output)
-    raise ValueError(
-        f"{len(rejected)} of {clips} clips are unusable ({counts}) so far, see {config.output}/quarantine: "
-        f"mend them and delete {config.output}, or raise max_failed_share (now {config.max_failed_share:g})"
-    )
 
 
 def expect(what: str, expected: int, found: int) -> None:
@@ -231,26 +226,25 @@ def expect(what: str, expected: int, found: int) -> None:
         raise RuntimeError(f"{what}: {expected} are expected, and {found} are accounted for")
 
 
-def asked_about(stock: Inventory, records: dict[str, pa.Table]) -> Inventory:
+def asked_about(inventory: Inventory, records: dict[str, pa.Table]) -> Inventory:
     """Return the clips that questions are asked about, of those that came with questions beside them."""
     named = {
         path for table in records.values() for name in ("filepath1", "filepath2") for path in table[name].to_pylist()
     }
-    return replace(
-        stock, table=stock.table.filter(pa.array([path in named for path in stock.column("path")], pa.bool_()))
-    )
+    kept = pa.array([path in named for path in inventory.column("path")], pa.bool_())
+    return replace(inventory, table=inventory.table.filter(kept))
 
 
-def limited(stock: Inventory, limit: int | None) -> Inventory:
+def limited(inventory: Inventory, limit: int | None) -> Inventory:
     """Return the first `limit` clips of each split, of clips that no questions are asked about."""
     if limit is None:
-        return stock
+        return inventory
     seen: Counter[str] = Counter()
     kept = []
-    for split in stock.column("split"):
+    for split in inventory.column("split"):
         seen[split] += 1
         kept.append(seen[split] <= limit)
-    return replace(stock, table=stock.table.filter(pa.array(kept, pa.bool_())))
+    return replace(inventory, table=inventory.table.filter(pa.array(kept, pa.bool_())))
 
 
 def with_usable_clips(records: pa.Table, clip_ids: dict[str, str]) -> pa.Table:
@@ -270,11 +264,11 @@ def write_quarantine(rejected: list[dict[str, str]], output: str) -> dict[str, s
     return {name: storage.write_table(storage.join(output, name), table)}
 
 
-def by_split(stock: Inventory, rejected: list[dict[str, str]]) -> dict[str, dict[str, dict[str, Any]]]:
+def by_split(inventory: Inventory, rejected: list[dict[str, str]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Return clips, missing ones and quarantined ones of each split and task: clips vanish from the web over time."""
     reasons = {item["filepath"]: item["reason"] for item in rejected}
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for path, split, task in zip(stock.column("path"), stock.column("split"), stock.column("taskname"), strict=True):
+    for path, split, task in zip(*(inventory.column(name) for name in ("path", "split", "taskname")), strict=True):
         counts = found.setdefault(split, {}).setdefault(task or "clips", {"clips": 0, "missing": 0, "quarantined": 0})
         counts["clips"] += 1
         counts["missing"] += reasons.get(path) == "missing"

@@ -14,6 +14,7 @@ from mellow_platform.model.decoder import load_tokenizer
 from mellow_platform.model.folder import load_processor
 from mellow_platform.model.tokenizer import train_tokenizer
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
+from mellow_platform.resumable import RETRY_LOST_WORKERS, part_name, part_ranges, read_receipts, write_part
 
 # Prompt and answer lengths in tokens, as published; a tokenizer of the corpus's own is measured on the corpus.
 PUBLISHED_LENGTHS = (129, 250)
@@ -84,19 +85,19 @@ def write_record_shards(
 
     Plain tasks with a bounded number under way, where Ray Data would put all questions into the object store first.
     """
-    kind, size = f"{shards.RECORDS}/{split}", config.records_per_shard
-    done = shards.receipts(config.output, kind)
+    kind = f"{shards.RECORDS}/{split}"
+    done = read_receipts(config.output, kind)
     yield from done.values()
     if not ray.is_initialized():
         ray.init()  # as Ray Data does by itself; the clips may have been done by an earlier run
-    write = ray.remote(max_retries=-1)(write_record_shard)
+    write = ray.remote(**RETRY_LOST_WORKERS)(write_record_shard)
     under_way: list[ray.ObjectRef] = []
     most = config.decode_workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    for number in range(max(1, -(-len(records) // size))):
-        name = f"{number:06d}"
+    # A split without questions has one empty shard.
+    for name, rows in (part_ranges(len(records), config.records_per_shard) or {part_name(0): range(0)}).items():
         if name not in done:
-            # A slice shares the whole table's memory: copied, it is sent alone.
-            part = pa.Table.from_pylist(records.slice(number * size, size).to_pylist(), schema=records.schema)
+            # A slice shares the memory of the whole table; only its copy is sent.
+            part = pa.Table.from_pylist(records.slice(rows.start, len(rows)).to_pylist(), schema=records.schema)
             under_way.append(write.remote(part, kind, name, processor, config.output))
         while len(under_way) >= most:
             (first,), under_way = ray.wait(under_way)
@@ -122,7 +123,7 @@ def write_record_shard(
         "prompt_tokens": _lengths(asked),
         "answer_tokens": _lengths([processor.token_ids(text) for text in records["answer"].to_pylist()]),
     }
-    return shards.write_shard(output, kind, name, table.cast(shards.RECORD_SCHEMA), receipt)
+    return write_part(output, kind, name, table.cast(shards.RECORD_SCHEMA), receipt)
 
 
 def _lengths(sequences: list[list[int]]) -> dict[str, int]:

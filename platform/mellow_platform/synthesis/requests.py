@@ -91,7 +91,7 @@ def _partner(captions: list[Caption], number: int, rng: random.Random) -> Captio
     return None
 
 
-def digest(requests: Sequence[WritingRequest]) -> str:
+def content_digest(requests: Sequence[WritingRequest]) -> str:
     """Return the SHA-256 over all that is asked."""
     lines = "".join(json.dumps(asdict(request), ensure_ascii=False) + "\n" for request in requests)
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,21 +1,15 @@
-"""A pass: every request of a list is answered once, however often the job is killed and started again.
+"""A pass of synthesis: every request of a list gets one answer, however often the job is killed and submitted again.
 
-A pass leaves in the job's folder
+A pass is written in parts (`mellow_platform.resumable`) of the kind `answers/<pass>`. Besides, the folder
+`arriving/<pass>/<part>/` contains a file per answer of a part that is not complete, written as answers arrive.
 
-    answers/<pass>/*.parquet   a row an answer; each file is named after the requests that it answers, so that what
-                               is asked otherwise is another file
-    receipts/answers/<pass>/   one JSON file a part, written after it: the part has come, and its rows count
-    arriving/<pass>/<part>/    answers of a part that is not whole yet, a file each, written as they come
+Ray Data gives each part to an actor with a writer; the driver writes a complete part and deletes its arrived answers.
+After a kill, finished parts are skipped and arrived answers are taken over: only requests in flight are repeated, at
+most as many as the actors send at once.
 
-Ray Data hands each part to an actor with a writer; the driver writes the part as soon as it is whole and deletes what
-had arrived. A run that follows a kill leaves finished parts alone and takes what had arrived: asked again are only the
-requests whose answers were on their way, at most as many as actors ask at once.
-
-Of finished parts it asks again what failed on the way (`final` is false), and replaces the part's file by one with the
-new answers, in one step: each request has one row at any time. A row says what its request cost in all runs.
-
-`ray.data.checkpoint.CheckpointConfig` of Ray 2.60 is not used, for the reasons that `data.shards` gives, and because it
-knows whole rows of a finished write only: of a part that was killed every answer would be paid for again.
+A part's name follows from its requests, so that other requests are another part. Failed requests of finished parts that
+may succeed later (`final` is false) are retried, and the part's file is replaced in one step: a request has one row at
+any time, which counts what the request cost in all runs.
 """
 
 import hashlib
@@ -27,18 +21,22 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
-import ray
 
 from mellow_platform import storage
-from mellow_platform.data import shards
 from mellow_platform.progress import Progress
+from mellow_platform.resumable import (
+    FailureBudget,
+    dataset_of_parts,
+    map_on_actors,
+    part_ranges,
+    read_receipts,
+    write_part,
+)
 from mellow_platform.synthesis.requests import WritingRequest
 from mellow_platform.synthesis.synthesize_config import SynthesizeConfig
 from mellow_platform.synthesis.writer import ANSWER_SCHEMA, STOP, Writer, WriterAnswer, arrived
 
 ANSWERS, ARRIVING = "answers", "arriving"
-# Parts that an actor answers at the same time: while the last answers of one come, the next is begun.
-PARTS_AT_ONCE = 2
 
 Part = tuple[str, list[WritingRequest]]  # its name and its requests
 # Takes the name of a pass, parts, and what requests of theirs came to in a run before; yields answers as they come,
@@ -61,26 +59,27 @@ def run_pass(
     known = {answer["request"]: answer for answers in there.values() for answer in answers}
     wanted = {request.id: request for request in requests}
     missing = [request for request in wanted.values() if request.id not in known]
-    slices = [missing[start : start + config.rows_per_part] for start in range(0, len(missing), config.rows_per_part)]
+    new = [missing[rows.start : rows.stop] for rows in part_ranges(len(missing), config.rows_per_part).values()]
     earlier = {request: answer for request, answer in known.items() if request in wanted and not answer["final"]}
-    opened = {part: [wanted[a["request"]] for a in there[part] if a["request"] in earlier] for part in there}
-    # New ones first: it is they that show whether the writer can go on.
-    parts = {_part_name(asked): asked for asked in slices} | {part: asked for part, asked in opened.items() if asked}
+    retried = {part: [wanted[a["request"]] for a in there[part] if a["request"] in earlier] for part in there}
+    # New parts first, because they show whether the writer works.
+    parts = {_part_name(members): members for members in new} | {part: each for part, each in retried.items() if each}
     done = len(wanted) - sum(map(len, parts.values()))
     progress = Progress(f"{name}: requests", len(wanted), done, rejected_are="failed")
-    failed = Counter(a["error"] for r, a in known.items() if a["error"] and r in wanted and r not in earlier)
-    _stop_if_too_many(failed, name, len(wanted), config)
+    remedy = f"Submit the job again to retry; for other prompts, choose another output than {config.output}"
+    budget = FailureBudget(f"requests of pass {name}", len(wanted), config.max_failed_share, remedy)
+    budget.add(Counter(a["error"] for r, a in known.items() if a["error"] and r in wanted and r not in earlier))
     waiting: dict[str, list[WriterAnswer]] = {}
     for part, answers in answering(name, list(parts.items()), earlier):
         if stopped := next((answer["detail"] for answer in answers if answer["error"] == STOP), None):
             kept = sum(known[r]["final"] for r in wanted if r in known) + _count_arrived(name, config)
             raise RuntimeError(
                 f"{stopped}; {kept} of {len(wanted)} answers of pass {name} are kept in {config.output}: "
-                "submit the job again with the same fields, and it goes on with the others"
+                "submit the job again with the same options to resume"
             )
         waiting.setdefault(part, []).extend(answers)
-        failed.update(answer["error"] for answer in answers if answer["error"])
-        _stop_if_too_many(failed, name, len(wanted), config, answers)
+        details = (answer["detail"] for answer in reversed(answers) if answer["error"])
+        budget.add(Counter(answer["error"] for answer in answers if answer["error"]), next(details, None))
         if len(waiting[part]) == len(parts[part]):
             came = {answer["request"]: answer for answer in waiting.pop(part)}
             if came.keys() != {request.id for request in parts[part]}:
@@ -98,7 +97,7 @@ def run_pass(
 
 def read_parts(name: str, config: SynthesizeConfig) -> dict[str, list[WriterAnswer]]:
     """Return the answers of a pass by the part that holds them."""
-    receipts = shards.receipts(config.output, f"{ANSWERS}/{name}")
+    receipts = read_receipts(config.output, f"{ANSWERS}/{name}")
     if not receipts:
         return {}
     files = [storage.join(config.output, receipt["file"]) for receipt in receipts.values()]
@@ -114,29 +113,16 @@ def ask_actors(make: Callable[[], Writer], config: SynthesizeConfig) -> Answerin
     ) -> Iterator[tuple[str, list[WriterAnswer]]]:
         if not parts:
             return
-        tables = [_asked_table(part, requests, earlier) for part, requests in parts]
-        dataset = ray.data.from_arrow(tables)
-        dataset.context.enable_progress_bars = False  # the job prints lines of its own, for a log
-        dataset = dataset.map_batches(
-            AnswerRequests,
-            fn_constructor_args=(make, storage.join(config.output, ARRIVING, name)),
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(
-                min_size=1,
-                max_size=config.workers,
-                max_concurrent_calls_per_actor=PARTS_AT_ONCE,
-                enable_true_multi_threading=True,
-            ),
-        )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for row in batch.to_pylist():
+        dataset = dataset_of_parts([_part_table(part, requests, earlier) for part, requests in parts])
+        arguments = (make, storage.join(config.output, ARRIVING, name))
+        for rows in map_on_actors(dataset, AnswerRequests, arguments, config.workers):
+            for row in rows:
                 yield row["part"], row["answers"]
 
     return answering
 
 
-def _asked_table(part: str, requests: list[WritingRequest], earlier: Mapping[str, WriterAnswer]) -> pa.Table:
+def _part_table(part: str, requests: list[WritingRequest], earlier: Mapping[str, WriterAnswer]) -> pa.Table:
     """Return a part as a table of one row, the texts in it as JSON."""
     before = [earlier[request.id] for request in requests if request.id in earlier]
     columns = {"requests": [asdict(request) for request in requests], "earlier": before}
@@ -150,7 +136,7 @@ class AnswerRequests:
         self.writer, self.arriving = make(), arriving
 
     def __call__(self, parts: pa.Table) -> pa.Table:
-        """Return the part in a table of one row (`_asked_table`) with its `answers`."""
+        """Return the part in a table of one row (`_part_table`) with its `answers`."""
         (row,) = parts.to_pylist()
         requests = [_request(fields) for fields in json.loads(row["requests"])]
         earlier = {answer["request"]: answer for answer in json.loads(row["earlier"])}
@@ -174,25 +160,10 @@ def _part_name(requests: list[WritingRequest]) -> str:
 def _write_part(name: str, part: str, answers: list[WriterAnswer], config: SynthesizeConfig) -> None:
     """Write a part of a pass, or write it anew."""
     table = pa.Table.from_pylist(answers, schema=ANSWER_SCHEMA)
-    shards.write_shard(config.output, f"{ANSWERS}/{name}", part, table, {"requests": len(answers)})
+    write_part(config.output, f"{ANSWERS}/{name}", part, table, {"requests": len(answers)})
     storage.delete_folder(storage.join(config.output, ARRIVING, name, part))
 
 
 def _count_arrived(name: str, config: SynthesizeConfig) -> int:
     folder = storage.join(config.output, ARRIVING, name)
     return sum(len(arrived(f"{folder}/{part}")) for part in storage.list_folder(folder))
-
-
-def _stop_if_too_many(
-    failed: Counter[str], name: str, requests: int, config: SynthesizeConfig, answers: list[WriterAnswer] | None = None
-) -> None:
-    if failed.total() <= config.max_failed_share * requests:
-        return
-    counts = ", ".join(f"{reason} {count}" for reason, count in sorted(failed.items()))
-    last = next((answer["detail"] for answer in reversed(answers or []) if answer["error"]), "")
-    raise ValueError(
-        f"{failed.total()} of {requests} requests of pass {name} have no answer ({counts}) so far"
-        f"{last and f', the last: {last}'}; submit the job again to ask once more for what failed on the way, raise "
-        f"max_failed_share (now {config.max_failed_share:g}) to go on without them, or mend what the prompts ask for "
-        f"and choose another output than {config.output}"
-    )

@@ -1,18 +1,16 @@
-"""The synthesis job: captions to a corpus of questions, however often it is killed and started again.
+"""The synthesis job: from captions to a corpus of questions, however often it is killed and submitted again.
 
-The folder gets
+Its output folder contains, besides `configuration.json`, answers and receipts (`mellow_platform.resumable`):
 
-    configuration.json       what is asked, about which captions, of which model; written first
-    answers/<pass>/          what was answered, in parts (`runner`): of the pass write, and of those that check
-    receipts/, arriving/     what is done of a pass, and what has come of parts that are not
-    rejected/                questions that are left out, with the reason; failed/ has requests without an answer
+    answers/<pass>/          answers of the pass `write` and of each check, in parts (`runner`)
+    arriving/                answers of parts that are not complete
+    rejected/, failed/       rejected questions with the reason, and requests without an answer
     records/<split>.parquet  the corpus, each record with its kind, aspect and request
-    train.json, val.json, test.json   the same as ReasonAQA has it, to be read by jobs/preprocess.py
+    train.json, val.json, test.json   the corpus in ReasonAQA's format, the input of jobs/preprocess.py
     report.md, report.json   written last
 
-With other filters or checks, another share of synthetic questions or other ones to mix them with, the corpus is made
-anew from what was written; asked again are checks, where they are about other questions or their prompts are others,
-and what failed on the way.
+With other filters or checks, another share of synthetic questions or other existing ones, the corpus is built again
+from the same answers; only checks of other questions or with other prompts, and failed requests, are sent again.
 """
 
 import functools
@@ -26,13 +24,12 @@ from itertools import chain, groupby
 from typing import Any
 
 import pyarrow as pa
-import ray
 
 from mellow_platform import storage
-from mellow_platform.data import shards
 from mellow_platform.data.caption_tables import read_captions
 from mellow_platform.data.records import SPLITS, write_records
 from mellow_platform.extras import require
+from mellow_platform.resumable import RECEIPTS, claim, dataset_of_parts, digest
 from mellow_platform.synthesis import requests as writing_requests
 from mellow_platform.synthesis import verification
 from mellow_platform.synthesis.candidates import CANDIDATE_SCHEMA, RECORD_SCHEMA, Candidate, candidates
@@ -82,17 +79,16 @@ def synthesize(config: SynthesizeConfig) -> dict[str, Any]:
     model = access.model if access else config.vllm.model
     depends_on = {
         "fields": config.identity,
-        "requests": writing_requests.digest(requests),
+        "requests": writing_requests.content_digest(requests),
         "model": model,
         "prompts": prompts.digest(config.kinds) if model else "",
     }
-    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     check_languages(config.filters)
     check_share(existing, sum(r.pairs for r in requests if r.split == "train"), config)
     if model:
         _try_prompts(requests, prompts, config)
     if access:
-        make_writer = functools.partial(EndpointWriter, config, prompts, access, digest)
+        make_writer = functools.partial(EndpointWriter, config, prompts, access, digest(depends_on))
         make_writer()  # refused here, rather than in actors, is what no client can be made of
         answering = ask_actors(make_writer, config)
     elif config.writer == "vllm":
@@ -100,7 +96,7 @@ def synthesize(config: SynthesizeConfig) -> dict[str, Any]:
     else:
         sounds = pool(caption.text for caption in captions)
         answering = ask_actors(functools.partial(RuleWriter, config.seed, sounds), config)
-    shards.claim(config.output, config.identity | {"model": model}, digest, holds="questions")
+    claim(config.output, config.identity | {"model": model}, digest(depends_on), "questions", REPORT)
     told: dict[str, str] = {name: prompts.texts[name] if model else "" for name in config.checks}
     sifted = _sifting_digest(existing, told, config)
     report_uri = storage.join(config.output, REPORT)
@@ -183,7 +179,7 @@ def _write_and_check(
         failed += [(r, answer) for r, answer in zip(check.requests, answers, strict=True) if answer["error"]]
         passes[name] = pass_counts(ever)
     # A check that was asked for once was paid for, and may be asked for again.
-    for name in storage.list_folder(storage.join(config.output, shards.RECEIPTS, ANSWERS)):
+    for name in storage.list_folder(storage.join(config.output, RECEIPTS, ANSWERS)):
         if name not in passes:
             passes[name] = pass_counts(list(chain.from_iterable(read_parts(name, config).values())))
     return written, failed, passes
@@ -194,9 +190,9 @@ def filter_questions(written: list[Candidate], limits: FiltersSection) -> list[C
     if not written:
         return []
     tables = [pa.Table.from_pylist(block, schema=CANDIDATE_SCHEMA) for block in _blocks(written)]
-    dataset = ray.data.from_arrow(tables)
-    dataset.context.enable_progress_bars = False
-    dataset = dataset.map_batches(_filter_block, batch_size=None, batch_format="pyarrow", fn_kwargs={"limits": limits})
+    dataset = dataset_of_parts(tables).map_batches(
+        _filter_block, batch_size=None, batch_format="pyarrow", fn_kwargs={"limits": limits}
+    )
     tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     reasons = {row["id"]: row["reason"] for table in tables for row in table.to_pylist()}
     return [candidate | {"reason": reasons[candidate["id"]]} for candidate in written]

@@ -4,8 +4,6 @@ A run is named by its values, and what it came to is written down when it is sco
 again trains what is missing alone: runs that failed, and points that were added.
 """
 
-import hashlib
-import json
 import logging
 import os
 import re
@@ -23,6 +21,7 @@ from mellow_platform.failure import Failure
 from mellow_platform.model.folder import load_processor
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.preprocess_job import preprocess
+from mellow_platform.resumable import digest
 from mellow_platform.training.ablation_config import AblationConfig
 from mellow_platform.training.ablation_grid import evaluate_config, grid_points, preprocess_config, train_config
 from mellow_platform.training.ablation_report import Outcome, report, write_report
@@ -105,7 +104,7 @@ def runs_of(config: AblationConfig) -> list[AblationRun]:
             name = run_name(train, point)
             train = train.model_copy(update={"run": name, "output": storage.join(config.output, "models", name)})
             made = preprocess_config(config, train)
-            asked = hashlib.sha256(json.dumps(config.evaluate, sort_keys=True).encode()).hexdigest()[:8]
+            asked = digest(config.evaluate)[:8]
             scored = evaluate_config(config, train, storage.join(config.output, "evaluation", f"{name}-{asked}"))
             runs.append(AblationRun(number, train, made, scored, config.output))
     return runs
@@ -116,13 +115,12 @@ def run_name(config: TrainConfig, point: dict[str, Any]) -> str:
     values = {name: value for name, value in config.model_dump().items() if name not in CHANGEABLE | {"run", "seed"}}
     # What a run may change when it goes on makes two points where it is an axis.
     values |= {axis: value for axis, value in point.items() if axis in CHANGEABLE}
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     parts = [_last(config.encoder or config.init_from or ""), config.projection]
     parts += [_last(config.decoder)] if config.decoder else []
     parts += [] if config.pretrained else ["fresh"]
     parts += [f"lora{config.lora.rank}"] if config.lora.rank else []
     parts += [] if config.synthetic_share is None else [f"synthetic{config.synthetic_share:g}"]
-    return re.sub(r"[^\w.]+", "-", f"{'-'.join(parts)}-{digest[:8]}-seed{config.seed}")
+    return re.sub(r"[^\w.]+", "-", f"{'-'.join(parts)}-{digest(values)[:8]}-seed{config.seed}")
 
 
 def _last(uri: str) -> str:

@@ -1,13 +1,12 @@
 """Points of an ablation's grid, and the configurations of the jobs that a point runs."""
 
-import hashlib
 import itertools
-import json
 from typing import TYPE_CHECKING, Any
 
 from mellow_platform import storage
 from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
+from mellow_platform.resumable import digest
 from mellow_platform.settings import Section, read_yaml, validated
 from mellow_platform.training.train_config import TrainConfig
 
@@ -51,8 +50,8 @@ def preprocess_config(config: "AblationConfig", train: TrainConfig) -> Preproces
     values = {"size": train.size, "features": "encoder", "encoder": train.encoder or train.init_from}
     values |= {"decoder": train.decoder} if train.decoder else {}
     preprocess = validated(PreprocessConfig, config.preprocess | values | {"output": config.output})
-    digest = hashlib.sha256(json.dumps(preprocess.identity, sort_keys=True).encode()).hexdigest()
-    return preprocess.model_copy(update={"output": storage.join(config.output, "shards", digest[:12])})
+    folder = storage.join(config.output, "shards", digest(preprocess.identity)[:12])
+    return preprocess.model_copy(update={"output": folder})
 
 
 def evaluate_config(config: "AblationConfig", train: TrainConfig, output: str) -> EvaluateConfig | None:
