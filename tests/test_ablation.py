@@ -20,7 +20,7 @@ from mellow_platform.training.ablation import run_ablation, runs_of
 from mellow_platform.training.ablation_report import Outcome, markdown, picture, point_labels, report
 from mellow_platform.training.finetune import build_model, load_examples
 from mellow_platform.training.trainer import RESULT
-from tests.conftest import write_features
+from tests.small_corpus import write_features
 
 
 @pytest.fixture(scope="module")

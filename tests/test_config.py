@@ -21,8 +21,6 @@ from mellow_platform.config import (
     SynthesizeConfig,
     TrainConfig,
 )
-from mellow_platform.evaluation.benchmarks import BENCHMARKS
-from mellow_platform.model import ENCODERS, PROJECTIONS
 from mellow_platform.settings import Section, command_line, dashed, flags, help_text, load
 from tests.conftest import REPOSITORY
 
@@ -246,15 +244,6 @@ def test_help_imports_nothing_heavy(job: str):
 def test_every_job_has_its_options(job: str):
     names = runpy.run_path(str(REPOSITORY / "jobs" / f"{job}.py"))
     assert names[JOBS[job].__name__] is JOBS[job]
-
-
-def test_the_choices_are_those_of_the_registries():
-    assert get_args(schemas.Encoder) == tuple(ENCODERS)
-    assert get_args(schemas.Tagger) == tuple(
-        name for name, (kind, _) in ENCODERS.items() if "labels" in kind().to_dict()
-    )
-    assert get_args(schemas.Projection) == tuple(PROJECTIONS)
-    assert get_args(schemas.Benchmark) == (*BENCHMARKS, "all", "noise")
 
 
 def test_locations_are_those_of_local_paths_and_uris():

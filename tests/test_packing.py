@@ -25,7 +25,7 @@ from mellow_platform.training.examples import AnswerExamples, RecordNames, Token
 from mellow_platform.training.finetune import finetune, load_examples
 from mellow_platform.training.flops import ModelFlops
 from mellow_platform.training.step_plan import StepPlan
-from tests.conftest import write_corpus
+from tests.small_corpus import write_corpus
 
 VOCABULARY = 128
 PAIR_INDEX = [0, 0, 0, 1, 2, 2]  # unequal numbers of questions a pair

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from transformers import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
-from mellow_platform.config import EncoderConfig, PreprocessConfig, TrainConfig
+from mellow_platform.config import Benchmark, Encoder, EncoderConfig, PreprocessConfig, Projection, Tagger, TrainConfig
 from mellow_platform.data.shards import Manifest
+from mellow_platform.evaluation.benchmarks import BENCHMARKS
 from mellow_platform.model import (
     ENCODERS,
     PROJECTIONS,
@@ -48,7 +50,7 @@ from mellow_platform.training.checkpoints import CheckpointStore
 from mellow_platform.training.finetune import build_model, finetune
 from mellow_platform.training.tagger import build_encoder as build_tagger
 from mellow_platform.training.tagger import pretrain
-from tests.conftest import write_corpus
+from tests.small_corpus import write_corpus
 
 VOCABULARY = 300
 LORA = {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0}
@@ -119,6 +121,13 @@ def check_round_trip(model: MellowForConditionalGeneration, batch: dict, folder:
     question = {name: value for name, value in batch.items() if name != "labels"}
     tokens = loaded.generate(**question, max_new_tokens=3, eos_token_id=-1)
     assert (loaded(**question, labels=tokens).logits.argmax(-1) == tokens).all()
+
+
+def test_the_choices_are_those_of_the_registries():
+    assert get_args(Encoder) == tuple(ENCODERS)
+    assert get_args(Tagger) == tuple(name for name, (kind, _) in ENCODERS.items() if "labels" in kind().to_dict())
+    assert get_args(Projection) == tuple(PROJECTIONS)
+    assert get_args(Benchmark) == (*BENCHMARKS, "all", "noise")
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)

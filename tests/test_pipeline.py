@@ -28,7 +28,7 @@ from mellow_platform.training.checkpoints import CheckpointStore
 from mellow_platform.training.finetune import finetune
 from mellow_platform.training.tagged_clips import TaggedClips
 from mellow_platform.training.tagger import pretrain
-from tests.conftest import write_corpus
+from tests.small_corpus import write_corpus
 
 CLIPS = {"train": 24, "val": 2, "test": 6}
 

@@ -22,7 +22,7 @@ from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.preprocessing.feature_store import FeatureStore
 from mellow_platform.preprocessing.preprocess_job import preprocess
-from tests.conftest import write_corpus
+from tests.small_corpus import write_corpus
 
 RATE = 32_000
 

@@ -22,8 +22,9 @@ from mellow_platform.preprocessing.preprocess_job import preprocess
 from mellow_platform.s3 import S3
 from mellow_platform.training.finetune import finetune
 from mellow_platform.training.tagger import pretrain
-from tests.conftest import SharedRay, write_corpus
 from tests.object_storage import object_store
+from tests.shared_ray import SharedRay
+from tests.small_corpus import write_corpus
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """The synthesis job on a Ray cluster: by rules, and with a language model behind a failing server."""
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -28,6 +26,7 @@ from mellow_platform.synthesis.synthesize_job import synthesize
 from tests.chaos.kill_synthesis import write_captions
 from tests.conftest import REPOSITORY
 from tests.llm_server import IN_CONTENT, KEY, ON_THE_WAY, LLMServer, llm_server
+from tests.shared_ray import kill_when
 from tests.synthesis_runs import config, rows_of
 
 pytestmark = pytest.mark.usefixtures("bucket")  # before the cluster: a job reads and writes there
@@ -185,19 +184,8 @@ def test_a_job_that_was_killed_asks_again_only_what_was_on_its_way(cluster, reac
     job = config(str(tmp_path / "train.csv"), tmp_path / "out", endpoint=limits, **fields)
     (tmp_path / "job.yaml").write_text(json.dumps(job.model_dump()))
     command = [sys.executable, str(REPOSITORY / "jobs/synthesize.py"), "--config", str(tmp_path / "job.yaml")]
-    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            deadline = time.monotonic() + 120
-            while (
-                len(list((tmp_path / "out/arriving").rglob("*.json"))) < 8 or not (tmp_path / "out/receipts").exists()
-            ):
-                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-                time.sleep(0.01)
-        finally:
-            process.kill()
-            process.wait()
+    arriving, receipts = tmp_path / "out/arriving", tmp_path / "out/receipts"
+    kill_when(lambda: len(list(arriving.rglob("*.json"))) >= 8 and receipts.exists(), command, tmp_path / "log")
     # Its actors end a moment after their driver.
     before = -1
     while before != (before := reachable.asked.total()):
@@ -218,7 +206,7 @@ def test_a_job_that_was_killed_asks_again_only_what_was_on_its_way(cluster, reac
     assert set((reachable.written - written_before).values()) == {1}
     assert report["requested"] == report["accepted"] + report["rejected"] + report["failed"] == 600
     assert sorted(rows_of(job)) == sorted({request.id for request in plan(read_captions(job.captions, "", ""), job)})
-    assert not (tmp_path / "out/arriving").exists() or not list((tmp_path / "out/arriving").rglob("*.json"))
+    assert not list(arriving.rglob("*.json"))
 
 
 def test_questions_that_a_last_answer_lacks_are_counted_and_the_others_are_kept(cluster, tmp_path, monkeypatch):
