@@ -16,7 +16,7 @@ def captions_of(tmp_path: Path, name: str, text: str) -> list[Caption]:
     return read_captions([str(tmp_path / name)], "mine", "{youtube_id}_{start_time}.wav")
 
 
-def test_audiocaps_clotho_reasonaqa_tags_and_tables_are_told_by_their_columns(tmp_path):
+def test_formats_are_recognised_by_columns(tmp_path):
     header = "audiocap_id,youtube_id,start_time,caption\n"
     assert captions_of(tmp_path, "val.csv", f'{header}1,007,030,"A dog, barking"\n2,-xY,30,Rain\n') == [
         Caption("007_030.wav", "A dog, barking", "val", "audiocaps"),
@@ -56,22 +56,22 @@ def test_audiocaps_clotho_reasonaqa_tags_and_tables_are_told_by_their_columns(tm
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "clip,text\na,b\n", r"a.csv has columns clip, text: expected youtube_id, .* \(AudioCaps\)"),
-        ("a.csv", "clip,caption\na,b\nc,\n", r"a.csv: row 1 has '' in caption: expected a text"),
-        ("a.csv", "clip,caption,split\na,b,dev\n", r"a.csv: row 0 has 'dev' in split: expected train, val, test"),
-        ("a.csv", "clip,caption,split\na,b,val\na,c,test\n", r"a.csv: clip a is in test, and in val too"),
-        ("a.csv", "youtube_id,start_time,caption\na,,c\n", r"a.csv: row 0 has '' in start_time"),
-        ("a.csv", "clip,caption\n", r"a.csv has columns \(none\)"),
-        ("a.json", '[{"clip": "a", "caption": 5}]', r"a.json: row 0 has 5 in caption"),
-        ("a.txt", "", r"a.txt is not a .parquet, .csv, .json or .jsonl file"),
+        ("a.csv", "clip,text\na,b\n", r"a\.csv.*clip, text.*youtube_id.*AudioCaps"),
+        ("a.csv", "clip,caption\na,b\nc,\n", r"a\.csv.*row 1.*''.*caption"),
+        ("a.csv", "clip,caption,split\na,b,dev\n", r"a\.csv.*row 0.*'dev'.*split.*train, val, test"),
+        ("a.csv", "clip,caption,split\na,b,val\na,c,test\n", r"a\.csv.*clip a\b.*test.*val"),
+        ("a.csv", "youtube_id,start_time,caption\na,,c\n", r"a\.csv.*row 0.*''.*start_time"),
+        ("a.csv", "clip,caption\n", r"a\.csv.*youtube_id.*AudioCaps"),
+        ("a.json", '[{"clip": "a", "caption": 5}]', r"a\.json.*row 0.*5.*caption"),
+        ("a.txt", "", r"a\.txt.*\.parquet.*\.csv.*\.jsonl"),
     ],
 )
-def test_a_file_that_holds_no_captions_is_refused_by_file_row_and_value(name, text, message, tmp_path):
+def test_invalid_captions_name_file_row_and_value(name, text, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         captions_of(tmp_path, name, text)
 
 
-def test_a_clip_path_template_that_does_not_fit_names_what_it_lacks(tmp_path):
+def test_invalid_clip_name_template(tmp_path):
     (tmp_path / "a.csv").write_text("youtube_id,start_time,caption\na,1,c\n")
-    with pytest.raises(ValueError, match=r"row 0: clip_name '\{ytid\}.wav' does not fit: 'ytid'"):
+    with pytest.raises(ValueError, match=r"row 0.*clip_name.*\{ytid\}\.wav"):
         read_captions([str(tmp_path / "a.csv")], "mine", "{ytid}.wav")

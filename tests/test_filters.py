@@ -103,11 +103,11 @@ from tests.synthesis_runs import candidate
         ("letters_in_text", "a) or b) or c)? ", "a dog", ("a dog", "a cat")),
     ],
 )
-def test_a_question_is_left_out_for_what_is_wrong_with_it(reason, question, answer, choices):
+def test_rejection_reasons(reason, question, answer, choices):
     assert reason_of(candidate(question, answer, choices), FiltersSection()) == reason
 
 
-def test_short_english_texts_of_the_field_are_not_taken_for_another_language():
+def test_short_english_passes_the_language_filter():
     texts = ["a low hum", "an accordion", "calm and serene", "reverberant", "a guitar solo in a minor key",
              "meowing, then purring", "a siren wails", "vroom", "percussion and marimba", "a cappella singing",
              "a tremolo on a mandolin", "espresso machine steam", "didgeridoo drone", "sonar ping", "a taxi idles",
@@ -118,7 +118,7 @@ def test_short_english_texts_of_the_field_are_not_taken_for_another_language():
     assert reason_of(german, FiltersSection(languages=["en", "de"])) == ""
 
 
-def test_near_duplicates_are_told_among_questions_of_a_kind_on_the_same_clip():
+def test_near_duplicates_within_kind_and_clip():
     one = candidate("what animal is heard barking in the yard?", "a large dog barks in the yard")
     same = candidate("what animal is heard barking in the yard now?", "a large dog barks in the yard")
     other = candidate("how does the loudness change?", "it grows until the end")
@@ -139,7 +139,7 @@ def test_near_duplicates_are_told_among_questions_of_a_kind_on_the_same_clip():
     assert near_duplicates([true, false, again, other], 0.7) == {"again"}
 
 
-def test_a_hypothesis_of_two_verdicts_on_a_clip_is_left_out_with_all_of_them():
+def test_contradictions_reject_every_verdict():
     def said(id: str, claim: str, verdict: str, clip: str = "a.wav") -> dict[str, Any]:
         question = f'based on the audio, what can be said about the hypothesis - "{claim}"?'
         return candidate(question, verdict, kind="entailment") | {"id": id, "clips": [clip]}
@@ -159,13 +159,13 @@ def test_a_hypothesis_of_two_verdicts_on_a_clip_is_left_out_with_all_of_them():
         ("the first audio has a dog, the second one rain", ""),
     ],
 )
-def test_a_difference_names_something_and_more_than_one_caption(answer: str, reason: str):
+def test_difference_must_name_both_clips(answer: str, reason: str):
     compared = candidate("explain the difference between the two audios in a few words.", answer, kind="difference")
     compared |= {"captions": ["a dog barks in the yard", "rain falls on a roof"]}
     assert reason_of(compared, FiltersSection()) == reason
 
 
-def test_a_question_is_given_away_to_one_who_is_sure_and_right_without_the_audio():
+def test_given_away_needs_a_sure_and_correct_guess():
     choice = candidate("which of these is an animal?", "a dog", ("a dog", "a car"))
     assert given_away(choice, {"answer": "A dog.", "sure": True})
     assert not given_away(choice, {"answer": "a dog", "sure": False})

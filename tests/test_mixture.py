@@ -1,5 +1,6 @@
 """Records of written questions, and their mixture with existing pairs."""
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -13,7 +14,7 @@ from mellow_platform.synthesis.requests import WritingRequest
 from tests.synthesis_runs import candidate, config
 
 
-def test_records_are_those_of_reasonaqa():
+def test_records_follow_reasonaqa():
     request = WritingRequest("write-1", "mcq", 1, {"captions": ["A Dog"]}, ("a.wav",), "train", "audiocaps")
     question = {"aspect": "objects", "question": "What Barks?", "choices": ["A dog", "a cat"], "answer": "a dog."}
     (written,) = candidates(request, {"questions": [question]})
@@ -48,7 +49,7 @@ def test_records_are_those_of_reasonaqa():
     assert subtype("birds", "difference", 2) == "Birds-Difference-2"
 
 
-def test_each_letter_is_right_as_often_as_any_other():
+def test_correct_letters_are_balanced():
     asked = [candidate(f"q{n}", "right", ("right", "x", "y", "z")[: 4 - n % 2]) for n in range(83)]
     dealt = deal_letters(asked, np.random.default_rng(0))
     for count in (3, 4):
@@ -69,9 +70,7 @@ def test_each_letter_is_right_as_often_as_any_other():
         (10, 10, 0.0, (10, 0)),
     ],
 )
-def test_the_train_split_has_the_share_that_is_asked_for_and_as_much_as_that_allows(
-    existing, synthetic, share, expected
-):
+def test_train_split_has_the_synthetic_share(existing, synthetic, share, expected):
     known = [Pair(Record("x", f"{n}.wav", "", "", "", "caption the audio.", "a", "X")) for n in range(existing)]
     fields: dict[str, Any] = {"captions": ["c"], "taskname": "x", "aspect": "", "request": "r"}
     written = [candidate("what is it?", "a dog", split="train", **fields) for _ in range(synthetic)]
@@ -82,19 +81,19 @@ def test_the_train_split_has_the_share_that_is_asked_for_and_as_much_as_that_all
 
 
 @pytest.mark.parametrize(("existing", "synthetic", "share"), [(0, 10, 0.7), (10, 0, 0.7), (0, 10, 0.0), (1, 10, 0.01)])
-def test_a_share_that_cannot_be_reached_is_refused(existing, synthetic, share):
+def test_unreachable_synthetic_share(existing, synthetic, share):
     record = Record("x", "0.wav", "", "", "", "caption the audio.", "a", "X")
     known = {"train": [Pair(record)] * existing, "val": [], "test": []}
     written = [candidate("what is it?", "a dog", split="train")] * synthetic
     job = config("/c", "/o", synthetic_share=share)
-    with pytest.raises(ValueError, match=r"synthetic_share .* name `existing`, .* or leave synthetic_share out"):
+    with pytest.raises(ValueError, match=r"synthetic_share.*`existing`"):
         mix(known, written, job)
     if not existing:
-        with pytest.raises(ValueError, match="no existing pairs"):
+        with pytest.raises(ValueError, match="existing"):
             check_share(known, 10, job)
 
 
-def test_more_pairs_than_the_share_can_use_are_told_of(capsys):
+def test_unused_pairs_are_reported(capsys):
     known = {"train": [Pair(Record("x", "0.wav", "", "", "", "caption the audio.", "a", "X"))] * 3}
     check_share(known, 100, config("/c", "/o", synthetic_share=0.7))
-    assert "100 pairs are asked for in train, of which synthetic_share 0.7 can use 7" in capsys.readouterr().out
+    assert re.search(r"\b100\b.*train.*synthetic_share 0\.7.*\b7\b", capsys.readouterr().out)

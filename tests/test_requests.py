@@ -20,7 +20,7 @@ def captions(count: int, texts: int = 1, split: str = "train") -> list[Caption]:
     ]
 
 
-def test_each_caption_is_asked_about_in_every_kind_and_compared_with_another_clip_of_its_split():
+def test_plan_has_every_kind_and_pairs_within_split():
     given = captions(3, texts=2) + captions(2, split="test") + captions(1, split="val")
     requests = plan(given, config("/c", "/o", questions=4))
     assert requests == plan(list(given), config("/c", "/o", questions=4))
@@ -52,7 +52,7 @@ def test_each_caption_is_asked_about_in_every_kind_and_compared_with_another_cli
         (f'perhaps {{"questions": []}} or {{so}}: {json.dumps({"questions": [QUESTION] * 2})}', ""),
     ],
 )
-def test_an_answer_is_taken_in_the_form_asked_for_alone(text, reason):
+def test_parse_accepts_only_the_schema(text, reason):
     try:
         assert len(parse(REQUEST, text, least=2)["questions"]) == 2
         assert not reason
@@ -60,26 +60,26 @@ def test_an_answer_is_taken_in_the_form_asked_for_alone(text, reason):
         assert error.reason == reason
 
 
-def test_fewer_questions_are_taken_where_no_more_are_needed_and_none_is_too_few():
+def test_parse_drops_invalid_questions_down_to_least():
     some = json.dumps({"questions": [QUESTION | {"aspect": "smell"}, QUESTION | {"aspect": "Audio Events"}]})
     assert parse(REQUEST, some, least=1) == {"questions": [QUESTION | {"aspect": "audio events"}]}
-    with pytest.raises(BadAnswerError, match=r"questions.0.aspect: Input should be 'audio events'"):
+    with pytest.raises(BadAnswerError, match=r"questions\.0\.aspect.*'audio events'"):
         parse(REQUEST, json.dumps({"questions": [QUESTION | {"aspect": "smell"}]}), least=1)
-    with pytest.raises(BadAnswerError, match="questions: 0 are there, 2 are wanted"):
+    with pytest.raises(BadAnswerError, match=r"questions.*\b0\b.*\b2\b"):
         parse(REQUEST, json.dumps({"questions": []}), least=1)
     half = json.dumps({"true": "it rains", "plausible": "it rains a lot"})
-    with pytest.raises(BadAnswerError, match="false: Field required"):
+    with pytest.raises(BadAnswerError, match=r"\bfalse\b"):
         parse(WritingRequest("", "entailment", 3, {}), half, least=1)
 
 
-def test_every_question_of_a_check_is_judged_once():
+def test_verdicts_are_one_per_question():
     request = WritingRequest("support-00000000", "support", 2, {})
     verdicts = [{"number": 1, "supported": True}, {"number": 1, "supported": False}]
-    with pytest.raises(BadAnswerError, match=r"numbers \[1, 1\]: each from 1 to 2 is needed once"):
+    with pytest.raises(BadAnswerError, match=r"\[1, 1\].*\b2\b"):
         parse(request, json.dumps({"verdicts": verdicts}), least=1)
 
 
-def test_schemas_are_closed_and_hold_the_number_of_questions_as_strict_servers_want():
+def test_schemas_are_closed_and_bounded():
     described = schema(REQUEST)
     assert described["additionalProperties"] is False
     assert described["required"] == ["questions"]
@@ -94,12 +94,12 @@ def test_schemas_are_closed_and_hold_the_number_of_questions_as_strict_servers_w
         assert "Items" not in without and without.count('"items"') == text.count('"items"')
 
 
-def test_prompts_are_files_that_name_number_form_and_caption_and_can_be_replaced(tmp_path):
+def test_prompts_can_be_replaced(tmp_path):
     prompts = Prompts.read([*KINDS, "blind", "support"], None)
     for kind in KINDS:
         text = prompts.render(WritingRequest("", kind, 7, {"captions": ["a first", "a second"]}))
         assert "a first" in text and (("a second" in text) == (kind == "difference"))
-        assert "Answer with JSON alone" in text and "Never mention a caption" in text
+        assert "JSON" in text
         assert ("exactly 7" in text) == (kind in ("detail", "mcq"))
         assert all(f"`{aspect}`" in text for aspect in ASPECTS) == (kind in ("detail", "mcq"))
     question = {"question": "what?", "choices": ["a dog", "a cat"], "answer": "a dog"}
@@ -112,14 +112,14 @@ def test_prompts_are_files_that_name_number_form_and_caption_and_can_be_replaced
     assert own.digest(KINDS) != Prompts.read(KINDS, None).digest(KINDS)
     assert own.digest(["detail"]) == Prompts.read(KINDS, None).digest(["detail"])
     (tmp_path / "mcq.md").write_text("{{ number }}")
-    with pytest.raises(ValueError, match=r"prompt mcq.md: 'number' is undefined"):
+    with pytest.raises(ValueError, match=r"mcq\.md.*'number'"):
         Prompts.read(KINDS, str(tmp_path)).render(WritingRequest("", "mcq", 2, {"captions": ["rain"]}))
     (tmp_path / "mcq.md").write_text("{% for %}")
-    with pytest.raises(ValueError, match=r"is no template: line 1"):
+    with pytest.raises(ValueError, match=r"\bline 1\b"):
         Prompts.read(KINDS, str(tmp_path))
 
 
-def test_every_aspect_stands_first_in_some_prompts():
+def test_prompts_shuffle_aspects():
     prompts = Prompts.read(["detail", "mcq"], None)
     for kind in ("detail", "mcq"):
         first: Counter[str] = Counter()

@@ -15,7 +15,7 @@ from mellow_platform.synthesis.verification import apply, blind, support
 from tests.synthesis_runs import KINDS, config
 
 
-def test_captions_and_tags_are_taken_apart_into_sounds():
+def test_captions_are_parsed_into_sounds():
     scene = take_apart("a loud low tone followed by a soft horn")
     assert [(s.name, s.loudness, s.pitch) for s in scene.sounds] == [("tone", "loud", "low"), ("horn", "soft", "")]
     assert scene.in_order
@@ -29,7 +29,7 @@ def test_captions_and_tags_are_taken_apart_into_sounds():
 @pytest.mark.parametrize(
     "caption", ["a loud low tone followed by a soft horn", "A man speaks while birds chirp.", "dog"]
 )
-def test_rules_answer_every_kind_from_the_caption_alone_and_pass_their_own_checks(caption):
+def test_rules_pass_filters_and_checks(caption):
     given = [
         Caption(f"{n}.wav", text, "train", "x") for n, text in enumerate([caption, "rain falls", "a bell rings, a saw"])
     ]
@@ -52,7 +52,7 @@ def test_rules_answer_every_kind_from_the_caption_alone_and_pass_their_own_check
         assert [c for c in own if c["reason"]] == []
 
 
-def test_rules_see_through_a_question_that_names_its_answer_and_an_answer_that_nothing_supports():
+def test_rules_detect_given_away_and_unsupported_answers():
     writer = RuleWriter(0, [])
     shown = {"question": "what falls when rain falls?", "choices": ["rain", "a dog", "a car"], "answer": "a dog"}
     blind_request = WritingRequest("blind-0", "blind", 1, {"questions": [shown]})

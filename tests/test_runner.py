@@ -22,7 +22,7 @@ from tests.synthesis_runs import (
 
 
 @pytest.mark.parametrize(("status", "reason"), [(400, "refused"), (500, "server_error")])
-def test_a_request_that_the_server_refuses_fails_alone_and_too_many_end_the_job(status, reason, tmp_path):
+def test_refused_requests_are_limited_by_max_failed_share(status, reason, tmp_path):
     with llm_server(refuse="barks 3", status=status) as server:
         fields = {"kinds": ["detail"], "rows_per_part": 3, "max_failed_share": 0.2, "endpoint": {"retries": 4}}
         job = config("/c", tmp_path, writer="endpoint", **fields)
@@ -32,7 +32,7 @@ def test_a_request_that_the_server_refuses_fails_alone_and_too_many_end_the_job(
         assert f"status {status}" in answers[3]["detail"]
         asked = server.asked.total()
         strict = job.model_copy(update={"max_failed_share": 0.1})
-        with pytest.raises(ValueError, match=rf"1 of 8 requests of pass write have no answer \({reason} 1\).*now 0.1"):
+        with pytest.raises(ValueError, match=rf"\b1 of 8 .*write.*{reason} 1\b.*\b0\.1\b"):
             run(strict, requests, server)
         assert server.asked.total() == asked
 
@@ -40,15 +40,12 @@ def test_a_request_that_the_server_refuses_fails_alone_and_too_many_end_the_job(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"key": SecretStr("sk-wrong")},
-            r"status 401, it does not know the key; check OPENAI_API_KEY: .*Bearer \*\*\* is no key",
-        ),
-        ({"model": "other"}, r"status 404, there is no such address or model; check OPENAI_BASE_URL .* OPENAI_MODEL"),
-        ({"url": "http://127.0.0.1:9/v1"}, r"the endpoint at 127.0.0.1:9: Connection error"),
+        ({"key": SecretStr("sk-wrong")}, r"\b401\b.*OPENAI_API_KEY.*Bearer \*\*\*"),
+        ({"model": "other"}, r"\b404\b.*OPENAI_BASE_URL.*OPENAI_MODEL"),
+        ({"url": "http://127.0.0.1:9/v1"}, r"127\.0\.0\.1:9\b"),
     ],
 )
-def test_what_every_request_would_meet_ends_the_job_and_keeps_what_is_there(change, message, tmp_path):
+def test_invalid_access_ends_the_job_and_keeps_answers(change, message, tmp_path):
     limits = {"retries": 12, "concurrency": 2}
     job = config("/c", tmp_path, writer="endpoint", kinds=["detail"], rows_per_part=4, attempts=8, endpoint=limits)
     hasty = job.model_copy(update={"endpoint": job.endpoint.model_copy(update={"retries": 0})})
@@ -56,9 +53,7 @@ def test_what_every_request_would_meet_ends_the_job_and_keeps_what_is_there(chan
     (first, asked), *_ = parts_of(requests, job)
     with llm_server(faults=0.2, out_of_form=0.15, slips=0.2, seed=1) as server:
         endpoint_writer(job, access_to(server)).answers(asked[:3], str(tmp_path / "arriving/write" / first), {})
-        with pytest.raises(
-            RuntimeError, match=rf"{message}.*; 3 of 8 answers of pass write are kept .* submit the job"
-        ):
+        with pytest.raises(RuntimeError, match=rf"{message}.*\b3 of 8\b.*\bwrite\b"):
             run(hasty, requests, server, **change)
         before = server.answered("d" * 16)
         assert all(answer["content"] for answer in run(job, requests, server))
@@ -68,12 +63,12 @@ def test_what_every_request_would_meet_ends_the_job_and_keeps_what_is_there(chan
     }
 
 
-def test_a_server_that_comes_to_refuse_everything_ends_the_job_and_the_next_run_asks_again(tmp_path):
+def test_resume_after_an_exhausted_limit(tmp_path):
     job = endpoint_job(tmp_path)
     requests = some_requests(job, 40)
     with (  # when it comes to it, an answer is on its way
         llm_server(limit=5, latency=0.3) as server,
-        pytest.raises(RuntimeError, match=r"none of the last 1[12] .* limits; .* is reached; 5 of 40"),
+        pytest.raises(RuntimeError, match=r"\b1[12]\b.*\b400\b.*\b5 of 40\b"),
     ):
         run(job, requests, server)
     refused = [row for row in rows_of(job).values() if row["error"]]
@@ -85,7 +80,7 @@ def test_a_server_that_comes_to_refuse_everything_ends_the_job_and_the_next_run_
     assert len(rows_of(job)) == 40
 
 
-def test_what_failed_on_the_way_is_asked_again_and_its_new_answer_stands_in_its_place(tmp_path, monkeypatch):
+def test_resume_replaces_server_errors(tmp_path, monkeypatch):
     job = endpoint_job(tmp_path)
     requests = some_requests(job, 10)
     with llm_server(refuse="barks 3", status=500) as server:
@@ -114,7 +109,7 @@ def test_what_failed_on_the_way_is_asked_again_and_its_new_answer_stands_in_its_
 
 
 @pytest.mark.parametrize("concurrency", [1, 2])
-def test_one_prompt_fails_alone_and_an_outage_ends_the_job(concurrency, tmp_path):
+def test_one_failed_prompt_is_not_an_outage(concurrency, tmp_path):
     job = endpoint_job(tmp_path, concurrency=concurrency)
     requests = some_requests(job, 12)
     with llm_server(refuse="barks 3", status=503) as server:
@@ -122,28 +117,27 @@ def test_one_prompt_fails_alone_and_an_outage_ends_the_job(concurrency, tmp_path
     job = job.model_copy(update={"output": str(tmp_path / "other")})
     with (
         llm_server(limit=5, status=503) as server,
-        pytest.raises(RuntimeError, match=r"while no other request was answered; . of 12 answers"),
+        pytest.raises(RuntimeError, match=r"\b503\b.*\d of 12\b"),
     ):
         run(job, requests, server)
 
 
-def test_a_long_pause_that_a_server_asks_for_ends_the_job_and_is_named(tmp_path):
+def test_long_retry_after_ends_the_job(tmp_path):
     job = endpoint_job(tmp_path, retries=8)
     with (
         llm_server(limit=5, status=429, pause=7200) as server,
-        pytest.raises(RuntimeError, match="it asks for a pause of 7200 seconds: submit the job again after that"),
+        pytest.raises(RuntimeError, match=r"\b7200\b"),
     ):
         run(job, some_requests(job, 12), server)
 
 
-def test_answers_cut_short_end_the_job_and_a_greater_length_goes_on_in_the_same_folder(tmp_path):
+def test_resume_with_more_max_tokens(tmp_path):
     job = endpoint_job(tmp_path)
     short = job.model_copy(update={"sampling": job.sampling.model_copy(update={"max_tokens": 5}), "attempts": 2})
     requests = some_requests(job, 20)
     assert short.shaping == job.shaping
     with llm_server() as server:
-        check = r"none of the last 1[12] requests had an answer in form: check sampling \(max_tokens"
-        with pytest.raises(RuntimeError, match=check + r'.* finish_reason length; the last answer: \{"questions'):
+        with pytest.raises(RuntimeError, match=r'\b1[12]\b.*max_tokens.*finish_reason length.*\{"questions'):
             run(short, requests, server)
         assert not list(Path(job.output, "arriving").rglob("*.json"))
         paid = server.written.total()
@@ -153,11 +147,11 @@ def test_answers_cut_short_end_the_job_and_a_greater_length_goes_on_in_the_same_
     assert sum(answer["completions"] for answer in answers) > 20
 
 
-def test_lengths_of_lists_are_left_out_for_a_server_that_refuses_them(tmp_path):
+def test_json_schema_unbounded(tmp_path):
     job = endpoint_job(tmp_path)
     requests = some_requests(job)
     with llm_server(bounds=False) as server:
-        with pytest.raises(RuntimeError, match="minItems and maxItems are not supported"):
+        with pytest.raises(RuntimeError, match="minItems"):
             run(job, some_requests(job, 12), server)
         sampling = job.sampling.model_copy(update={"response_format": "json_schema_unbounded"})
         job = job.model_copy(update={"sampling": sampling, "output": str(tmp_path / "other")})

