@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
 MODEL, KEY = "test-writer", "sk-test-5ecret-0f-this-run"
 # Of the way an answer takes: refused by a full server, an error, a connection that ends in the middle of the body, and
 # a body that is no JSON. And of the answer: content that is no JSON, and one with a question too few.
@@ -78,6 +80,11 @@ class LLMServer:
     @property
     def env(self) -> dict[str, str]:
         return {"OPENAI_BASE_URL": self.url, "OPENAI_MODEL": MODEL, "OPENAI_API_KEY": KEY}
+
+    def set_env(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Set the variables by which a job finds this server."""
+        for name, value in self.env.items():
+            monkeypatch.setenv(name, value)
 
     def answered(self, digest: str = "") -> Counter[str]:
         """Return how often each request, whatever the attempt, got an answer in form."""

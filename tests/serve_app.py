@@ -15,7 +15,8 @@ import yaml
 from mellow_platform.authentication import read_token
 from mellow_platform.data.audio import encode
 from mellow_platform.local_ray import LocalRay
-from tests.conftest import REPOSITORY, write_tiny_model
+from tests.conftest import REPOSITORY
+from tests.tiny_model import write_tiny_model
 
 RATE = 32_000
 Change = Callable[[dict[str, Any], dict[str, Any]], None]  # of the endpoint's and the model's application

@@ -22,7 +22,7 @@ from mellow_platform.training.ablation_report import Outcome, markdown, picture,
 from mellow_platform.training.finetune import build_model, load_examples
 from mellow_platform.training.train_config import TrainConfig
 from mellow_platform.training.trainer import RESULT
-from tests.conftest import write_features
+from tests.small_corpus import write_features
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from mellow_platform.evaluation.dataset import QuestionSource
 from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.evaluation.evaluate_job import evaluate
 from mellow_platform.evaluation.evaluation_report import markdown
-from tests.conftest import REPOSITORY, SHARED, write_corpus
+from tests.conftest import REPOSITORY, SHARED
+from tests.small_corpus import write_corpus
 
 MMAU_FILE = SHARED / "data" / "mmau" / "mmau-test-mini.json"
 KINDS = (

@@ -23,7 +23,7 @@ from mellow_platform.data.audio import decode, encode
 from mellow_platform.inference.engine import Engine
 from mellow_platform.inference.request import Request
 from mellow_platform.inference.windows import RULES
-from tests.conftest import write_tiny_model
+from tests.tiny_model import write_tiny_model
 
 RATE = 32_000
 MELLOW = [sys.executable, "-m", "mellow_platform.cli"]

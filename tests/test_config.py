@@ -12,11 +12,8 @@ import pytest
 from jobs.demo import DemoConfig
 from jobs.deploy import DeployConfig
 from mellow_platform.data.corpus_config import CorpusConfig
-from mellow_platform.evaluation.benchmarks import BENCHMARKS
-from mellow_platform.evaluation.evaluate_config import Benchmark, EvaluateConfig
+from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.inference.predict_config import PredictConfig
-from mellow_platform.model import ENCODERS, PROJECTIONS
-from mellow_platform.option_values import Encoder, Projection, Tagger
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.settings import Section, command_line, dashed, flags, help_text, load
 from mellow_platform.synthesis.synthesize_config import SynthesizeConfig
@@ -246,13 +243,6 @@ def test_help_imports_nothing_heavy(job: str):
 def test_every_job_has_its_options(job: str):
     names = runpy.run_path(str(REPOSITORY / "jobs" / f"{job}.py"))
     assert command_line(names[JOBS[job].__name__]).format_help() == command_line(JOBS[job]).format_help()
-
-
-def test_the_choices_are_those_of_the_registries():
-    assert get_args(Encoder) == tuple(ENCODERS)
-    assert get_args(Tagger) == tuple(name for name, (kind, _) in ENCODERS.items() if "labels" in kind().to_dict())
-    assert get_args(Projection) == tuple(PROJECTIONS)
-    assert get_args(Benchmark) == (*BENCHMARKS, "all", "noise")
 
 
 def test_locations_are_those_of_local_paths_and_uris():

@@ -32,7 +32,10 @@ from mellow_platform.model.folder import load_model, save_pretrained
 from mellow_platform.preprocessing.feature_store import FeatureStore
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.preprocess_job import preprocess
-from tests.conftest import REPOSITORY, kill_when, write_features, write_tiny_model
+from tests.conftest import REPOSITORY
+from tests.shared_ray import kill_when
+from tests.small_corpus import write_features
+from tests.tiny_model import write_tiny_model
 
 FIELDS = {"split": "train", "max_new_tokens": 6, "batch_size": 16, "workers": 1, "rows_per_part": 8, "resamples": 100}
 

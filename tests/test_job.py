@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from mellow_platform.cluster import free_port
-from tests.conftest import REPOSITORY, write_corpus
+from tests.conftest import REPOSITORY
 from tests.object_storage import ObjectStore, object_store
+from tests.small_corpus import write_corpus
 
 DEAD = f"127.0.0.1:{free_port()}"
 

@@ -27,7 +27,7 @@ from mellow_platform.training.flops import ModelFlops
 from mellow_platform.training.run_config import ScalingSection
 from mellow_platform.training.step_plan import StepPlan
 from mellow_platform.training.train_config import PartnerDraws, TrainConfig
-from tests.conftest import write_corpus
+from tests.small_corpus import write_corpus
 
 VOCABULARY = 128
 PAIR_INDEX = [0, 0, 0, 1, 2, 2]  # unequal numbers of questions a pair

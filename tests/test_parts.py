@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 
 from mellow_platform.data.shards import Manifest
+from mellow_platform.evaluation.benchmarks import BENCHMARKS
+from mellow_platform.evaluation.evaluate_config import Benchmark
 from mellow_platform.model import (
     ENCODERS,
     PROJECTIONS,
@@ -41,6 +44,7 @@ from mellow_platform.model.encoders import (
 )
 from mellow_platform.model.folder import load_model, load_processor, save_model, save_pretrained
 from mellow_platform.model.tokenizer import train_tokenizer
+from mellow_platform.option_values import Encoder, Projection, Tagger
 from mellow_platform.preprocessing.feature_store import FeatureStore
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.preprocess_job import preprocess
@@ -50,7 +54,7 @@ from mellow_platform.training.tagger import build_encoder as build_tagger
 from mellow_platform.training.tagger import pretrain
 from mellow_platform.training.tagger_config import EncoderConfig
 from mellow_platform.training.train_config import TrainConfig
-from tests.conftest import write_corpus
+from tests.small_corpus import write_corpus
 
 VOCABULARY = 300
 LORA = {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0}
@@ -121,6 +125,13 @@ def check_round_trip(model: MellowForConditionalGeneration, batch: dict, folder:
     question = {name: value for name, value in batch.items() if name != "labels"}
     tokens = loaded.generate(**question, max_new_tokens=3, eos_token_id=-1)
     assert (loaded(**question, labels=tokens).logits.argmax(-1) == tokens).all()
+
+
+def test_the_choices_are_those_of_the_registries():
+    assert get_args(Encoder) == tuple(ENCODERS)
+    assert get_args(Tagger) == tuple(name for name, (kind, _) in ENCODERS.items() if "labels" in kind().to_dict())
+    assert get_args(Projection) == tuple(PROJECTIONS)
+    assert get_args(Benchmark) == (*BENCHMARKS, "all", "noise")
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)

@@ -32,7 +32,7 @@ from mellow_platform.training.tagged_clips import TaggedClips
 from mellow_platform.training.tagger import pretrain
 from mellow_platform.training.tagger_config import EncoderConfig
 from mellow_platform.training.train_config import TrainConfig
-from tests.conftest import write_corpus
+from tests.small_corpus import write_corpus
 
 CLIPS = {"train": 24, "val": 2, "test": 6}
 

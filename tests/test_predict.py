@@ -21,7 +21,8 @@ from mellow_platform.inference.predict_job import GROUP_SCHEMA, AnswerGroups, de
 from mellow_platform.inference.question_table import read_question_table
 from mellow_platform.inference.request import Request
 from mellow_platform.model.folder import load_processor, save_model
-from tests.conftest import REPOSITORY, kill_when
+from tests.conftest import REPOSITORY
+from tests.shared_ray import kill_when
 from tests.test_inference import build_model, build_processor
 
 pytestmark = pytest.mark.usefixtures("bucket")  # before the cluster: a job reads and writes there

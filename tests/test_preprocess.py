@@ -25,7 +25,7 @@ from mellow_platform.preprocessing.feature_store import FeatureStore
 from mellow_platform.preprocessing.inventory import scan_unit
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.preprocess_job import preprocess
-from tests.conftest import write_corpus
+from tests.small_corpus import write_corpus
 
 RATE = 32_000
 

@@ -25,8 +25,9 @@ from mellow_platform.training.finetune import finetune
 from mellow_platform.training.tagger import pretrain
 from mellow_platform.training.tagger_config import EncoderConfig
 from mellow_platform.training.train_config import TrainConfig
-from tests.conftest import SharedRay, write_corpus
 from tests.object_storage import object_store
+from tests.shared_ray import SharedRay
+from tests.small_corpus import write_corpus
 
 
 @pytest.fixture(scope="module")

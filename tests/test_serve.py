@@ -30,8 +30,9 @@ from mellow_platform.cli import main
 from mellow_platform.data.audio import encode
 from mellow_platform.data.records import Record, write_records
 from mellow_platform.local_ray import JobError, LocalRay
-from tests.conftest import REPOSITORY, write_tiny_model
+from tests.conftest import REPOSITORY
 from tests.serve_app import replicas_of, serve_details
+from tests.tiny_model import write_tiny_model
 
 RATE = 32_000
 Reading = TypeVar("Reading")

@@ -11,7 +11,7 @@ from ray._private.internal_api import memory_summary
 from mellow_platform.model import HTSATEncoder, encoder_config
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.preprocessing.preprocess_job import preprocess
-from tests.conftest import SharedRay
+from tests.shared_ray import SharedRay
 from tests.test_preprocess import config, sound
 
 MIB = 1 << 20

@@ -35,7 +35,7 @@ from mellow_platform.training.trainer import (
     total_steps,
 )
 from mellow_platform.training.verify_export import check_published
-from tests.conftest import write_corpus, write_features
+from tests.small_corpus import write_corpus, write_features
 
 STEPS = 20
 

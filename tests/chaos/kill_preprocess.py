@@ -34,8 +34,9 @@ from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.preprocessing.preprocess_job import preprocess
 from mellow_platform.progress import Progress
 from tests.chaos.cluster import DRIVER, NODE, WORKER, ChaosCluster
-from tests.conftest import SharedRay, write_corpus
 from tests.object_storage import ObjectStore, object_store
+from tests.shared_ray import SharedRay
+from tests.small_corpus import write_corpus
 
 CPUS = {"head": 1, "node": 1}  # logical ones, and so many shards in hand
 CLIPS_A_SHARD = 4

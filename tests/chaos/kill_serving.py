@@ -36,8 +36,9 @@ import psutil
 import yaml
 
 from mellow_platform import cluster
-from tests.conftest import REPOSITORY, write_tiny_model
+from tests.conftest import REPOSITORY
 from tests.serve_app import clip, question, replicas_of, serve_details
+from tests.tiny_model import write_tiny_model
 
 VICTIMS = ("replica", "node", "controller")
 CLIENTS = 8

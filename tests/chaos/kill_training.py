@@ -38,8 +38,8 @@ from mellow_platform.model.folder import save_pretrained
 from mellow_platform.training.checkpoints import POSITION, CheckpointStore
 from mellow_platform.training.trainer import RESULT
 from tests.chaos.cluster import DRIVER, NODE, WORKER, ChaosCluster
-from tests.conftest import write_corpus
 from tests.object_storage import object_store
+from tests.small_corpus import write_corpus
 
 FAILURES = 0.05  # share of storage requests
 TOLERANCE = 1e-5
