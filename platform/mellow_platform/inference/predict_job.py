@@ -3,7 +3,7 @@
 The folder gets
 
     configuration.json     what is asked, of which model; written first
-    answers/*.parquet      a row an answer, in the order of the question table; each file is a fixed range of the questions
+    answers/*.parquet      one row per answer, in question order; each file is a fixed range of the questions
     receipts/answers/      one JSON file a part, written after it: the part is done
     report.json            written last
 
@@ -284,13 +284,8 @@ class AnswerGroups:
 
     def __init__(self, config: PredictConfig):
         self.config = config
-        self.engine = Engine.load(
-            config.model,
-            dtype=config.dtype,
-            slots=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
-            max_waiting=config.batch_size,
-            cpu_threads=1,
+        self.engine = Engine.load_for_batches(
+            config.model, dtype=config.dtype, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens
         )
 
     def __call__(self, groups: pa.Table) -> pa.Table:
