@@ -16,12 +16,12 @@ from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 
 def evaluate(config: EvaluateConfig) -> None:
     from mellow_platform.evaluation import evaluate_job
-    from mellow_platform.evaluation.evaluation_report import markdown, of_main
+    from mellow_platform.evaluation.evaluation_report import main_score, markdown
 
     report = evaluate_job.evaluate(config)
     print(markdown(report))
     scored = {name: each for name, each in report["benchmarks"].items() if "scores" in each}
-    scores = {name: {c: round(s["value"], 4) for c, s in of_main(each).items()} for name, each in scored.items()}
+    scores = {name: {c: round(s["value"], 4) for c, s in main_score(each).items()} for name, each in scored.items()}
     lower = report.get("comparison", {}).get("lower", [])
     print(json.dumps({"report": config.output, "scores": scores, "lower": lower}))
     if lower:

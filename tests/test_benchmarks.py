@@ -1,4 +1,4 @@
-"""Benchmarks: which questions each asks, MMAU's official matching, reports, comparison and gate, without a model."""
+"""Benchmarks without a model: selection of questions, MMAU's official matching, reports, comparison and gate."""
 
 import json
 import re
@@ -37,8 +37,8 @@ def mmau() -> list[dict[str, Any]]:
     return json.loads(MMAU_FILE.read_text())
 
 
-def made_up(entry: dict[str, Any], kind: str) -> str:
-    """Return an answer of one kind to a question of MMAU."""
+def synthetic_answer(entry: dict[str, Any], kind: str) -> str:
+    """Return an answer of one kind to an MMAU question."""
     answer = entry["answer"]
     wrong = [choice for choice in entry["choices"] if choice != answer]
     return {
@@ -58,7 +58,7 @@ def made_up(entry: dict[str, Any], kind: str) -> str:
 
 
 def officially_right(entry: dict[str, Any], prediction: str) -> bool:
-    """MMAU's rule, word by word as its description has it."""
+    """Apply MMAU's published rule word by word."""
     said = {word.lower() for word in re.findall(r"\w+", prediction)}
     needed = {word.lower() for word in re.findall(r"\w+", entry["answer"])}
     for word in needed:
@@ -71,12 +71,14 @@ def officially_right(entry: dict[str, Any], prediction: str) -> bool:
     return len(said) > 0
 
 
-def test_made_up_answers_to_mmau_score_as_its_official_matching_has_it(mmau: list[dict[str, Any]], tmp_path: Path):
+def test_mmau_scores_equal_official_matching(mmau: list[dict[str, Any]], tmp_path: Path):
     assert len(mmau) == 1000
     seen: dict[str, set[bool]] = defaultdict(set)
-    for first in range(len(KINDS)):  # so that every question is answered in every way
+    for first in range(len(KINDS)):  # every question gets an answer of every kind
         kinds = [KINDS[(first + number) % len(KINDS)] for number in range(len(mmau))]
-        answered = [entry | {"model_output": made_up(entry, kind)} for entry, kind in zip(mmau, kinds, strict=True)]
+        answered = [
+            entry | {"model_output": synthetic_answer(entry, kind)} for entry, kind in zip(mmau, kinds, strict=True)
+        ]
         expected = [officially_right(entry, entry["model_output"]) for entry in answered]
         for kind, right in zip(kinds, expected, strict=True):
             seen[kind].add(right)
@@ -95,22 +97,22 @@ def test_made_up_answers_to_mmau_score_as_its_official_matching_has_it(mmau: lis
             for entry, right in zip(mmau, expected, strict=True):
                 groups[entry[axis]].append(right)
             assert report["groups"][axis].keys() == groups.keys()
-            for name, own in groups.items():
+            for name, values in groups.items():
                 got = report["groups"][axis][name]
-                assert got["questions"] == len(own)
-                assert got["scores"]["audio"]["value"] == pytest.approx(sum(own) / len(own)), name
+                assert got["questions"] == len(values)
+                assert got["scores"]["audio"]["value"] == pytest.approx(sum(values) / len(values)), name
         scores = pq.read_table(output / "predictions.parquet")["score"].to_pylist()
         assert scores == [float(right) for right in expected]
-        # The file for MMAU's own script is the benchmark's, with what was answered.
+        # The submission is MMAU's file with the answers added.
         assert json.loads((output / "mmau.json").read_text()) == answered
     assert seen["right"] == seen["punctuation"] == seen["upper case"] == {True}
-    assert seen["other wording"] == {True, False}  # some of its words stand in wrong choices
+    assert seen["other wording"] == {True, False}  # wrong choices contain some of its words
     assert seen["empty"] == seen["blank"] == {False}
-    # A wrong choice of the answer's words in another order is right by this rule.
+    # By this rule, a wrong choice with the answer's words in another order is right.
     assert seen["wrong"] == seen["several"] == {True, False}
 
 
-def test_what_a_model_writes_to_mmaus_prompt_is_as_right_as_what_it_means(mmau: list[dict[str, Any]]):
+def test_mmau_lettered_answers_score_like_plain_ones(mmau: list[dict[str, Any]]):
     source = QuestionSource(EvaluateConfig(benchmark=["mmau"], mmau=str(MMAU_FILE), model="random", output="/o"))
     benchmark = MMAU()
     items = benchmark.records(source)
@@ -121,11 +123,11 @@ def test_what_a_model_writes_to_mmaus_prompt_is_as_right_as_what_it_means(mmau: 
             lettered = f"{letters[choice]}) {choice}"
             assert lettered in benchmark.prompt(item)
             for text in (choice, lettered, lettered.lower(), f"({letters[choice]}) {choice}"):
-                said = benchmark.reply(item, text)
-                assert benchmark.score([item], [said]).each[0] == right, (item.id, text, said)
+                answer = benchmark.reply(item, text)
+                assert benchmark.score([item], [answer]).per_item[0] == right, (item.id, text, answer)
 
 
-def test_mmau_without_answers_is_written_to_be_submitted(mmau: list[dict[str, Any]], tmp_path: Path):
+def test_mmau_without_references_writes_submission(mmau: list[dict[str, Any]], tmp_path: Path):
     unknown = [{name: value for name, value in entry.items() if name != "answer"} for entry in mmau[:20]]
     storage.write_json(str(tmp_path / "test.json"), unknown)
     config = EvaluateConfig(
@@ -141,7 +143,7 @@ def test_mmau_without_answers_is_written_to_be_submitted(mmau: list[dict[str, An
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Questions about scenes of every kind that there is a benchmark of, and answers to them."""
+    """Questions about scenes for every benchmark, with their answers."""
     root = tmp_path_factory.mktemp("benchmarks")
     write_corpus(str(root / "corpus"), {"train": 1, "val": 1, "test": 12})
     records = json.loads((root / "corpus/test.json").read_text())
@@ -156,16 +158,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     )
 
 
-def judged(corpus: SimpleNamespace, name: str, model: str, **fields: Any) -> dict[str, Any]:
+def run_evaluation(corpus: SimpleNamespace, name: str, model: str, **fields: Any) -> dict[str, Any]:
     config = {"benchmark": ["all"]} | corpus.fields | {"model": model, "output": str(corpus.root / name)} | fields
     return evaluate(EvaluateConfig(**config))
 
 
 @pytest.fixture(scope="module")
 def truth(corpus: SimpleNamespace) -> dict[str, Any]:
-    """The report on answers that are all right."""
+    """The report of only right answers."""
     storage.write_json(str(corpus.root / "truth.json"), corpus.rows)
-    return judged(corpus, "truth", f"predictions:{corpus.root}/truth.json")
+    return run_evaluation(corpus, "truth", f"predictions:{corpus.root}/truth.json")
 
 
 def values(report: dict[str, Any], condition: str) -> dict[str, float]:
@@ -176,41 +178,41 @@ def choices_of(record: dict[str, str]) -> list[str]:
     return re.findall(r"\b[a-h]\) ", record["input"])
 
 
-def test_right_answers_score_highest_in_every_benchmark_and_chance_less(truth: dict[str, Any], corpus: SimpleNamespace):
+def test_chance_scores_below_right_answers(truth: dict[str, Any], corpus: SimpleNamespace):
     best, drawn = values(truth, "audio"), values(truth, "chance")
     assert best.keys() == {
         "families", "mmau", "entailment", "difference", "clotho-aqa", "captioning", "mcq", "detail"
     }  # fmt: skip
     assert all(best[name] == 1 for name in ("families", "mmau", "entailment", "clotho-aqa", "mcq"))
     assert all(drawn[name] < best[name] for name in best)
-    # Every choice is as likely: of a question of four, one in four is right.
+    # Choices are equally likely: a question with four has a chance of 1/4.
     choices = [len(choices_of(record)) for record in corpus.records if record["subtype"].endswith("-MCQ")]
     assert drawn["mcq"] == pytest.approx(sum(1 / count for count in choices) / len(choices))
     assert drawn["entailment"] == pytest.approx(1 / 3)
     assert drawn["clotho-aqa"] == pytest.approx(1 / 2)
 
 
-def test_a_benchmark_whose_questions_have_no_answers_is_no_score(corpus: SimpleNamespace):
+def test_unanswered_benchmark_fails_job(corpus: SimpleNamespace):
     storage.write_json(str(corpus.root / "no-mmau.json"), [r for r in corpus.rows if not r["id"].startswith("mmau")])
     model = f"predictions:{corpus.root}/no-mmau.json"
-    # Of all questions together they are few, and allowed; of the benchmark they are all.
-    with pytest.raises(ValueError, match=r"benchmark mmau: 12 of 12 questions have no answer under audio \(no_predict"):
-        judged(corpus, "no-mmau", model)
-    report = judged(corpus, "no-mmau", model, max_failed_share=1.0)
+    # The share is checked per benchmark: few of all questions, but all of MMAU's.
+    with pytest.raises(ValueError, match=r"benchmark mmau: 12 of 12 .*audio \(no_prediction 12\)"):
+        run_evaluation(corpus, "no-mmau", model)
+    report = run_evaluation(corpus, "no-mmau", model, max_failed_share=1.0)
     assert values(report, "audio")["mmau"] == 0
     assert report["benchmarks"]["mmau"]["no_answer"] == {"audio": {"no_prediction": 12}}
-    assert "- Without an answer under audio, and so wrong: 12 no_prediction." in markdown(report)
+    assert "- No answer under audio, scored as wrong: 12 no_prediction." in markdown(report)
 
 
-def test_what_a_run_over_several_benchmarks_answered_is_read_back_by_benchmark(corpus: SimpleNamespace):
-    # One question is in both, and is answered in two ways.
+def test_predictions_folder_is_read_by_benchmark(corpus: SimpleNamespace):
+    # One question is in both benchmarks, with two answers.
     fields = {"benchmark": ["families", "captioning"]}
-    drawn = judged(corpus, "drawn", "random", **fields)
-    again = judged(corpus, "drawn-again", f"predictions:{corpus.root}/drawn", **fields)
+    drawn = run_evaluation(corpus, "drawn", "random", **fields)
+    again = run_evaluation(corpus, "drawn-again", f"predictions:{corpus.root}/drawn", **fields)
     assert values(again, "audio") == values(drawn, "audio")
 
 
-def test_each_benchmark_asks_its_own_questions(truth: dict[str, Any], corpus: SimpleNamespace):
+def test_benchmarks_select_families(truth: dict[str, Any], corpus: SimpleNamespace):
     rows = pq.read_table(corpus.root / "truth/predictions.parquet").to_pylist()
     families = defaultdict(set)
     for row in rows:
@@ -226,7 +228,7 @@ def test_each_benchmark_asks_its_own_questions(truth: dict[str, Any], corpus: Si
     assert [row["question"] for row in asked] == [record["input"] for record in corpus.records]
 
 
-def test_captions_of_one_clip_are_references_of_one_question(tmp_path: Path):
+def test_captions_of_one_clip_become_references(tmp_path: Path):
     captions = ["a dog barks", "a dog is barking", "barking of a dog", "a dog", "dogs bark"]
     records = [
         Record("clothov21", clip, "", text, "", "caption the audio.", text, "Clotho.json")
@@ -244,21 +246,21 @@ def test_captions_of_one_clip_are_references_of_one_question(tmp_path: Path):
     assert summary["scores"]["audio"]["BLEU-1"]["value"] == pytest.approx(1, abs=1e-6)
 
 
-def test_a_constant_answer_is_right_as_often_as_it_is_the_answer(corpus: SimpleNamespace):
-    report = judged(corpus, "constant", "constant:yes", benchmark=["clotho-aqa"])
+def test_constant_answer_scores_its_frequency(corpus: SimpleNamespace):
+    report = run_evaluation(corpus, "constant", "constant:yes", benchmark=["clotho-aqa"])
     asked = [record["answer"] for record in corpus.records if record["subtype"] == "Scenes-Presence"]
     share = asked.count("yes") / len(asked)
     assert report["benchmarks"]["clotho-aqa"]["scores"]["audio"]["accuracy"]["value"] == pytest.approx(share)
 
 
-def test_noise_among_the_benchmarks_is_a_condition_of_the_others():
+def test_benchmark_noise_is_a_condition():
     fields = {"model": "random", "corpus": "/c", "output": "/o", "conditions": ["audio"]}
     config = EvaluateConfig(**fields, benchmark="mcq,noise")
     assert (config.benchmark, config.conditions) == (["mcq"], ["audio", "noise"])
-    with pytest.raises(ValueError, match="noise is a control on others"):
+    with pytest.raises(ValueError, match="noise"):
         EvaluateConfig(**fields, benchmark="noise")
-    # The gate is on what is answered with audio, and must not pass for want of it.
-    with pytest.raises(ValueError, match="against: scores are compared with audio: have it among the conditions"):
+    # The gate compares scores with audio, and must not pass without them.
+    with pytest.raises(ValueError, match=r"against: .*audio.*conditions"):
         EvaluateConfig(**fields | {"model": "/m", "conditions": ["noise"]}, against="/a")
 
 
@@ -268,9 +270,7 @@ def run_job(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.extended
-def test_a_significantly_lower_score_fails_the_job_and_a_like_one_does_not(
-    truth: dict[str, Any], corpus: SimpleNamespace
-):
+def test_significantly_lower_score_fails_job(truth: dict[str, Any], corpus: SimpleNamespace):
     def gate(name: str, rows: list[dict[str, str]]) -> subprocess.CompletedProcess:
         file = corpus.root / f"{name}.json"
         file.write_text(json.dumps(rows))
@@ -295,9 +295,7 @@ def test_a_significantly_lower_score_fails_the_job_and_a_like_one_does_not(
     assert " lower |" in worse.stdout
 
 
-def test_the_report_is_one_page_with_tables_pictures_and_players(
-    truth: dict[str, Any], corpus: SimpleNamespace, browser: Browser
-):
+def test_html_report_has_tables_charts_and_players(truth: dict[str, Any], corpus: SimpleNamespace, browser: Browser):
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
@@ -324,22 +322,22 @@ def test_the_report_is_one_page_with_tables_pictures_and_players(
     assert faults == []
 
 
-def test_what_a_model_wrote_is_text_on_the_page_and_nothing_else(corpus: SimpleNamespace):
+def test_html_report_escapes_answers(corpus: SimpleNamespace):
     attack = "<script>alert(1)</script>"
-    judged(corpus, "attack", f"constant:{attack}", benchmark=["mcq"])
+    run_evaluation(corpus, "attack", f"constant:{attack}", benchmark=["mcq"])
     page = (corpus.root / "attack/report.html").read_text()
     assert attack not in page
     assert "&lt;script&gt;alert(1)" in page
 
 
-def test_examples_come_worst_first_and_a_clip_that_is_gone_is_named(corpus: SimpleNamespace):
+def test_examples_are_sorted_and_name_missing_clips(corpus: SimpleNamespace):
     gone = str(corpus.root / "corpus/audio/test/000000.flac")
     unreadable = gone.replace("000000", "000001")
     for path in (gone, unreadable):
         Path(path).rename(f"{path}.away")
     Path(unreadable).mkdir()
     try:
-        judged(corpus, "gone", "constant:yes", benchmark=["clotho-aqa"], examples=100)
+        run_evaluation(corpus, "gone", "constant:yes", benchmark=["clotho-aqa"], examples=100)
     finally:
         Path(unreadable).rmdir()
         for path in (gone, unreadable):
@@ -355,56 +353,56 @@ def test_examples_come_worst_first_and_a_clip_that_is_gone_is_named(corpus: Simp
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"benchmark": ["mmua"]}, "benchmark.0\n.* should be 'families', 'mmau', 'entailment'"),
-        ({"benchmark": ["mmau"], "mmau": None}, "benchmark mmau: .* give `mmau`, the benchmark's file"),
-        ({"split": "train", "benchmark": ["difference"]}, "benchmark difference: split 'train' has no such questions"),
-        ({"model": "predictions:{root}/corpus/labels.json"}, "has no columns id, and prediction or model_output"),
-        ({"model": "predictions:{root}/twice.json"}, "has two answers to question test/0: keep one"),
-        ({"mmau": "{root}/corpus/labels.json"}, "entry 0 has no id, audio_id, question; id, audio_id,"),
-        ({"against": "{root}/other"}, "against .*other: it has none of the questions"),
+        ({"benchmark": ["mmua"]}, "benchmark.0\n.*'families', 'mmau', 'entailment'"),
+        ({"benchmark": ["mmau"], "mmau": None}, "benchmark mmau: .*`mmau`"),
+        ({"split": "train", "benchmark": ["difference"]}, "benchmark difference: split 'train'"),
+        ({"model": "predictions:{root}/corpus/labels.json"}, "labels.json .* id, .*prediction or model_output"),
+        ({"model": "predictions:{root}/twice.json"}, "twice.json .* test/0"),
+        ({"mmau": "{root}/corpus/labels.json"}, "labels.json: entry 0 has no id, audio_id, question"),
+        ({"against": "{root}/other"}, "against .*other"),
     ],
 )
-def test_what_cannot_be_judged_is_refused_with_its_name(
+def test_invalid_input_raises_value_error(
     corpus: SimpleNamespace, truth: dict[str, Any], fields: dict[str, Any], message: str
 ):
     twice = [{"id": "test/0", "prediction": text} for text in ("yes", "no")]
     storage.write_json(str(corpus.root / "twice.json"), twice)
     if "against" in fields:
-        judged(corpus, "other", "random", benchmark=["clotho-aqa"])
+        run_evaluation(corpus, "other", "random", benchmark=["clotho-aqa"])
         fields = fields | {"benchmark": ["detail"]}
     fields = {
         name: value.format(root=corpus.root) if isinstance(value, str) else value for name, value in fields.items()
     }
     with pytest.raises(ValueError, match=message):
-        judged(corpus, f"refused {message}".replace("/", "-"), **({"model": "random"} | fields))
+        run_evaluation(corpus, f"refused {message}".replace("/", "-"), **({"model": "random"} | fields))
 
 
-def test_a_file_that_is_not_there_is_named_and_takes_no_folder(corpus: SimpleNamespace):
+def test_missing_file_does_not_claim_output(corpus: SimpleNamespace):
     file = corpus.root / "later.json"
     for model, message in (
-        (f"predictions:{file}", rf"{file} does not exist: check the URI"),
-        ("randm", "model .*randm: no such folder, and no address .* constant:TEXT, random or predictions:FILE"),
+        (f"predictions:{file}", rf"{file} does not exist"),
+        ("randm", "model .*randm: .*constant:TEXT, random or predictions:FILE"),
     ):
         with pytest.raises(FileNotFoundError, match=message):
-            judged(corpus, "later", model, benchmark=["mcq"])
-    with pytest.raises(FileNotFoundError, match=r"corpus/tst.json does not exist: check the URI"):
-        judged(corpus, "later", "random", benchmark=["mcq"], split="tst")
+            run_evaluation(corpus, "later", model, benchmark=["mcq"])
+    with pytest.raises(FileNotFoundError, match=r"corpus/tst.json does not exist"):
+        run_evaluation(corpus, "later", "random", benchmark=["mcq"], split="tst")
     wrong = [{"id": str(number), "prediction": "yes"} for number in range(9)]
     storage.write_json(str(file), wrong)
-    with pytest.raises(ValueError, match=r"has no answer to test/\d+ \(ids there: 0, 1, 2, ...\)"):
-        judged(corpus, "later", f"predictions:{file}", benchmark=["mcq"])
+    with pytest.raises(ValueError, match=r"no answer to test/\d+ \(.*0, 1, 2, ...\)"):
+        run_evaluation(corpus, "later", f"predictions:{file}", benchmark=["mcq"])
     storage.write_json(str(file), corpus.rows)
-    assert values(judged(corpus, "later", f"predictions:{file}", benchmark=["mcq"]), "audio") == {"mcq": 1.0}
+    assert values(run_evaluation(corpus, "later", f"predictions:{file}", benchmark=["mcq"]), "audio") == {"mcq": 1.0}
 
 
-def test_another_models_scores_are_not_overwritten(corpus: SimpleNamespace, truth: dict[str, Any]):
-    with pytest.raises(ValueError, match=r"holds answers of another configuration \(differing: model\)"):
-        judged(corpus, "truth", "random")
-    with pytest.raises(ValueError, match="that is `output`, give the folder of another evaluation"):
-        judged(corpus, "truth", "random", against=str(corpus.root / "truth"))
+def test_output_of_another_model_is_kept(corpus: SimpleNamespace, truth: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"\(differing: model\)"):
+        run_evaluation(corpus, "truth", "random")
+    with pytest.raises(ValueError, match=r"against.*`output`"):
+        run_evaluation(corpus, "truth", "random", against=str(corpus.root / "truth"))
 
 
-def test_data_sets_are_scored_alone_too(tmp_path: Path):
+def test_data_sets_are_scored_separately(tmp_path: Path):
     texts = {"Clotho": ["a dog barks", "rain on a roof"], "AudioCaps": ["a man speaks", "a car passes", "wind blows"]}
     records = [
         Record("c", f"{name}-{number}.wav", "", text, "", "caption the audio.", text, f"{name}.json")
@@ -425,11 +423,11 @@ def test_data_sets_are_scored_alone_too(tmp_path: Path):
     assert both["data_sets"].keys() == texts.keys()
     for name in texts:
         alone = scores([record for record in records if record.family == name], name)
-        # Chance draws among the answers of a family, which are the same ones; each draw depends on the question's id.
+        # Chance draws depend on question ids, which differ here; only audio is compared.
         assert both["data_sets"][name]["scores"]["audio"] == alone["scores"]["audio"]
 
 
-def test_a_tier_of_explanation_is_a_category(tmp_path: Path):
+def test_explanation_tier_is_a_category(tmp_path: Path):
     records = [
         Record("c", "a.wav", "b.wav", "", "", f"explain {tier}", f"the first barks {tier}", f"ACD-{tier}.json")
         for tier in (1, 2, 3)
@@ -441,7 +439,7 @@ def test_a_tier_of_explanation_is_a_category(tmp_path: Path):
     assert groups["tier"].keys() == {"1", "2", "3"}
 
 
-def test_chance_is_drawn_among_answers_of_the_same_tier(tmp_path: Path):
+def test_chance_draws_within_tier(tmp_path: Path):
     records = [
         Record("c", f"{n}.wav", "b.wav", "", "", f"explain {tier}", f"{n} barks {tier}", f"ACD-{tier}.json")
         for n in range(8)
@@ -455,7 +453,7 @@ def test_chance_is_drawn_among_answers_of_the_same_tier(tmp_path: Path):
     assert all(row["prediction"] not in row["answer"] for row in rows)
 
 
-def test_names_of_categories_are_shown_as_they_are(tmp_path: Path):
+def test_category_names_are_escaped(tmp_path: Path):
     names = (r"$5 and \frac$", "a|b")
     records = [
         Record("c", f"{name}.wav", "", "", "", "is it?", "yes", f"{name}-Presence") for name in names for _ in range(2)
@@ -467,8 +465,8 @@ def test_names_of_categories_are_shown_as_they_are(tmp_path: Path):
     assert r"| a\|b-Presence " in table
 
 
-def test_a_hypothesis_without_a_verdict_is_refused(tmp_path: Path):
+def test_invalid_verdict_raises(tmp_path: Path):
     write_records(str(tmp_path / "test.json"), [Record("c", "a.wav", "", "", "", "is it so?", "perhaps", "CLE.json")])
     config = EvaluateConfig(benchmark=["entailment"], corpus=str(tmp_path), model="random", output=str(tmp_path / "o"))
-    with pytest.raises(ValueError, match="question test/0 of CLE has the answer 'perhaps', which is no verdict"):
+    with pytest.raises(ValueError, match=r"test/0 of CLE .*'perhaps'"):
         evaluate(config)

@@ -1,4 +1,4 @@
-"""Questions packed behind one prefix: the same loss and gradients as apart, every example once, nothing padded."""
+"""Packing: loss and gradients of separate sequences, every example once per epoch, no padding."""
 
 import pickle
 import shutil
@@ -30,7 +30,7 @@ from mellow_platform.training.train_config import PartnerDraws, TrainConfig
 from tests.small_corpus import write_corpus
 
 VOCABULARY = 128
-PAIR_INDEX = [0, 0, 0, 1, 2, 2]  # unequal numbers of questions a pair
+PAIR_INDEX = [0, 0, 0, 1, 2, 2]  # unequal numbers of questions per pair
 PROMPTS, ANSWERS = [5, 2, 7, 1, 4, 7], [3, 6, 1, 4, 2, 5]  # tokens
 
 
@@ -46,19 +46,19 @@ def build(decoder: str, lora: bool = False) -> MellowForConditionalGeneration:
         model.add_lora({"r": 4, "lora_alpha": 8})
         for name, value in model.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(value, std=0.1)  # adapters that begin as nothing would hide theirs
+                torch.nn.init.normal_(value, std=0.1)  # zero adapters would have zero gradients
     return model.train()
 
 
 def load(shards: str, **options: Any) -> AnswerExamples:
-    """Return the training examples as a run with these options puts them together."""
+    """Return the training examples of a run with these options."""
     return load_examples(
         TrainConfig(shards=shards, encoder="/none", storage="/none", output="/none", run="none", **options)
     )
 
 
 def packed(model: MellowForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """Six questions about three pairs of clips, with unseen padding behind prompts and answers."""
+    """Return six questions on three pairs of clips, with hidden padding after prompts and answers."""
     audio, generator = model.config.audio_config, torch.Generator().manual_seed(1)
     longest = max(PROMPTS), max(ANSWERS)
     prompts = torch.randint(2, VOCABULARY, (6, longest[0]), generator=generator)
@@ -74,7 +74,7 @@ def packed(model: MellowForConditionalGeneration) -> dict[str, torch.Tensor]:
 
 
 def alone(batch: dict[str, torch.Tensor], question: int) -> dict[str, torch.Tensor]:
-    """One question of a packed batch, without any padding."""
+    """Return one question of a packed batch, without padding."""
     pair = PAIR_INDEX[question]
     return {
         "input_ids": batch["input_ids"][question, None, : PROMPTS[question]],
@@ -85,7 +85,7 @@ def alone(batch: dict[str, torch.Tensor], question: int) -> dict[str, torch.Tens
 
 
 def plain_loss(model: MellowForConditionalGeneration, question: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The sum of an answer's cross-entropy by the decoder as transformers runs it: a plain causal sequence."""
+    """Return the summed cross-entropy of an answer in a plain causal sequence, as transformers runs the decoder."""
     audio = {name: question[name] for name in ("audio_frames", "audio_latent")}
     prefix = model.prefix(question["input_ids"], **audio)
     sequence = torch.cat([prefix, model.get_input_embeddings()(question["labels"])], dim=1)
@@ -101,7 +101,7 @@ def gradients(model: MellowForConditionalGeneration, loss: torch.Tensor) -> dict
 
 @pytest.mark.parametrize(("decoder", "lora"), [("llama", False), ("llama", True), ("gpt2", False), ("gpt2", True)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_questions_learn_what_separate_sequences_learn(decoder: str, lora: bool, checkpointing: bool):
+def test_packed_gradients_equal_separate_sequences(decoder: str, lora: bool, checkpointing: bool):
     model = build(decoder, lora)
     batch = packed(model)
     apart = torch.stack([plain_loss(model, alone(batch, question)) for question in range(6)]).sum() / sum(ANSWERS)
@@ -119,7 +119,7 @@ def test_packed_questions_learn_what_separate_sequences_learn(decoder: str, lora
 
 @pytest.mark.parametrize("decoder", ["llama", "gpt2"])
 @torch.no_grad()
-def test_packed_questions_have_the_logits_of_separate_sequences(decoder: str):
+def test_packed_logits_equal_separate_sequences(decoder: str):
     model = build(decoder).eval()
     batch = packed(model)
     logits = model(**batch).logits
@@ -132,7 +132,7 @@ def test_packed_questions_have_the_logits_of_separate_sequences(decoder: str):
 
 
 @torch.no_grad()
-def test_padding_is_seen_only_where_no_mask_hides_it():
+def test_attention_mask_hides_prompt_padding():
     model = build("llama").eval()
     batch = packed(model)
     other = batch | {"input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 1)}
@@ -142,7 +142,7 @@ def test_padding_is_seen_only_where_no_mask_hides_it():
 
 
 @torch.no_grad()
-def test_a_hole_in_an_answer_is_read_as_padding_and_not_learned():
+def test_ignored_label_inside_answer_is_read_as_padding():
     model = build("llama").eval()
     batch = packed(model)
     batch["labels"][1, 2] = -100
@@ -158,7 +158,7 @@ def test_a_hole_in_an_answer_is_read_as_padding_and_not_learned():
     torch.testing.assert_close(found, rest + hole, atol=1e-4, rtol=0)
 
 
-def test_no_position_of_the_packed_sequence_is_padding():
+def test_packed_sequence_has_no_padding():
     model = build("llama")
     lengths = []
     model.language_model.model.layers[0].mlp.register_forward_hook(
@@ -171,7 +171,7 @@ def test_no_position_of_the_packed_sequence_is_padding():
 
 @pytest.fixture(scope="module")
 def shards(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small corpus's shards, with random partners."""
+    """Shards of a small corpus with random partners."""
     root = tmp_path_factory.mktemp("packing")
     write_corpus(str(root / "corpus"), {"train": 6, "val": 2, "test": 1})
     preprocess(
@@ -183,17 +183,15 @@ def shards(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(root / "shards")
 
 
-def neighbours(pairs: np.ndarray) -> list[int]:
-    """Return how many neighbouring rows are equal, stretch by stretch."""
+def run_lengths(pairs: np.ndarray) -> list[int]:
+    """Return the lengths of runs of equal rows."""
     edges = np.flatnonzero(np.append(True, (pairs[1:] != pairs[:-1]).any(axis=1)))
     return np.diff(np.append(edges, len(pairs))).tolist()
 
 
 @pytest.mark.parametrize("questions_per_pack", [1, 4])
 @pytest.mark.parametrize("partner_draws", ["stored", "clip", "question"])
-def test_an_epoch_has_every_question_once_in_an_order_of_its_own(
-    questions_per_pack: int, partner_draws: PartnerDraws, shards: str
-):
+def test_epoch_order_is_a_permutation(questions_per_pack: int, partner_draws: PartnerDraws, shards: str):
     examples = load(shards, questions_per_pack=questions_per_pack, partner_draws=partner_draws)
     orders = [examples.order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     for order in orders:
@@ -203,7 +201,7 @@ def test_an_epoch_has_every_question_once_in_an_order_of_its_own(
     assert (again.order(1, 1) == orders[3]).all()
 
 
-def test_the_order_of_an_epoch_is_the_same_after_others_were_asked_for(shards: str):
+def test_epoch_order_does_not_depend_on_other_epochs(shards: str):
     examples = load(shards, questions_per_pack=4)
     first = examples.order(0, 0).tolist()
     for epoch in range(10):
@@ -211,25 +209,25 @@ def test_the_order_of_an_epoch_is_the_same_after_others_were_asked_for(shards: s
     assert examples.order(0, 0).tolist() == first
 
 
-def test_questions_on_the_same_clips_are_neighbours_and_share_these(shards: str):
+def test_questions_on_same_clips_are_packed(shards: str):
     examples = load(shards, questions_per_pack=4, partner_draws="clip")
     order = examples.order(0, 0)
     pairs = examples.pairs(0, 0, order)
     counts = np.unique(pairs, axis=0, return_counts=True)[1]
-    # As few prefixes as packs of four leave; two packs of one pair may have come to stand together.
+    # At most one prefix per pack of four; two packs of one pair may be adjacent.
     packs = sum(-(-count // 4) for count in counts)
     assert counts.max() > 4
-    assert len(counts) < len(neighbours(pairs)) <= packs
+    assert len(counts) < len(run_lengths(pairs)) <= packs
     numbers = order[:20]
     arrays = examples.collate(0, 0, numbers)
-    lengths = neighbours(pairs[:20])
+    lengths = run_lengths(pairs[:20])
     assert arrays["pair_index"].tolist() == np.repeat(range(len(lengths)), lengths).tolist()
-    heard = arrays["input_features"][arrays["pair_index"]]
-    assert heard.dtype == np.float16
-    assert (heard == examples.features["input_features"][pairs[:20]]).all()
+    features = arrays["input_features"][arrays["pair_index"]]
+    assert features.dtype == np.float16
+    assert (features == examples.features["input_features"][pairs[:20]]).all()
 
 
-def test_partners_drawn_for_questions_differ_between_those_on_a_clip(shards: str):
+def test_question_partners_differ_within_clip(shards: str):
     examples = load(shards, partner_draws="question")
     alone = np.flatnonzero(examples.single)
     pairs = examples.pairs(0, 0, alone)
@@ -239,7 +237,7 @@ def test_partners_drawn_for_questions_differ_between_those_on_a_clip(shards: str
     assert (examples.pairs(0, 1, alone) != pairs).any()
 
 
-def test_a_clip_has_one_partner_an_epoch_and_never_itself(shards: str):
+def test_clip_partner_is_fixed_per_epoch(shards: str):
     examples = load(shards, partner_draws="clip")
     everything = np.arange(len(examples))
     seen: dict[int, set[int]] = {}
@@ -256,16 +254,16 @@ def test_a_clip_has_one_partner_an_epoch_and_never_itself(shards: str):
     assert (stored.pairs(0, 5, everything) == stored.clips).all()
 
 
-def test_partners_are_drawn_only_where_the_shards_were_written_with_random_ones(shards: str, tmp_path: Path):
+def test_partner_draws_need_shards_with_random_partners(shards: str, tmp_path: Path):
     manifest = Manifest.read(shards)
     manifest.configuration["partner"] = "same"
     manifest.write(str(tmp_path))
     shutil.copytree(f"{shards}/processor", tmp_path / "processor")
-    with pytest.raises(ValueError, match=r"partner: same, which leaves nothing to draw .* --partner random"):
+    with pytest.raises(ValueError, match=r"partner: same.*--partner random"):
         load(str(tmp_path), partner_draws="clip")
 
 
-def test_prompts_are_padded_no_further_than_their_micro_batch_needs(shards: str):
+def test_prompts_are_padded_to_micro_batch(shards: str):
     processor = load_processor(f"{shards}/processor")
     records = read_records(shards, "train").to_pylist()
     wanted = [processor.question_ids(record["input"]) for record in records]
@@ -283,7 +281,7 @@ def test_prompts_are_padded_no_further_than_their_micro_batch_needs(shards: str)
         assert labels[labels >= 0].tolist() == records[number]["answer_ids"]
 
 
-def test_ragged_micro_batches_come_through_ray_data_as_they_were_collated(shards: str):
+def test_ray_data_keeps_ragged_micro_batches(shards: str):
     examples = load(shards, questions_per_pack=4, pad_prompts=False, partner_draws="clip")
     plan = StepPlan(seed=3, count=len(examples), batch=16, micro_batch=8, workers=1)
     steps = list(batches(plan, ray.put(examples), 0, 0, plan.steps_per_epoch + 1))
@@ -302,7 +300,7 @@ def test_ragged_micro_batches_come_through_ray_data_as_they_were_collated(shards
     assert len(shapes) > 1
 
 
-def test_recordings_are_heard_in_a_window_of_their_own_in_every_epoch(cluster: None, tmp_path: Path):
+def test_windows_of_long_recordings_change_per_epoch(cluster: None, tmp_path: Path):
     write_corpus(str(tmp_path / "corpus"), {"train": 3, "val": 1, "test": 1})
     longer = np.random.default_rng(0).uniform(-0.5, 0.5, 15 * 32_000).astype(np.float32)
     (tmp_path / "corpus/audio/train/000000.flac").write_bytes(encode(longer, 32_000))
@@ -316,19 +314,19 @@ def test_recordings_are_heard_in_a_window_of_their_own_in_every_epoch(cluster: N
         [path.endswith("000000.flac") for path in read_records(output, "train")["filepath1"].to_pylist()]
     )
 
-    def heard(epoch: int, number: int) -> np.ndarray:
+    def features(epoch: int, number: int) -> np.ndarray:
         return examples.collate(0, epoch, np.array([number]))["input_features"][0, 0]
 
-    assert np.array_equal(heard(0, long[0]), heard(0, long[0]))
-    assert not np.array_equal(heard(0, long[0]), heard(1, long[0]))
-    assert not np.array_equal(heard(0, long[0]), heard(0, long[1]))
+    assert np.array_equal(features(0, long[0]), features(0, long[0]))
+    assert not np.array_equal(features(0, long[0]), features(1, long[0]))
+    assert not np.array_equal(features(0, long[0]), features(0, long[1]))
     whole = extractor.spectrogram(longer[None, :])[0].numpy()
     short = next(number for number in range(len(examples)) if number not in long)
-    assert np.array_equal(heard(0, short), heard(1, short))
-    assert heard(0, short).shape == heard(0, long[0]).shape < whole.shape
+    assert np.array_equal(features(0, short), features(1, short))
+    assert features(0, short).shape == features(0, long[0]).shape < whole.shape
 
 
-def test_a_million_questions_are_ordered_in_flat_arrays():
+def test_order_of_million_questions_pickles_small():
     count, clips = 1_000_000, 50_000
     generator = np.random.default_rng(0)
     first = generator.integers(0, clips, count)
@@ -347,22 +345,22 @@ def test_a_million_questions_are_ordered_in_flat_arrays():
     )
     order = examples.order(0, 0)
     assert (np.bincount(order, minlength=count) == 1).all()
-    # About 14 questions about a clip alone and 6 with its neighbour: packs hold most of eight.
-    packs = neighbours(examples.pairs(0, 0, order))
+    # A clip has about 14 single-clip questions and 6 with its neighbour, so packs of eight are mostly full.
+    packs = run_lengths(examples.pairs(0, 0, order))
     assert count / len(packs) > 5
     assert len(pickle.dumps(examples, protocol=5, buffer_callback=lambda buffer: False)) < 10_000
 
 
 @pytest.mark.parametrize(("decoder", "lora"), [("llama", False), ("llama", True), ("gpt2", False)])
-def test_counted_operations_are_those_of_the_matrix_products(decoder: str, lora: bool):
+def test_model_flops_equal_flop_counter(decoder: str, lora: bool):
     model = build(decoder, lora)
-    flops, batch = ModelFlops.of(model), packed(model)
+    flops, batch = ModelFlops.from_model(model), packed(model)
     with FlopCounterMode(display=False) as counter:
         model(**batch).loss.backward()
     work = flops.work(batch)
     prefix = 2 * model.config.num_audio_tokens + 2
     assert work["tokens"] == work["useful_tokens"] == 3 * prefix + sum(PROMPTS) + sum(ANSWERS) - 6
-    # torch counts no attention on a CPU, and the first matrices learn without a gradient of what comes in.
+    # torch counts no attention on a CPU; the first matrices need no gradient of their input.
     looks = 3 * prefix * (prefix + 1) / 2
     for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
         length = prompt + answer - 1
@@ -370,17 +368,17 @@ def test_counted_operations_are_those_of_the_matrix_products(decoder: str, lora:
     assert work["model_flops"] - looks * flops.attention == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-def test_padding_that_is_seen_is_work_and_not_useful():
+def test_visible_padding_is_not_useful_work():
     model = build("llama")
     batch = packed(model)
     padding = model.config.pad_token_id
     batch["input_ids"] = batch["input_ids"].masked_fill(batch.pop("attention_mask") == 0, padding)
-    work = ModelFlops.of(model).work(batch)
+    work = ModelFlops.from_model(model).work(batch)
     assert work["tokens"] - work["useful_tokens"] == 6 * max(PROMPTS) - sum(PROMPTS)
 
 
 @pytest.mark.extended
-def test_a_run_with_packs_reports_its_work(shards: str, tmp_path: Path):
+def test_packed_run_reports_throughput(shards: str, tmp_path: Path):
     save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")), str(tmp_path / "encoder"))
     config = TrainConfig(
         shards=shards, encoder=str(tmp_path / "encoder"), size="mellow-tiny", storage=str(tmp_path / "runs"),
@@ -394,5 +392,5 @@ def test_a_run_with_packs_reports_its_work(shards: str, tmp_path: Path):
     assert 0 <= result["data_wait_share"] < 1
     losses = CheckpointStore(result["run"]).read_log()["loss"].to_pylist()
     assert losses[-1] < losses[0]
-    # What is published reads prompts as they were read in training.
+    # The published processor treats prompts as in training.
     assert not load_processor(str(tmp_path / "model")).pad_prompt

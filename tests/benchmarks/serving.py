@@ -29,15 +29,12 @@ import tests  # noqa: F401  # its token for Ray, before Ray is imported
 
 # isort: split
 import httpx
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from mellow_platform.data import builtin_corpora
 from mellow_platform.data.audio import decode
 from mellow_platform.inference.engine import Engine
 from mellow_platform.inference.request import Request
+from mellow_platform.plot_style import BLUE, png, styled_figure
 from tests.conftest import REPOSITORY
 from tests.serve_app import RATE, Change, ServedModel, clip, question
 
@@ -233,16 +230,16 @@ def scaling(served: ServedModel, sounds: list[bytes]) -> dict[str, Any]:
 def draw(counts: list[tuple[float, int]], done: list[Answered]) -> None:
     """Draw replicas and latency over time."""
     start = counts[0][0]
-    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 5), layout="constrained")
-    above.step([at - start for at, _ in counts], [count for _, count in counts], where="post", color="#1f6f8b")
-    above.set(ylabel="replicas", ylim=(0, 3.5), title=f"A step of {STEP} clients on the tiny model, two cores")
-    below.scatter([one.sent - start for one in done], [1000 * one.total for one in done], s=4, color="#1f6f8b", lw=0)
-    below.set(ylabel="whole answer (ms)", xlabel="seconds", yscale="log")
-    for axis in (above, below):
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, dpi=150)
+    with styled_figure(9, 5) as figure:
+        above, below = figure.subplots(2, 1, sharex=True)
+        above.step([at - start for at, _ in counts], [count for _, count in counts], where="post", color=BLUE)
+        above.set(ylabel="replicas", ylim=(0, 3.5), title=f"A step of {STEP} clients on the tiny model, two cores")
+        below.scatter([one.sent - start for one in done], [1000 * one.total for one in done], s=4, color=BLUE, lw=0)
+        below.set(ylabel="whole answer (ms)", xlabel="seconds", yscale="log")
+        for axis in (above, below):
+            axis.grid()
+        PICTURE.parent.mkdir(parents=True, exist_ok=True)
+        PICTURE.write_bytes(png(figure))
 
 
 if __name__ == "__main__":

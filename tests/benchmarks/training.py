@@ -215,7 +215,9 @@ def report(
 ) -> dict[str, float]:
     """Print the tables and return the figures."""
     with torch.device("meta"):
-        flops = ModelFlops.of(MellowForConditionalGeneration(MellowConfig.from_size("mellow-v0")).freeze_encoder())
+        flops = ModelFlops.from_model(
+            MellowForConditionalGeneration(MellowConfig.from_size("mellow-v0")).freeze_encoder()
+        )
     count = dict.fromkeys(examples, MICRO_BATCH) | {"published": BATCH}
     needed = {"published": published_flops(flops)}
     for name, own in examples.items():

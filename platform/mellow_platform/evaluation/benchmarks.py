@@ -1,7 +1,7 @@
-"""The benchmarks of the paper: which questions each asks, how it puts them, and what its scores are.
+"""Benchmarks of the paper: selection of questions, prompts, and scores.
 
-To add one, write a class with `records` and `score`, and `prompt` where questions are not put as they stand, and add it
-to `BENCHMARKS`, and its name to `Benchmark` in config.py.
+To add one, write a class with `records` and `score` (and `prompt` if the prompt is not the question itself), and add it
+to `BENCHMARKS` and its name to `Benchmark` in config.py.
 """
 
 import dataclasses
@@ -16,36 +16,36 @@ import numpy as np
 
 from mellow_platform.data.records import lettered
 from mellow_platform.data.scene_questions import VERDICTS
-from mellow_platform.evaluation.dataset import BenchmarkItem, QuestionSource, merged
-from mellow_platform.evaluation.matching import choice_text, chosen, matches, normal
+from mellow_platform.evaluation.dataset import BenchmarkItem, QuestionSource, merge_references
+from mellow_platform.evaluation.matching import choice_index, choice_text, matches, normalise
 from mellow_platform.evaluation.metrics import Classification, Mean, MeanOverFamilies, Metric
 from mellow_platform.extras import require
 
-if TYPE_CHECKING:  # of the extra `metrics`, imported where it is used
+if TYPE_CHECKING:  # needs the extra `metrics`; imported on use
     from mellow_platform.evaluation.caption_metrics import CaptionScorer
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What answers to a benchmark's items came to.
+class BenchmarkScores:
+    """Scores of the answers to N items of a benchmark.
 
     Attributes:
-        measures: of the answers.
-        main: name of the score that stands for the benchmark.
-        each: [N] the score of every answer, to sort by.
+        metrics: all metrics of the answers.
+        main: name of the benchmark's main score.
+        per_item: score of every answer [N], to sort by.
     """
 
-    measures: list[Metric]
+    metrics: list[Metric]
     main: str
-    each: np.ndarray
+    per_item: np.ndarray
 
 
 class Benchmark(ABC):
     """One benchmark.
 
     Attributes:
-        name: as it is asked for.
-        title: what it tests.
+        name: name in the option `benchmark`.
+        title: description in reports.
     """
 
     name: str
@@ -53,23 +53,23 @@ class Benchmark(ABC):
 
     @abstractmethod
     def records(self, source: QuestionSource) -> list[BenchmarkItem]:
-        """Return the questions; none where the source has none of this kind."""
+        """Return the benchmark's questions; empty if the source contains none."""
 
     def prompt(self, item: BenchmarkItem) -> str:
-        """Return what a model is asked."""
+        """Return the prompt of a question."""
         return item.question
 
     def reply(self, item: BenchmarkItem, text: str) -> str:
-        """Return what counts as the answer of what a model wrote to `prompt`."""
+        """Return the answer to score, from the text that a model generated after `prompt`."""
         return text
 
     @abstractmethod
-    def score(self, items: Sequence[BenchmarkItem], predictions: Sequence[str]) -> Scored:
-        """Score predictions, one an item; an item without an answer has an empty one."""
+    def score(self, items: Sequence[BenchmarkItem], predictions: Sequence[str]) -> BenchmarkScores:
+        """Score one prediction per item; an unanswered item has an empty one."""
 
 
 class FamilyBenchmark(Benchmark):
-    """A benchmark of the records whose family has a name like this."""
+    """A benchmark of the records whose family name matches `families`."""
 
     families: re.Pattern[str]
 
@@ -78,37 +78,40 @@ class FamilyBenchmark(Benchmark):
 
 
 class Families(FamilyBenchmark):
-    """Every question of the split, right word for word."""
+    """All questions of the split, by exact match."""
 
-    name, title = "families", "all questions of the split, right word for word"
+    name, title = "families", "all questions of the split, exact match"
     families = re.compile(r".*", re.DOTALL)
 
-    def score(self, items: Sequence[BenchmarkItem], predictions: Sequence[str]) -> Scored:
-        right = [normal(text) in map(normal, item.references) for item, text in zip(items, predictions, strict=True)]
-        family = [item.family for item in items]
-        mean = MeanOverFamilies("accuracy (mean over families)", np.array(right), family)
-        every = Mean("accuracy (all questions)", np.array(right))
-        return Scored([mean, every], mean.names[0], every.each)
+    def score(self, items: Sequence[BenchmarkItem], predictions: Sequence[str]) -> BenchmarkScores:
+        pairs = zip(items, predictions, strict=True)
+        right = np.array([normalise(text) in map(normalise, item.references) for item, text in pairs])
+        mean = MeanOverFamilies("accuracy (mean over families)", right, [item.family for item in items])
+        overall = Mean("accuracy (all questions)", right)
+        return BenchmarkScores([mean, overall], mean.names[0], overall.values)
+
+
+def _accuracy(right: Sequence[bool]) -> BenchmarkScores:
+    mean = Mean("accuracy", np.array(right))
+    return BenchmarkScores([mean], "accuracy", mean.values)
 
 
 class ChoiceBenchmark(FamilyBenchmark):
-    """Accuracy of the choice that an answer names; word for word, where the right answer is none of the choices."""
+    """Accuracy of the choice that an answer names; by exact match if the reference is not one of the choices."""
 
-    def score(self, items: Sequence[BenchmarkItem], predictions: Sequence[str]) -> Scored:
-        right = [_names_the_same(item, text) for item, text in zip(items, predictions, strict=True)]
-        accuracy = Mean("accuracy", np.array(right))
-        return Scored([accuracy], "accuracy", accuracy.each)
+    def score(self, items: Sequence[BenchmarkItem], predictions: Sequence[str]) -> BenchmarkScores:
+        return _accuracy([_is_right_choice(item, text) for item, text in zip(items, predictions, strict=True)])
 
 
-def _names_the_same(item: BenchmarkItem, text: str) -> bool:
-    right = chosen(item.references[0], item.choices)
+def _is_right_choice(item: BenchmarkItem, text: str) -> bool:
+    right = choice_index(item.references[0], item.choices)
     if right is None:
-        return normal(text) == normal(item.references[0])
-    return chosen(text, item.choices) == right
+        return normalise(text) == normalise(item.references[0])
+    return choice_index(text, item.choices) == right
 
 
 class MultipleChoice(ChoiceBenchmark):
-    name, title = "mcq", "multiple choice about what is heard"
+    name, title = "mcq", "multiple-choice questions about clips"
     families = re.compile(r".*-MCQ")
 
 
@@ -117,32 +120,31 @@ class ClothoAQA(ChoiceBenchmark):
     families = re.compile(r"ClothoAQA.*|.*-Presence")
 
     def records(self, source: QuestionSource) -> list[BenchmarkItem]:
-        return [item for item in super().records(source) if normal(item.references[0]) in ("yes", "no")]
+        return [item for item in super().records(source) if normalise(item.references[0]) in ("yes", "no")]
 
 
 class EntailmentBenchmark(FamilyBenchmark):
-    """Whether a hypothesis follows from what is heard (CLE, ACE)."""
+    """Entailment of a hypothesis by a clip (CLE, ACE)."""
 
-    name, title = "entailment", "hypotheses that are true, plausible or false of what is heard"
+    name, title = "entailment", "hypotheses about a clip: true, plausible or false"
     families = re.compile(r"CLE|ACE|.*-Entailment")
 
     def records(self, source: QuestionSource) -> list[BenchmarkItem]:
-        found = super().records(source)
-        for item in found:
+        items = super().records(source)
+        for item in items:
             if _verdict(item, item.references[0]) is None:
                 raise ValueError(
-                    f"question {item.id} of {item.family} has the answer {item.references[0]!r}, which is no verdict: "
+                    f"question {item.id} of {item.family} has the answer {item.references[0]!r}; "
                     f"expected one of {', '.join(VERDICTS)}"
                 )
-        return found
+        return items
 
-    def score(self, items: Sequence[BenchmarkItem], predictions: Sequence[str]) -> Scored:
-        none = len(VERDICTS)
+    def score(self, items: Sequence[BenchmarkItem], predictions: Sequence[str]) -> BenchmarkScores:
         truth = np.array([_verdict(item, item.references[0]) for item in items])
-        said = [_verdict(item, text) for item, text in zip(items, predictions, strict=True)]
-        predicted = np.array([none if verdict is None else verdict for verdict in said])
-        measure = Classification(truth, predicted, VERDICTS)
-        return Scored([measure], "accuracy", np.equal(truth, predicted).astype(np.float64))
+        verdicts = [_verdict(item, text) for item, text in zip(items, predictions, strict=True)]
+        predicted = np.array([len(VERDICTS) if verdict is None else verdict for verdict in verdicts])
+        metric = Classification(truth, predicted, VERDICTS)
+        return BenchmarkScores([metric], "accuracy", np.equal(truth, predicted).astype(np.float64))
 
 
 VERDICT_WORDS = (r"true|entailed|entailment", r"plausible|neutral|possible", r"false|contradicted|contradiction")
@@ -150,23 +152,23 @@ NEGATED = re.compile(r"\b(not|never|\w+n't)\b")
 
 
 def _verdict(item: BenchmarkItem, text: str) -> int | None:
-    """Return the number in `VERDICTS` of the verdict that an answer names, or None where it names none or several."""
-    place = chosen(text, item.choices)
-    said = text.lower() if place is None else item.choices[place].lower()
-    found = [number for number, word in enumerate(VERDICT_WORDS) if re.search(rf"\b({word})\b", said)]
-    return found[0] if len(found) == 1 and not NEGATED.search(said) else None
+    """Return the index in `VERDICTS` of the verdict that an answer names, or None if it names none or several."""
+    choice = choice_index(text, item.choices)
+    answer = text.lower() if choice is None else item.choices[choice].lower()
+    verdicts = [number for number, word in enumerate(VERDICT_WORDS) if re.search(rf"\b({word})\b", answer)]
+    return verdicts[0] if len(verdicts) == 1 and not NEGATED.search(answer) else None
 
 
 @functools.cache
 def _caption_scorer() -> "CaptionScorer":
-    """Return the scorer of all descriptions: what it cannot compute is said once."""
+    """Return the scorer that all caption benchmarks share, so that an unavailable metric is reported once."""
     from mellow_platform.evaluation.caption_metrics import CaptionScorer
 
     return CaptionScorer()
 
 
 class DescriptionBenchmark(FamilyBenchmark):
-    """Descriptions in words of one's own, scored against references."""
+    """Free-text descriptions, scored against references."""
 
     def __init__(self) -> None:
         """Raises ImportError without the extra `metrics`."""
@@ -177,20 +179,20 @@ class DescriptionBenchmark(FamilyBenchmark):
         return _caption_scorer()
 
     def records(self, source: QuestionSource) -> list[BenchmarkItem]:
-        return merged(super().records(source))
+        return merge_references(super().records(source))
 
-    def score(self, items: Sequence[BenchmarkItem], predictions: Sequence[str]) -> Scored:
-        measures, main = self.scorer.score([item.references for item in items], predictions)
-        return Scored(measures, main.names[0], main.each)
+    def score(self, items: Sequence[BenchmarkItem], predictions: Sequence[str]) -> BenchmarkScores:
+        metrics, main = self.scorer.score([item.references for item in items], predictions)
+        return BenchmarkScores(metrics, main.names[0], main.values)
 
 
 class Captioning(DescriptionBenchmark):
-    name, title = "captioning", "captions, against all of a clip's"
+    name, title = "captioning", "captions, against all references of a clip"
     families = re.compile(r"Clotho|AudioCaps|.*-Caption")
 
 
 class AudioDifference(DescriptionBenchmark):
-    name, title = "difference", "what tells two clips apart (CLD, ACD)"
+    name, title = "difference", "differences between two clips (CLD, ACD)"
     families = re.compile(r"(CLD|ACD|.*-Difference)(-\d)?")
 
     def records(self, source: QuestionSource) -> list[BenchmarkItem]:
@@ -198,20 +200,20 @@ class AudioDifference(DescriptionBenchmark):
 
 
 def _with_tier(item: BenchmarkItem) -> BenchmarkItem:
-    """Return an item of one of the three tiers of explanation with the tier as a category of its own."""
+    """Return an item of one of the three explanation tiers with the tier as a separate category."""
     family, _, tier = item.family.rpartition("-")
     return dataclasses.replace(item, groups={"family": family, "tier": tier}) if tier.isdigit() else item
 
 
 class Detail(DescriptionBenchmark):
-    name, title = "detail", "detailed questions about what is heard"
+    name, title = "detail", "detailed questions about clips"
     families = re.compile(r".*-Detail")
 
 
 class MMAU(Benchmark):
-    """Understanding and reasoning out of domain (https://sakshi113.github.io/mmau_homepage), by its official matching.
+    """Out-of-domain understanding and reasoning (https://sakshi113.github.io/mmau_homepage), by its official matching.
 
-    Entries without an answer, as in its test split, are asked for the submission file alone.
+    Entries without an answer, as in its test split, are answered for the submission file only.
     """
 
     name, title = "mmau", "understanding and reasoning about sound, music and speech"
@@ -225,10 +227,9 @@ class MMAU(Benchmark):
     def reply(self, item: BenchmarkItem, text: str) -> str:
         return choice_text(text, item.choices)
 
-    def score(self, items: Sequence[BenchmarkItem], predictions: Sequence[str]) -> Scored:
-        right = [matches(text, item.references[0], item.choices) for item, text in zip(items, predictions, strict=True)]
-        accuracy = Mean("accuracy", np.array(right))
-        return Scored([accuracy], "accuracy", accuracy.each)
+    def score(self, items: Sequence[BenchmarkItem], predictions: Sequence[str]) -> BenchmarkScores:
+        pairs = zip(items, predictions, strict=True)
+        return _accuracy([matches(text, item.references[0], item.choices) for item, text in pairs])
 
 
 BENCHMARKS: dict[str, type[Benchmark]] = {

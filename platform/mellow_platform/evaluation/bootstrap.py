@@ -1,7 +1,7 @@
-"""How sure a score is: bootstrap intervals over clips, and paired comparison of two runs.
+"""Bootstrap intervals over clips, and paired comparison of two runs.
 
-Questions about one clip are right or wrong together more often than chance would have it, so clips are drawn and not
-questions (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 8: the unit that was sampled).
+Answers about the same clip are correlated, so clips are resampled, not questions (Efron and Tibshirani, An Introduction
+to the Bootstrap, chapter 8: resample the unit that was sampled).
 """
 
 import math
@@ -13,12 +13,12 @@ import numpy as np
 from mellow_platform.evaluation.metrics import Metric
 
 LEVEL = 0.95
-WEIGHTS_AT_ONCE = 1 << 22  # 32 MB of them
+WEIGHTS_PER_BATCH = 1 << 22  # 32 MB
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score with the ends of its interval of 95 %."""
+    """A score with the ends of its 95 % interval."""
 
     value: float
     low: float
@@ -27,65 +27,68 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ScoreDifference(Estimate):
-    """How much higher the first of two runs scores on the same questions, and how likely so much is by chance."""
+    """Score of the first run minus that of the second on the same questions, with a two-sided p-value."""
 
     p: float
 
 
 class Bootstrap:
-    """Draws of the clips that answers are about.
+    """Bootstrap draws over the clips of N answers.
 
     Args:
-        clips: [N] the clip of each answer; of two, the first.
-        draws: how many.
+        clips: clip of each answer [N]; the first of two.
+        draws: number of draws.
     """
 
     def __init__(self, clips: Sequence[str], draws: int, seed: int):
         self.clips, self.draws, self.seed = np.asarray(clips), draws, seed
-        names, self.number = np.unique(self.clips, return_inverse=True)
-        self.distinct = len(names)
+        names, self.clip_index = np.unique(self.clips, return_inverse=True)
+        self.clip_count = len(names)
 
-    def estimate(self, measure: Metric) -> dict[str, Estimate]:
-        """Return the scores of a measure with their intervals (percentiles)."""
-        point, drawn = self._scores(measure)
+    def estimate(self, metric: Metric) -> dict[str, Estimate]:
+        """Return the scores of a metric with percentile intervals."""
+        point, drawn = self._scores(metric)
         low, high = self._ends(drawn)
-        rows = zip(measure.names, point, low, high, strict=True)
+        rows = zip(metric.names, point, low, high, strict=True)
         return {name: Estimate(*map(float, values)) for name, *values in rows}
 
     def compare(self, first: Metric, second: Metric) -> dict[str, ScoreDifference]:
-        """Return how two runs' scores on the same questions differ; both are measured on the same draws.
+        """Return the score differences of two runs on the same questions, measured on the same draws.
 
-        p is two-sided, of a normal distribution as wide as the draws' differences: counts of draws could not tell
-        probabilities as small as many comparisons together need. It is no smaller than where all clips that differ do
-        so in one direction by chance (a sign test), which holds for few of them as well.
+        p is two-sided, from a normal distribution with the standard deviation of the drawn differences: counting draws
+        cannot resolve the small p-values that many comparisons need. Its lower bound is the p-value of a sign test in
+        which all differing clips agree, which also holds for few clips.
         """
-        differing = (first.each != second.each).reshape(len(self.clips), -1).any(axis=1)
-        clips = len(set(self.number[differing].tolist()))
-        least = min(1.0, 2.0 ** (1 - clips))
-        (point, drawn), (other, other_drawn) = self._scores(first), self._scores(second)
+        differing = (first.values != second.values).reshape(len(self.clips), -1).any(axis=1)
+        count = len(set(self.clip_index[differing].tolist()))
+        least = min(1.0, 2.0 ** (1 - count))
+        (point, drawn), (other_point, other_drawn) = self._scores(first), self._scores(second)
         difference = drawn - other_drawn
         low, high = self._ends(difference)
-        p = [max(least, _two_sided(*pair)) for pair in zip(point - other, difference.std(axis=0, ddof=1), strict=True)]
-        rows = zip(first.names, point - other, low, high, p, strict=True)
+        p = [
+            max(least, _two_sided(*pair))
+            for pair in zip(point - other_point, difference.std(axis=0, ddof=1), strict=True)
+        ]
+        rows = zip(first.names, point - other_point, low, high, p, strict=True)
         return {name: ScoreDifference(*map(float, values)) for name, *values in rows}
 
-    def of(self, rows: np.ndarray) -> "Bootstrap":
-        """Return draws among the clips of the answers `rows`."""
+    def subset(self, rows: np.ndarray) -> "Bootstrap":
+        """Return draws over the clips of the answers `rows`."""
         return Bootstrap(self.clips[rows], self.draws, self.seed)
 
-    def _scores(self, measure: Metric) -> tuple[np.ndarray, np.ndarray]:
-        """Return the scores [names] of all answers, and those of every draw [draws, names]."""
-        point = measure(np.ones((1, len(self.clips))))[0]
-        return point, np.concatenate([measure(weights) for weights in self._weights()])
+    def _scores(self, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
+        """Return the scores of all answers [names], and of every draw [draws, names]."""
+        point = metric(np.ones((1, len(self.clips))))[0]
+        return point, np.concatenate([metric(weights) for weights in self._weights()])
 
     def _weights(self) -> Iterator[np.ndarray]:
-        """Yield how often every answer counts in each draw: the same arrays every time."""
+        """Yield the weight of every answer in each draw [draws, N], in batches; deterministic by seed."""
         rng = np.random.default_rng(self.seed)
-        share = np.full(self.distinct, 1 / self.distinct)
-        step = max(1, WEIGHTS_AT_ONCE // len(self.clips))
+        share = np.full(self.clip_count, 1 / self.clip_count)
+        step = max(1, WEIGHTS_PER_BATCH // len(self.clips))
         for start in range(0, self.draws, step):
-            counts = rng.multinomial(self.distinct, share, size=min(step, self.draws - start))
-            yield counts[:, self.number].astype(np.float64)
+            counts = rng.multinomial(self.clip_count, share, size=min(step, self.draws - start))
+            yield counts[:, self.clip_index].astype(np.float64)
 
     @staticmethod
     def _ends(drawn: np.ndarray) -> np.ndarray:
@@ -93,14 +96,14 @@ class Bootstrap:
 
 
 def _two_sided(difference: float, spread: float) -> float:
-    """Return how likely a difference so far from 0 is, where that is the mean."""
+    """Return the two-sided p-value of a difference under a normal distribution around 0 with this `spread`."""
     if spread == 0:
         return float(difference == 0)
     return math.erfc(abs(difference) / spread / math.sqrt(2))
 
 
 def holm(p: Sequence[float], level: float = 1 - LEVEL) -> list[bool]:
-    """Return which of several differences are significant together, at `level` in all (Holm's step-down rule)."""
+    """Return which p-values are significant at a family-wise error rate of `level` (Holm's step-down method)."""
     order = np.argsort(p)
     significant = [False] * len(p)
     for rank, place in enumerate(order):

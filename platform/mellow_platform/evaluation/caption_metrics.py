@@ -1,7 +1,7 @@
-"""Scores of descriptions by the programs that captioning papers use: pycocoevalcap, and FENSE by aac-metrics.
+"""Caption metrics of the literature: pycocoevalcap's, and FENSE by aac-metrics.
 
-The tokenizer, METEOR and SPICE are Java programs; SPICE and FENSE need models that are downloaded once. What cannot run
-here is named with the reason, and nothing stands in its place.
+The tokenizer, METEOR and SPICE are Java programs; SPICE and FENSE need models that are downloaded once. A metric that
+cannot run is reported as unavailable with the reason, without a substitute.
 """
 
 import importlib.util
@@ -26,144 +26,144 @@ from mellow_platform.evaluation.metrics import Mean, Metric
 ORDERS = 4  # BLEU-1 to BLEU-4
 METEOR = Path(meteor.__file__).parent
 JAR = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
-PLAIN_WORDS = "words are cut at spaces and punctuation, and the other scores differ a little from published ones"
+PLAIN_WORDS = "words are split at spaces and punctuation; the other scores differ slightly from published ones"
 NO_JAVA = "Java is not installed (no `java` on PATH)"
 NO_SPICE = (
-    "its models are not installed: run pycocoevalcap.spice.get_stanford_models.get_stanford_models() once, online"
+    "its models are not installed; run pycocoevalcap.spice.get_stanford_models.get_stanford_models() once, online"
 )
-NO_FENSE = "aac-metrics is not installed: pip install aac-metrics, and aac-metrics-download once, online"
+NO_FENSE = "aac-metrics is not installed; run pip install aac-metrics, and aac-metrics-download once, online"
 
 Texts = dict[int, list[str]]
 
 
 class UnavailableMetricError(Exception):
-    """A score that cannot be computed here; the message says why."""
+    """A metric cannot be computed on this machine; the message is the reason."""
 
 
 class Bleu(Metric):
-    """BLEU-1 to BLEU-4 of a whole corpus, from the counts of pycocoevalcap's BLEU.
+    """Corpus BLEU-1 to BLEU-4, from the counts of pycocoevalcap's BLEU.
 
     Args:
-        each: [N, 10] counts of each answer: n-grams found in a reference and n-grams in all (each for n = 1 to 4), its
-            length in words, and that of the reference nearest in length.
+        values: counts of each answer [N, 10]: matched n-grams and all n-grams (n = 1 to 4 each), length in words, and
+            length of the reference closest in length.
     """
 
     names = tuple(f"BLEU-{n}" for n in range(1, ORDERS + 1))
 
-    def __init__(self, each: np.ndarray):
-        self.each = each
+    def __init__(self, values: np.ndarray):
+        self.values = values
 
     @classmethod
     def from_texts(cls, references: Texts, predictions: Texts) -> "Bleu":
         scorer = BleuScorer(n=ORDERS)
-        for number, own in references.items():
-            scorer += (predictions[number][0], own)
+        for number, texts in references.items():
+            scorer += (predictions[number][0], texts)
         rows = []
-        for counted in scorer.ctest:
-            length = counted["testlen"]
-            nearest = min((abs(other - length), other) for other in counted["reflen"])[1]
-            rows.append([*counted["correct"], *counted["guess"], length, nearest])
+        for counts in scorer.ctest:
+            length = counts["testlen"]
+            closest = min((abs(other - length), other) for other in counts["reflen"])[1]
+            rows.append([*counts["correct"], *counts["guess"], length, closest])
         return cls(np.array(rows, np.float64))
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        totals = weights @ self.each
-        found, there = totals[:, :ORDERS], totals[:, ORDERS : 2 * ORDERS]
-        # The two constants are pycocoevalcap's: no n-gram at all is a score of 0, and no division by it.
-        precision = np.cumprod((found + 1e-15) / (there + 1e-9), axis=1) ** (1 / np.arange(1, ORDERS + 1))
+        totals = weights @ self.values
+        matched, total = totals[:, :ORDERS], totals[:, ORDERS : 2 * ORDERS]
+        # The two constants are pycocoevalcap's; without any n-gram the score is 0.
+        precision = np.cumprod((matched + 1e-15) / (total + 1e-9), axis=1) ** (1 / np.arange(1, ORDERS + 1))
         ratio = (totals[:, -2] + 1e-15) / (totals[:, -1] + 1e-9)
         return precision * np.exp(np.minimum(0.0, 1 - 1 / ratio))[:, None]
 
-    def of(self, rows: np.ndarray) -> "Bleu":
-        return Bleu(self.each[rows])
+    def subset(self, rows: np.ndarray) -> "Bleu":
+        return Bleu(self.values[rows])
 
 
 class CaptionScorer:
-    """Scores descriptions against references. Its Java programs are started once and go with it.
+    """Scores captions against references.
 
     Attributes:
-        unavailable: why there is no score of this name.
+        unavailable: reason by name of each metric that cannot be computed.
     """
 
     def __init__(self) -> None:
         self.unavailable: dict[str, str] = {}
 
     def score(self, references: Sequence[Sequence[str]], predictions: Sequence[str]) -> tuple[list[Metric], Mean]:
-        """Return the measures of predictions, and the one of them that descriptions are compared by.
+        """Return all available metrics of the predictions, and the main one of them.
 
-        That is SPIDEr, the mean of CIDEr and SPICE, or CIDEr where there is no SPICE. CIDEr weighs words by how many
-        of the given references hold them: its values go with this set of questions.
+        The main metric is SPIDEr, the mean of CIDEr and SPICE, or CIDEr if SPICE is unavailable. CIDEr weighs n-grams
+        by their frequency in the passed references, so its values depend on this set of questions.
         """
         tokens = self._tokens([*map(list, references), *([text] for text in predictions)])
-        right = {number: tokens[number] for number in range(len(references))}
-        said = {number: tokens[len(references) + number] for number in range(len(predictions))}
-        cider = np.asarray(Cider().compute_score(right, said)[1])
-        measures: list[Metric] = [Bleu.from_texts(right, said)]
-        measures += self._optional("METEOR", lambda: self._meteor(right, said))
-        measures.append(Mean("ROUGE-L", Rouge().compute_score(right, said)[1]))
+        truth = {number: tokens[number] for number in range(len(references))}
+        predicted = {number: tokens[len(references) + number] for number in range(len(predictions))}
+        cider = np.asarray(Cider().compute_score(truth, predicted)[1])
+        metrics: list[Metric] = [Bleu.from_texts(truth, predicted)]
+        metrics += self._optional("METEOR", lambda: self._meteor(truth, predicted))
+        metrics.append(Mean("ROUGE-L", Rouge().compute_score(truth, predicted)[1]))
         main = Mean("CIDEr", cider)
-        measures.append(main)
-        for found in self._optional("SPICE", lambda: _spice(right, said)):
-            main = Mean("SPIDEr", (cider + found.each) / 2)
-            measures += [found, main]
+        metrics.append(main)
+        for mean in self._optional("SPICE", lambda: _spice(truth, predicted)):
+            main = Mean("SPIDEr", (cider + mean.values) / 2)
+            metrics += [mean, main]
         if "SPICE" in self.unavailable:
             self.unavailable["SPIDEr"] = "it is the mean of CIDEr and SPICE"
-        measures += self._optional("FENSE", lambda: _fense(references, predictions))
-        return measures, main
+        metrics += self._optional("FENSE", lambda: _fense(references, predictions))
+        return metrics, main
 
     def _optional(self, name: str, compute: Callable[[], Mean]) -> list[Mean]:
-        """Return a score, or none where it cannot be computed; the reason is kept, and said once."""
+        """Return a metric, or an empty list if it cannot be computed; the reason is recorded and printed once."""
         if name in self.unavailable:
             return []
         try:
             return [compute()]
         except UnavailableMetricError as error:
             reason = str(error)
-        except Exception as error:  # of another program: the other scores do not depend on it
-            reason = f"it failed: {type(error).__name__}: {error}"
-        self._leave_out(name, reason)
+        except Exception as error:  # an external program failed; the other metrics do not depend on it
+            reason = f"failed: {type(error).__name__}: {error}"
+        self._record(name, reason)
         return []
 
-    def _leave_out(self, name: str, reason: str) -> None:
+    def _record(self, name: str, reason: str) -> None:
         if name not in self.unavailable:
             self.unavailable[name] = reason
             print(f"no {name}: {reason}", flush=True)
 
     def _tokens(self, texts: list[list[str]]) -> Texts:
-        """Return texts as their words with spaces between, by the tokenizer of the published scores.
+        """Return texts as space-separated tokens, by the tokenizer of the published scores.
 
-        METEOR reads a line a text, with `|||` between texts.
+        `|||` is removed: METEOR uses it as a separator.
         """
-        lines = [" ".join(text.replace("|||", " ").split()) for own in texts for text in own]
+        lines = [" ".join(text.replace("|||", " ").split()) for group in texts for text in group]
         try:
             tokens = iter(_ptb_tokens(lines))
         except UnavailableMetricError as error:
-            self._leave_out("PTB tokenizer", f"{error}; {PLAIN_WORDS}")
+            self._record("PTB tokenizer", f"{error}; {PLAIN_WORDS}")
             tokens = iter([" ".join(re.findall(r"[\w']+", line.lower())) for line in lines])
-        return {number: [next(tokens) for _ in own] for number, own in enumerate(texts)}
+        return {number: [next(tokens) for _ in group] for number, group in enumerate(texts)}
 
     def _meteor(self, references: Texts, predictions: Texts) -> Mean:
-        """Return METEOR of the corpus, which is of its summed counts and not the mean over answers.
+        """Return corpus METEOR, which is computed from summed counts and is not the mean over answers.
 
-        Intervals come from the answers' own scores, scaled to have the corpus's for their mean.
+        Intervals use the scores of single answers, scaled so that their mean is the corpus score.
         """
         if not shutil.which("java"):
             raise UnavailableMetricError(NO_JAVA)
         program = _meteor_program()
         try:
-            total, own = program.compute_score(references, predictions)
+            total, scores = program.compute_score(references, predictions)
         except Exception:
-            # It keeps the lock where it breaks off, and waits for it when it goes.
+            # A failed call keeps the lock, and the process would wait for it at exit.
             program.lock.release()
             _meteor_program.cache_clear()
             raise
-        mean = float(np.mean(own))
-        return Mean("METEOR", own, scale=total / mean if mean else 1.0)
+        mean = float(np.mean(scores))
+        return Mean("METEOR", scores, scale=total / mean if mean else 1.0)
 
 
 def _ptb_tokens(lines: list[str]) -> list[str]:
-    """Return lines of text as tokens without punctuation, as pycocoevalcap does.
+    """Return lines as tokens without punctuation, like pycocoevalcap.
 
-    Its own wrapper of the program writes beside the program's files, which an image does not allow.
+    pycocoevalcap's own wrapper writes next to the program's files, which is impossible in a read-only image.
     """
     if not shutil.which("java"):
         raise UnavailableMetricError(NO_JAVA)
@@ -172,14 +172,14 @@ def _ptb_tokens(lines: list[str]) -> list[str]:
     done = subprocess.run(command, input="\n".join([*lines, ""]), capture_output=True, encoding="utf-8")
     tokenized = done.stdout.removesuffix("\n").split("\n")
     if done.returncode or len(tokenized) != len(lines):
-        raise UnavailableMetricError(f"it failed with status {done.returncode}: {done.stderr.strip()[-500:]}")
+        raise UnavailableMetricError(f"failed with status {done.returncode}: {done.stderr.strip()[-500:]}")
     return [" ".join(word for word in line.split() if word not in ptbtokenizer.PUNCTUATIONS) for line in tokenized]
 
 
 class _Meteor(meteor.Meteor):
-    """pycocoevalcap's METEOR, which is told where its table of paraphrases is.
+    """pycocoevalcap's METEOR with an explicit path of its paraphrase table.
 
-    Left to find the table by itself, the program does not find it in a folder whose path has a space.
+    By itself the program does not find the table if the folder's path contains a space.
     """
 
     def __init__(self) -> None:
@@ -196,7 +196,7 @@ class _Meteor(meteor.Meteor):
 
 @cache
 def _meteor_program() -> _Meteor:
-    """Return METEOR's process: reading its tables takes seconds, so that one serves the whole job."""
+    """Return the METEOR process of this job, started once because it reads its tables for seconds."""
     return _Meteor()
 
 
@@ -213,5 +213,5 @@ def _fense(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> M
     if not importlib.util.find_spec("aac_metrics"):
         raise UnavailableMetricError(NO_FENSE)
     fense = importlib.import_module("aac_metrics.functional.fense").fense
-    scores = fense(list(predictions), [list(own) for own in references])[1]
+    scores = fense(list(predictions), [list(texts) for texts in references])[1]
     return Mean("FENSE", scores["fense"].cpu().numpy())

@@ -20,13 +20,13 @@ from mellow_platform.evaluation.dataset import QuestionSource
 from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.evaluation.models import (
     UNANSWERED,
-    Endpoint,
     EvaluatedModel,
-    MellowFolder,
+    LocalModel,
     ModelInput,
+    RemoteModel,
     Reply,
     endpoint_key,
-    listed_model,
+    first_served_model,
 )
 from mellow_platform.model import encoder_digest, load_encoder
 from mellow_platform.model.folder import model_digest
@@ -140,7 +140,7 @@ def _served_model(config: EvaluateConfig, key: SecretStr) -> str:
     if config.endpoint.model:
         return config.endpoint.model
     known = claimed_options(config.output)
-    return known[SERVED] if known.get("model") == config.model and SERVED in known else listed_model(config, key)
+    return known[SERVED] if known.get("model") == config.model and SERVED in known else first_served_model(config, key)
 
 
 def _model_digest(config: EvaluateConfig, source: QuestionSource) -> str:
@@ -217,9 +217,9 @@ class AnswerQuestions:
         self.config = config
         self.questions: pa.Table = ray.get(questions)
         self.answerer: EvaluatedModel = (
-            Endpoint(config, key, model, works)
+            RemoteModel(config, key, model, works)
             if config.is_remote
-            else MellowFolder(config, ray.get(store) if store else None, clips)
+            else LocalModel(config, ray.get(store) if store else None, clips)
         )
 
     def __call__(self, parts: pa.Table) -> pa.Table:

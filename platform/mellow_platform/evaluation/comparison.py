@@ -1,4 +1,4 @@
-"""Two evaluations compared on the questions that both answered, pair by pair."""
+"""Paired comparison of two evaluations on the questions that both answered."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,66 +12,68 @@ from mellow_platform.evaluation.benchmarks import Benchmark
 from mellow_platform.evaluation.bootstrap import Bootstrap, holm
 from mellow_platform.evaluation.dataset import BenchmarkItem
 from mellow_platform.evaluation.evaluate_config import EvaluateConfig
-from mellow_platform.evaluation.scoring import AnsweredBenchmark, alike
+from mellow_platform.evaluation.scoring import AnsweredBenchmark, common_metrics
 
 PREDICTIONS = "predictions.parquet"
-Key = tuple[str, ...]  # of a question: benchmark, id, question, and names of the clips
+Key = tuple[str, ...]  # of a question: benchmark, id, text, and file names of the clips
 
 
 def _key(benchmark: str, id: str, question: str, clips: Sequence[str]) -> Key:
-    """Return what two evaluations know a question by; folders of clips may have other names."""
+    """Return the key of a question in two evaluations, without clip folders: their names may differ."""
     return (benchmark, id, question, *(clip.rpartition("/")[2] for clip in clips))
 
 
 def read_baseline(config: EvaluateConfig, questions: Sequence[tuple[Benchmark, list[BenchmarkItem]]]) -> dict[Key, str]:
-    """Return what the other evaluation answered, with audio; nothing without one.
+    """Read the predictions with audio of the evaluation `against`; empty if it is not set.
 
     Raises:
-        FileNotFoundError: it is absent.
-        ValueError: it has none of the questions.
+        FileNotFoundError: the evaluation does not exist.
+        ValueError: it contains none of the questions.
     """
     if not config.against:
         return {}
     names = "benchmark", "condition", "id", "question", "clips", "prediction"
     table = read_table(storage.join(config.against, PREDICTIONS), columns=names)
     rows = table.filter(pa.compute.equal(table["condition"], "audio")).to_pylist()
-    before = {_key(row["benchmark"], row["id"], row["question"], row["clips"]): row["prediction"] for row in rows}
-    own = {_item_key(benchmark, item) for benchmark, items in questions for item in items if item.references}
-    if before.keys().isdisjoint(own):
-        raise ValueError(f"against {config.against}: it has none of the questions that are asked here, with audio")
-    return before
+    baseline = {_key(row["benchmark"], row["id"], row["question"], row["clips"]): row["prediction"] for row in rows}
+    keys = {_item_key(benchmark, item) for benchmark, items in questions for item in items if item.references}
+    if baseline.keys().isdisjoint(keys):
+        raise ValueError(f"against {config.against}: it has none of this evaluation's questions under audio")
+    return baseline
 
 
 def _item_key(benchmark: Benchmark, item: BenchmarkItem) -> Key:
     return _key(benchmark.name, item.id, item.question, item.files or item.paths)
 
 
-def compare(answered: Sequence[AnsweredBenchmark], before: dict[Key, str], config: EvaluateConfig) -> dict[str, Any]:
-    """Compare with another evaluation on the questions that both answered, with audio.
+def compare(
+    benchmarks: Sequence[AnsweredBenchmark], baseline: dict[Key, str], config: EvaluateConfig
+) -> dict[str, Any]:
+    """Compare with the predictions of another evaluation on the questions that both answered, with audio.
 
-    A score counts as lower where its difference is significant among all that are compared (Holm, 5 %).
+    A score is reported as lower if its difference is negative and significant among all comparisons (Holm, 5 %).
     """
-    compared: list[dict[str, Any]] = []
+    differences: list[dict[str, Any]] = []
     left_out: dict[str, int] = {}
-    for each in answered:
-        benchmark = each.benchmark
-        rows = [row for row in each.known if _item_key(benchmark, each.items[row]) in before]
-        if len(rows) < len(each.known):
-            left_out[benchmark.name] = len(each.known) - len(rows)
-        if not rows or "audio" not in each.replies:
+    for answered in benchmarks:
+        benchmark = answered.benchmark
+        rows = [row for row in answered.scored_rows if _item_key(benchmark, answered.items[row]) in baseline]
+        if len(rows) < len(answered.scored_rows):
+            left_out[benchmark.name] = len(answered.scored_rows) - len(rows)
+        if not rows or "audio" not in answered.replies:
             continue
-        items = [each.items[row] for row in rows]
-        texts = {
-            "now": [each.replies["audio"][row].text for row in rows],
-            "before": [before[_item_key(benchmark, item)] for item in items],
+        items = [answered.items[row] for row in rows]
+        predictions = {
+            "current": [answered.replies["audio"][row].text for row in rows],
+            "baseline": [baseline[_item_key(benchmark, item)] for item in items],
         }
-        scored = alike({name: benchmark.score(items, own) for name, own in texts.items()})
+        scores = common_metrics({name: benchmark.score(items, texts) for name, texts in predictions.items()})
         draws = Bootstrap([item.clips[0] for item in items], config.resamples, config.seed)
-        for now, then in zip(scored["now"].measures, scored["before"].measures, strict=True):
-            for name, difference in draws.compare(now, then).items():
+        for current, previous in zip(scores["current"].metrics, scores["baseline"].metrics, strict=True):
+            for name, difference in draws.compare(current, previous).items():
                 row = {"benchmark": benchmark.name, "score": name, "questions": len(rows)}
-                compared.append(row | asdict(difference))
-    for row, significant in zip(compared, holm([row["p"] for row in compared]), strict=True):
+                differences.append(row | asdict(difference))
+    for row, significant in zip(differences, holm([row["p"] for row in differences]), strict=True):
         row["significant"] = significant
-    lower = [f"{row['benchmark']} {row['score']}" for row in compared if row["significant"] and row["value"] < 0]
-    return {"against": config.against, "differences": compared, "lower": lower, "left_out": left_out}
+    lower = [f"{row['benchmark']} {row['score']}" for row in differences if row["significant"] and row["value"] < 0]
+    return {"against": config.against, "differences": differences, "lower": lower, "left_out": left_out}

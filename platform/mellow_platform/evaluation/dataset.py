@@ -1,4 +1,4 @@
-"""The questions that benchmarks are made of, from record files, shards, or MMAU's file."""
+"""Questions of benchmarks, from record files, shards, or MMAU's file."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from mellow_platform.data.shards import Manifest
 from mellow_platform.data.shards import read_records as read_shard_records
 from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 
-MOST_CHOICES = 8  # that there are letters for, a to h
+MAX_CHOICES = 8  # letters a to h
 MMAU_GROUPS = ("task", "difficulty", "sub-category")
 
 
@@ -22,14 +22,14 @@ class BenchmarkItem:
     """One question of a benchmark.
 
     Attributes:
-        id: of the question, in its file.
-        paths: of the recordings that it is about, as its file has them.
-        clips: what is heard: ids of clips in the shards (of a single recording with its partner), or URIs.
-        files: URIs of the recordings, to listen to; empty where none are known.
-        question: as it stands in the file.
-        choices: to choose from, as they stand in the file; empty for an open question.
-        references: right answers; empty where they are not public.
-        groups: name of a category to the item's own, to score by.
+        id: id of the question in its file.
+        paths: paths of its recordings, as in its file.
+        clips: keys of the model's audio input: ids in the shards (a single recording and its partner), or URIs.
+        files: URIs of its recordings, for playback; empty if unknown.
+        question: text of the question, as in its file.
+        choices: choices, as in its file; empty for an open question.
+        references: reference answers; empty if they are not public.
+        groups: category of the item by axis, such as `family` or `task`.
     """
 
     id: str
@@ -43,16 +43,16 @@ class BenchmarkItem:
 
     @property
     def family(self) -> str:
-        """Name of the questions that it is one of; empty where questions have none."""
+        """Question family; empty if the item has none."""
         return self.groups.get("family", "")
 
 
 class QuestionSource:
-    """Where a job's questions come from; what is not asked for is not read.
+    """Questions of an evaluation job, read on first access.
 
-    Raises, when it is read:
-        FileNotFoundError: a file is absent.
-        ValueError: a file holds something else, or none is configured; the message names the field.
+    Raises, on first access:
+        FileNotFoundError: a file does not exist.
+        ValueError: a file is malformed, or none is configured; the message names the field.
     """
 
     def __init__(self, config: EvaluateConfig):
@@ -60,62 +60,62 @@ class QuestionSource:
 
     @cached_property
     def manifest(self) -> Manifest | None:
-        """The manifest of the shards, whose clips are encoded already."""
+        """Manifest of the shards with encoded clips; None without shards."""
         return Manifest.read_with(self.config.shards, "encoder") if self.config.shards else None
 
     @cached_property
     def records(self) -> list[BenchmarkItem]:
-        """The split's questions in ReasonAQA's format, in their order."""
+        """Questions of the split in ReasonAQA's format, in file order."""
         config = self.config
         if self.manifest:
             assert config.shards
-            made = self.manifest.configuration
+            settings = self.manifest.configuration
             rows = read_shard_records(config.shards, config.split, [*FIELDS, "number", "clip1", "clip2"]).to_pylist()
-            files_of = made["source"] == "records"  # elsewhere clips are parts of files
-            roots = config.audio_root or made["audio_root"], made["corpus"]
+            has_files = settings["source"] == "records"  # other sources store clips inside archives
+            roots = config.audio_root or settings["audio_root"], settings["corpus"]
             return [
-                _item(f"{config.split}/{row['number']}", from_row(row), (row["clip1"], row["clip2"]), roots, files_of)
+                _item(f"{config.split}/{row['number']}", from_row(row), (row["clip1"], row["clip2"]), roots, has_files)
                 for row in rows
             ]
         if not config.corpus:
-            raise ValueError("give `shards`, or `corpus` with `audio_root`: the benchmark is questions of a split")
-        found = record_files.read_records(storage.join(config.corpus, f"{config.split}.json"))
+            raise ValueError("no questions: set `shards`, or `corpus` with `audio_root`")
+        records = record_files.read_records(storage.join(config.corpus, f"{config.split}.json"))
         roots = config.audio_root, config.corpus
-        return [_item(f"{config.split}/{number}", record, (), roots, True) for number, record in enumerate(found)]
+        return [_item(f"{config.split}/{number}", record, (), roots, True) for number, record in enumerate(records)]
 
     @cached_property
     def mmau_entries(self) -> list[dict[str, Any]]:
-        """MMAU's file as it stands."""
+        """Entries of MMAU's file."""
         if not self.config.mmau:
-            raise ValueError("give `mmau`, the benchmark's file (mmau-test-mini.json or mmau-test.json)")
+            raise ValueError("set `mmau`, the benchmark's file (mmau-test-mini.json or mmau-test.json)")
         entries = storage.read_json(self.config.mmau)
         if not isinstance(entries, list):
-            raise ValueError(f"{self.config.mmau}: expected MMAU's list of questions, found {type(entries).__name__}")
+            raise ValueError(f"{self.config.mmau} is a {type(entries).__name__}; expected MMAU's list of questions")
         ids: set[str] = set()
         for number, entry in enumerate(entries):
             fields = entry if isinstance(entry, dict) else {}
-            texts = [name for name in ("id", "audio_id", "question") if not isinstance(fields.get(name), str)]
+            missing = [name for name in ("id", "audio_id", "question") if not isinstance(fields.get(name), str)]
             choices = fields.get("choices")
-            if texts or not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            if missing or not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
                 raise ValueError(
-                    f"{self.config.mmau}: entry {number} has no {', '.join(texts) or 'choices'}; "
-                    "id, audio_id, question and choices are needed"
+                    f"{self.config.mmau}: entry {number} has no {', '.join(missing) or 'choices'}; "
+                    "expected the texts id, audio_id and question, and a list choices"
                 )
-            if not 2 <= len(choices) <= MOST_CHOICES or entry["id"] in ids:
+            if not 2 <= len(choices) <= MAX_CHOICES or entry["id"] in ids:
                 raise ValueError(
-                    f"{self.config.mmau}: entry {number} with id {entry['id']!r} has {len(choices)} choices, or an id "
-                    f"that was there before: 2 to {MOST_CHOICES} choices and an id of its own are needed"
+                    f"{self.config.mmau}: entry {number} with id {entry['id']!r} has {len(choices)} choices, or "
+                    f"repeats an id; expected 2 to {MAX_CHOICES} choices and unique ids"
                 )
             if not isinstance(entry.get("answer") or "", str):
                 raise ValueError(
-                    f"{self.config.mmau}: entry {number} has the answer {entry['answer']!r}, which is no text"
+                    f"{self.config.mmau}: entry {number} has the answer {entry['answer']!r}; expected text"
                 )
             ids.add(entry["id"])
         return entries
 
     @cached_property
     def mmau(self) -> list[BenchmarkItem]:
-        """MMAU's questions; clips that the shards hold too are taken from there."""
+        """Questions of MMAU; their clips are taken from the shards if these contain them."""
         root = self.config.audio_root
         folder = root.get("mmau") if isinstance(root, dict) else root
         folder = folder or (self.config.mmau or "").rpartition("/")[0]
@@ -139,7 +139,7 @@ class QuestionSource:
 
 
 def _item(id: str, record: Record, stored: tuple[str, ...], roots: tuple[Any, Any], has_files: bool) -> BenchmarkItem:
-    """Return a record as an item; `stored` are its clips in the shards, if it comes from there."""
+    """Return a record as an item; `stored` are its clip ids in the shards, empty for a record file."""
     folder = audio_root(*roots, record.taskname) if has_files else ""
     files = tuple(storage.join(folder, path) for path in record.filepaths) if has_files else ()
     return BenchmarkItem(
@@ -154,13 +154,13 @@ def _item(id: str, record: Record, stored: tuple[str, ...], roots: tuple[Any, An
     )
 
 
-def merged(items: list[BenchmarkItem]) -> list[BenchmarkItem]:
-    """Return items with those that ask the same about the same clips as one, which has all their references."""
-    first: dict[tuple[Any, ...], BenchmarkItem] = {}
+def merge_references(items: list[BenchmarkItem]) -> list[BenchmarkItem]:
+    """Merge items with the same question about the same recordings into one item with all their references."""
+    merged: dict[tuple[Any, ...], BenchmarkItem] = {}
     for item in items:
-        # By the recordings: a stored partner of a single clip differs from question to question.
+        # Keyed by recordings, because the stored partner of a single clip differs between questions.
         key = (item.paths, item.question, item.family)
-        known = first.get(key)
-        references = tuple(dict.fromkeys((known.references if known else ()) + item.references))
-        first[key] = dataclasses.replace(known or item, references=references)
-    return list(first.values())
+        first = merged.get(key)
+        references = tuple(dict.fromkeys((first.references if first else ()) + item.references))
+        merged[key] = dataclasses.replace(first or item, references=references)
+    return list(merged.values())

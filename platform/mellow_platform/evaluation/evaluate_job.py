@@ -16,13 +16,14 @@ import numpy as np
 import pyarrow as pa
 
 from mellow_platform import storage
+from mellow_platform.evaluation.baselines import draw_answers, read_answers
 from mellow_platform.evaluation.benchmarks import BENCHMARKS, MMAU, Benchmark
 from mellow_platform.evaluation.collect import REPORT, claim_output, collect_replies
 from mellow_platform.evaluation.comparison import PREDICTIONS, compare, read_baseline
 from mellow_platform.evaluation.dataset import BenchmarkItem, QuestionSource
 from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.evaluation.evaluation_report import Example, markdown, page
-from mellow_platform.evaluation.models import ModelInput, Reply, draw, given
+from mellow_platform.evaluation.models import ModelInput, Reply
 from mellow_platform.evaluation.scoring import AnsweredBenchmark, score, summarise
 from mellow_platform.resumable import FailureBudget
 
@@ -112,13 +113,13 @@ def _replies_to(
             pairs = zip(items, replies, strict=True)
             own[condition] = [replace(reply, text=benchmark.reply(item, reply.text)) for item, reply in pairs]
     elif config.model == "random":
-        own["audio"] = draw(items, config.seed)
+        own["audio"] = draw_answers(items, config.seed)
     elif config.model.startswith("constant:"):
         own["audio"] = [Reply(config.model.removeprefix("constant:"))] * len(items)
     else:
-        own["audio"] = given(benchmark.name, items, config.model.removeprefix("predictions:"))
+        own["audio"] = read_answers(benchmark.name, items, config.model.removeprefix("predictions:"))
     if "chance" in config.conditions:
-        own["chance"] = draw(items, config.seed)
+        own["chance"] = draw_answers(items, config.seed)
     return own
 
 
@@ -201,8 +202,8 @@ def _predictions(answered: AnsweredBenchmark) -> Iterator[pa.Table]:
     }
     for condition, replies in answered.replies.items():
         scores: list[float | None] = [None] * len(items)
-        if condition in answered.scored:
-            for row, score in zip(answered.known, answered.scored[condition].each, strict=True):
+        if condition in answered.scores:
+            for row, score in zip(answered.scored_rows, answered.scores[condition].per_item, strict=True):
                 scores[row] = float(score)
         said = {name: [getattr(reply, name) for reply in replies] for name in ("seconds", "error", "detail")}
         columns = asked | said | {"condition": [condition] * len(items), "score": scores}
@@ -212,12 +213,12 @@ def _predictions(answered: AnsweredBenchmark) -> Iterator[pa.Table]:
 
 def _worst(answered: AnsweredBenchmark, count: int) -> list[Example]:
     """Return the questions with the lowest scores with audio; of equal ones any, but the same each time."""
-    if "audio" not in answered.scored:
+    if "audio" not in answered.scores:
         return []
-    each = answered.scored["audio"].each
-    draw = [zlib.crc32(answered.items[row].id.encode()) for row in answered.known]
+    each = answered.scores["audio"].per_item
+    draw = [zlib.crc32(answered.items[row].id.encode()) for row in answered.scored_rows]
     order = sorted(range(len(each)), key=lambda place: (each[place], draw[place]))[:count]
-    rows = [(int(answered.known[place]), float(each[place])) for place in order]
+    rows = [(int(answered.scored_rows[place]), float(each[place])) for place in order]
     return [
         Example(
             item=answered.items[row],

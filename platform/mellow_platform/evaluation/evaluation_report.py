@@ -1,34 +1,32 @@
-"""What an evaluation shows: tables to paste, and one page with tables, bars by category and examples to listen to."""
+"""Reports of an evaluation: Markdown tables, and one HTML page with tables, bar charts and audio examples."""
 
 import base64
-import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 import jinja2
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from mellow_platform.data.audio import AudioError, decode, encode
 from mellow_platform.data.audio_limits import AudioLimits
 from mellow_platform.data.clip_reader import ClipAddress, read
 from mellow_platform.evaluation.dataset import BenchmarkItem
+from mellow_platform.markdown import markdown_table
+from mellow_platform.plot_style import BLUE, DARK, GREY, LIGHT_GREY, ORANGE, png, styled_figure
 
 CONDITIONS = {"audio": "audio", "noise": "noise", "text_only": "text only", "chance": "chance"}
-COLORS = {"audio": "#2a6fbb", "noise": "#d9822b", "text_only": "#8a8f98", "chance": "#c9cdd3"}
-PLAYED_RATE = 32_000  # Hz
-PLAYED_SECONDS = 10  # what a model hears of a recording
-BARS_AT_MOST = 40  # categories in a picture
+COLORS = {"audio": BLUE, "noise": ORANGE, "text_only": GREY, "chance": LIGHT_GREY}
+PLAYER_RATE = 32_000  # Hz
+PLAYER_SECONDS = 10  # the part of a recording that a model receives
+MAX_BARS = 40  # categories in one chart
 
 Scores = dict[str, dict[str, float]]  # by condition: value, low, high
 
 
 @dataclass(frozen=True)
 class Example:
-    """A question to listen to, with what was answered under each condition."""
+    """A question with its recordings, and the prediction under each condition."""
 
     item: BenchmarkItem
     score: float
@@ -36,99 +34,92 @@ class Example:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Return the report's tables: benchmarks by condition, then the scores of each with its categories."""
+    """Return the report's tables: main scores by condition, then all scores and categories of each benchmark."""
     conditions = report["conditions"]
-    lines = [f"Model `{report['model']}`, split {report['split']}, {report['records']:,} questions.", ""]
-    lines += main_scores(report)
-    for name, each in report["benchmarks"].items():
-        lines += ["", f"**{name}**: {each['title']}, {each['questions']:,} questions.", ""]
-        if "scores" not in each:
-            lines.append("Right answers are not public: see `mmau.json`, the file to submit.")
-            continue
-        lines += _table(
-            ["score", *_titles(conditions)],
-            [[score, *_cells(own, conditions)] for score, own in by_name(each["scores"]).items()],
-        )
-        for axis, groups in each["groups"].items():
-            lines += ["", *_table(
-                [axis, "questions", *_titles(conditions)],
-                [
-                    [group, f"{own['questions']:,}", *_cells(own["scores"], conditions)]
-                    for group, own in groups.items()
-                ],
-            )]  # fmt: skip
-        lines += ["", *notes(each)] if notes(each) else []
-        for family, own in each.get("data_sets", {}).items():
-            lines += ["", f"{family} alone, {own['questions']:,} questions:", ""]
-            by_score = by_name(own["scores"])
-            lines += _table(
-                ["score", *_titles(conditions)], [[score, *_cells(of, conditions)] for score, of in by_score.items()]
-            )
-    lines += ["", f"Intervals of 95 %, by bootstrap over clips. {left_over(report)}".rstrip()]
-    return "\n".join(lines) + "\n" + comparison_lines(report.get("comparison"))
+    titles = [CONDITIONS[name] for name in conditions]
 
+    def cells(scores: Scores) -> list[str]:
+        return [interval(scores[name]) if name in scores else "" for name in conditions]
 
-def main_scores(report: dict[str, Any]) -> list[str]:
-    """Return the lines of the table that has a row a benchmark."""
-    rows = [
-        [name, each["main"], f"{each['scored']:,}", *_cells(of_main(each), report["conditions"])]
-        for name, each in report["benchmarks"].items()
-        if "scores" in each
+    def score_table(summary: dict[str, Any]) -> str:
+        rows = [[score, *cells(values)] for score, values in by_score(summary["scores"]).items()]
+        return markdown_table(["score", *titles], rows)
+
+    mains = [
+        [name, summary["main"], f"{summary['scored']:,}", *cells(main_score(summary))]
+        for name, summary in report["benchmarks"].items()
+        if "scores" in summary
     ]
-    return _table(["benchmark", "score", "questions", *_titles(report["conditions"])], rows, texts=2)
+    parts = [
+        f"Model `{report['model']}`, split {report['split']}, {report['records']:,} questions.",
+        markdown_table(["benchmark", "score", "questions", *titles], mains, text_columns=2),
+    ]
+    for name, summary in report["benchmarks"].items():
+        parts.append(f"**{name}**: {summary['title']}, {summary['questions']:,} questions.")
+        if "scores" not in summary:
+            parts.append("Reference answers are not public; submit `mmau.json`.")
+            continue
+        parts.append(score_table(summary))
+        for axis, groups in summary["groups"].items():
+            rows = [[group, f"{own['questions']:,}", *cells(own["scores"])] for group, own in groups.items()]
+            parts.append(markdown_table([axis, "questions", *titles], rows))
+        if lines := notes(summary):
+            parts.append("\n".join(f"- {line}" for line in lines))
+        for family, subset in summary.get("data_sets", {}).items():
+            parts += [f"{family} only, {subset['questions']:,} questions:", score_table(subset)]
+    parts.append(f"95 % intervals by bootstrap over clips. {question_counts(report)}".rstrip())
+    if report.get("comparison"):
+        parts += comparison_parts(report["comparison"])
+    return "\n\n".join(parts) + "\n"
 
 
-def by_name(scores: dict[str, Scores]) -> dict[str, Scores]:
-    """Return scores by condition and name as scores by name and condition."""
+def by_score(scores: dict[str, Scores]) -> dict[str, Scores]:
+    """Return scores keyed by condition, then name, as scores keyed by name, then condition."""
     names = next(iter(scores.values()))
-    return {name: {condition: own[name] for condition, own in scores.items()} for name in names}
+    return {name: {condition: values[name] for condition, values in scores.items()} for name in names}
 
 
-def of_main(summary: dict[str, Any]) -> Scores:
-    """Return the score that stands for a benchmark, by condition."""
+def main_score(summary: dict[str, Any]) -> Scores:
+    """Return the main score of a benchmark, by condition."""
     return {condition: scores[summary["main"]] for condition, scores in summary["scores"].items()}
 
 
 def notes(summary: dict[str, Any]) -> list[str]:
-    """Return what is to be said of a benchmark's scores: how they fall without audio, and what is not there."""
-    said = [
-        f"- Audio minus {CONDITIONS[name]}: {summary['main']} {own['value']:+.3f} "
-        f"({own['low']:+.3f} to {own['high']:+.3f}, p {probability(own['p'])})."
-        for name, own in summary["control"].items()
+    """Return notes on a benchmark's scores: differences to the control conditions, failures, unavailable scores."""
+    lines = [
+        f"Audio minus {CONDITIONS[name]}: {summary['main']} {difference['value']:+.3f} "
+        f"({difference['low']:+.3f} to {difference['high']:+.3f}, p {probability(difference['p'])})."
+        for name, difference in summary["control"].items()
     ]
-    said += [
-        f"- Without an answer under {CONDITIONS[condition]}, and so wrong: "
+    lines += [
+        f"No answer under {CONDITIONS[condition]}, scored as wrong: "
         f"{', '.join(f'{count:,} {reason}' for reason, count in reasons.items())}."
         for condition, reasons in summary["no_answer"].items()
     ]
-    return said + [f"- No {name}: {reason}." for name, reason in summary["unavailable"].items()]
+    return lines + [f"No {name}: {reason}." for name, reason in summary["unavailable"].items()]
 
 
-def left_over(report: dict[str, Any]) -> str:
-    """Return what was not answered as it was asked, in a line."""
-    parts = [
-        f"{count:,} {what} ({CONDITIONS[condition]})"
-        for field, words in (("no_answer", "without an answer: {}"), ("cut", "{}"))
-        for condition, counts in report[field].items()
-        for what, count in ((words.format(name), count) for name, count in counts.items())
+def question_counts(report: dict[str, Any]) -> str:
+    """Return one line with the counts of failed, cut and dropped questions, and the answer times."""
+    counts = [
+        f"{count:,} {text.format(reason)} ({CONDITIONS[condition]})"
+        for field, text in (("no_answer", "without an answer: {}"), ("cut", "{}"))
+        for condition, reasons in report[field].items()
+        for reason, count in reasons.items()
     ]
-    parts += (
-        [f"{report['dropped']:,} dropped by preprocess with clips that cannot be used"] if report["dropped"] else []
-    )
-    said = [f"Questions: {'; '.join(parts)}."] if parts else []
-    taken = [
+    counts += [f"{report['dropped']:,} dropped by preprocess with unusable clips"] if report["dropped"] else []
+    sentences = [f"Questions: {'; '.join(counts)}."] if counts else []
+    times = [
         f"{CONDITIONS[condition]} {seconds['median']:.2f} s ({seconds['p95']:.2f} s)"
         for condition, seconds in report["seconds_an_answer"].items()
         if seconds
     ]
-    said += [f"From question to answer, many at a time (median, and 95 % within): {', '.join(taken)}."] if taken else []
-    return " ".join(said)
+    sentences += [f"Time per answer, with many concurrent questions: median (p95) {', '.join(times)}."] if times else []
+    return " ".join(sentences)
 
 
-def comparison_lines(comparison: dict[str, Any] | None) -> str:
-    """Return the comparison with another run as Markdown; empty without one."""
-    if not comparison:
-        return ""
+def comparison_parts(comparison: dict[str, Any]) -> list[str]:
+    """Return the comparison with another evaluation as Markdown paragraphs."""
     rows = [
         [
             row["benchmark"],
@@ -140,20 +131,13 @@ def comparison_lines(comparison: dict[str, Any] | None) -> str:
         ]
         for row in comparison["differences"]
     ]
-    table = _table(["benchmark", "score", "questions", "difference", "p", "significantly"], rows, texts=2)
-    left_out = [f"{count:,} of {name}" for name, count in comparison["left_out"].items()]
-    table += ["", f"Not compared, as it has no answer to them: {', '.join(left_out)}."] if left_out else []
-    return (
-        "\n".join(["", f"Against `{comparison['against']}`, on the questions that both answered:", "", *table]) + "\n"
-    )
-
-
-def _titles(conditions: Sequence[str]) -> list[str]:
-    return [CONDITIONS[name] for name in conditions]
-
-
-def _cells(scores: Scores, conditions: Sequence[str]) -> list[str]:
-    return [interval(scores[name]) if name in scores else "" for name in conditions]
+    header = ["benchmark", "score", "questions", "difference", "p", "significantly"]
+    parts = [
+        f"Against `{comparison['against']}`, on the questions that both answered:",
+        markdown_table(header, rows, text_columns=2),
+    ]
+    counts = [f"{count:,} of {name}" for name, count in comparison["left_out"].items()]
+    return parts + ([f"Not compared, unanswered there: {', '.join(counts)}."] if counts else [])
 
 
 def interval(score: dict[str, float]) -> str:
@@ -164,21 +148,8 @@ def probability(p: float) -> str:
     return f"= {p:.3f}" if p >= 0.001 else "< 0.001"
 
 
-def _table(heads: list[str], rows: list[list[str]], texts: int = 1) -> list[str]:
-    """Return a Markdown table whose first `texts` columns are texts and whose others are numbers."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(len(line[column]) for line in [heads, *rows]) for column in range(len(heads))]
-
-    def line(cells: list[str]) -> str:
-        aligned = [f"{c:{w}}" if n < texts else f"{c:>{w}}" for n, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return "| " + " | ".join(aligned) + " |"
-
-    rule = [f"{'-' * (w + 2)}" if n < texts else f"{'-' * (w + 1)}:" for n, w in enumerate(widths)]
-    return [line(heads), "|" + "|".join(rule) + "|", *map(line, rows)]
-
-
 def page(report: dict[str, Any], examples: dict[str, list[Example]]) -> str:
-    """Return the report as one HTML file that needs nothing beside it: pictures and sounds stand in it."""
+    """Return the report as one self-contained HTML file with embedded charts and recordings."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -186,19 +157,19 @@ def page(report: dict[str, Any], examples: dict[str, list[Example]]) -> str:
     return template.render(
         report=report,
         conditions=CONDITIONS,
-        of_main=of_main,
+        main_score=main_score,
         notes=notes,
-        by_name=by_name,
+        by_score=by_score,
         probability=probability,
-        left_over=left_over(report),
-        overviews={unit: data_uri("image/png", picture) for unit, picture in overviews(report).items()},
-        pictures={
-            (name, axis): data_uri("image/png", bars(groups, axis, each["main"]))
-            for name, each in report["benchmarks"].items()
-            for axis, groups in each.get("groups", {}).items()
+        question_counts=question_counts(report),
+        overviews={unit: data_uri("image/png", chart) for unit, chart in overviews(report).items()},
+        charts={
+            (name, axis): data_uri("image/png", bars(groups, axis, summary["main"]))
+            for name, summary in report["benchmarks"].items()
+            for axis, groups in summary.get("groups", {}).items()
         },
         examples=examples,
-        sounds=sounds({uri for own in examples.values() for example in own for uri in example.item.files}),
+        players=players({uri for rows in examples.values() for example in rows for uri in example.item.files}),
     )
 
 
@@ -206,61 +177,53 @@ def data_uri(media_type: str, data: bytes) -> str:
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
-def sounds(uris: set[str]) -> dict[str, str]:
-    """Return recordings by their URI, as data URIs of MP3; of what cannot be read the reason, in words."""
-    played = {}
+def players(uris: set[str]) -> dict[str, str]:
+    """Return each recording as a data URI of MP3, or the reason why it cannot be read."""
+    sources = {}
     for uri in sorted(uris):
         try:
-            waveform = decode(read(ClipAddress(uri, "", uri), AudioLimits()), PLAYED_RATE)[
-                : PLAYED_SECONDS * PLAYED_RATE
-            ]
-        except (AudioError, OSError) as error:  # a report is worth more than one of its players
-            played[uri] = str(error)
+            data = read(ClipAddress(uri, "", uri), AudioLimits())
+            waveform = decode(data, PLAYER_RATE)[: PLAYER_SECONDS * PLAYER_RATE]
+        except (AudioError, OSError) as error:  # one unreadable recording must not cost the report
+            sources[uri] = str(error)
             continue
-        played[uri] = data_uri("audio/mpeg", encode(np.clip(waveform, -1.0, 1.0), PLAYED_RATE, "MP3"))
-    return played
+        sources[uri] = data_uri("audio/mpeg", encode(np.clip(waveform, -1.0, 1.0), PLAYER_RATE, "MP3"))
+    return sources
 
 
 def overviews(report: dict[str, Any]) -> dict[str, bytes]:
-    """Return a PNG of the benchmarks' main scores under each condition for every unit, such as accuracy or CIDEr."""
+    """Return, per score name such as accuracy or CIDEr, a PNG of the benchmarks' main scores by condition."""
     rows: dict[str, dict[str, Scores]] = {}
-    for name, each in report["benchmarks"].items():
-        if "scores" in each:
-            rows.setdefault(each["main"].partition(" (")[0], {})[name] = of_main(each)
-    return {unit: _bar_chart(own, unit) for unit, own in rows.items()}
+    for name, summary in report["benchmarks"].items():
+        if "scores" in summary:
+            rows.setdefault(summary["main"].partition(" (")[0], {})[name] = main_score(summary)
+    return {unit: _bar_chart(scores, unit) for unit, scores in rows.items()}
 
 
 def bars(groups: dict[str, Any], axis: str, score: str) -> bytes:
-    """Return a PNG of a score by category under each condition; of many categories the largest."""
-    shown = sorted(groups, key=lambda name: -groups[name]["questions"])[:BARS_AT_MOST]
-    kept = {f"{name} ({own['questions']})": own["scores"] for name, own in groups.items() if name in shown}
-    return _bar_chart(kept, f"{score} by {axis} (questions)")
+    """Return a PNG of a score by category and condition, for the `MAX_BARS` largest categories."""
+    largest = sorted(groups, key=lambda name: -groups[name]["questions"])[:MAX_BARS]
+    rows = {f"{name} ({own['questions']})": own["scores"] for name, own in groups.items() if name in largest}
+    return _bar_chart(rows, f"{score} by {axis} (questions)")
 
 
 def _bar_chart(rows: dict[str, Scores], title: str) -> bytes:
     conditions = [name for name in CONDITIONS if any(name in scores for scores in rows.values())]
-    height = 0.8 / max(1, len(conditions))
-    figure = Figure(figsize=(8, 1.2 + len(rows) * (0.16 + 0.16 * len(conditions))), layout="constrained")
-    panel = figure.subplots()
-    for number, condition in enumerate(conditions):
-        own = [(place, scores[condition]) for place, scores in enumerate(rows.values()) if condition in scores]
-        places = [place + (number - (len(conditions) - 1) / 2) * height for place, _ in own]
-        values = [score["value"] for _, score in own]
-        ends = np.array([[max(0.0, s["value"] - s["low"]), max(0.0, s["high"] - s["value"])] for _, s in own])
-        panel.barh(places, values, height, color=COLORS[condition], label=CONDITIONS[condition])
-        if own:
-            panel.errorbar(values, places, xerr=ends.T, fmt="none", ecolor="0.25", elinewidth=0.8, capsize=2)
-    # A name with a sign of mathematics in it is a name.
-    panel.set_yticks(range(len(rows)), list(rows), parse_math=False)
-    panel.set_ylim(len(rows) - 0.5, -0.5)
-    panel.set_xlim(left=0)
-    panel.grid(axis="x", color="0.9")
-    panel.set_axisbelow(True)
-    for side in ("top", "right"):
-        panel.spines[side].set_visible(False)
-    panel.set_title(title, loc="left", fontsize=10, parse_math=False)
-    if conditions:
-        figure.legend(loc="outside lower left", ncols=len(conditions), frameon=False)
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    return image.getvalue()
+    thickness = 0.8 / max(1, len(conditions))
+    with styled_figure(8, 1.2 + len(rows) * (0.16 + 0.16 * len(conditions))) as figure:
+        axes = figure.subplots()
+        for number, condition in enumerate(conditions):
+            offset = (number - (len(conditions) - 1) / 2) * thickness
+            bars = [(row + offset, own[condition]) for row, own in enumerate(rows.values()) if condition in own]
+            positions, values = [row for row, _ in bars], [score["value"] for _, score in bars]
+            errors = np.array([[max(0.0, s["value"] - s["low"]), max(0.0, s["high"] - s["value"])] for _, s in bars]).T
+            axes.barh(positions, values, thickness, color=COLORS[condition], label=CONDITIONS[condition])
+            axes.errorbar(values, positions, xerr=errors, fmt="none", ecolor=DARK, elinewidth=0.8)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.grid(axis="x")
+        axes.set_title(title)
+        if conditions:
+            figure.legend(loc="outside lower left", ncols=len(conditions))
+        return png(figure)

@@ -1,4 +1,4 @@
-"""What counts as right: word for word, by the choice that an answer names, or by MMAU's matching of words."""
+"""Matching of answers with references: exact, by the named choice, or by MMAU's word matching."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from mellow_platform.data.records import Record
 _WORD = re.compile(r"\w+")
 _LETTERED = re.compile(r"\(?([a-h])[).:]\s*(.*)", re.DOTALL | re.IGNORECASE)
 _LETTER = re.compile(r"\(?([a-h])[).:]?", re.IGNORECASE)
-# `the answer is b)`, `Answer: B`, `option b`, `I would say (b)`; an `a` before another word may be an article.
+# `the answer is b)`, `Answer: B`, `option b`, `I would say (b)`; an `a` before another word can be an article.
 _NAMED = re.compile(
     r"\b(?:answer|choice|option)(?: is| would be)?:? *([a-h])(?=[).:,]|$)|\b(?:choice|option) ([b-h])\b|\(([a-h])\)"
     r"|(?:^|\*\*)([a-h])[).:]?\*\*",
@@ -17,59 +17,58 @@ _NAMED = re.compile(
 _YES_OR_NO = re.compile(r"(yes|no)\b(?! (?:or|and)\b)")
 
 
-def normal(text: str) -> str:
-    """Return `text` as it is compared: lower-cased, spaces folded, no full stop at the end."""
+def normalise(text: str) -> str:
+    """Return `text` for comparison: lower-cased, with single spaces and without a final full stop."""
     return " ".join(text.lower().split()).rstrip(".")
 
 
 def is_right(record: Record, answer: str) -> bool:
-    """Tell whether `answer` is the record's, word for word (for lettered choices: letter and text)."""
-    return normal(answer) == normal(record.answer)
+    """Return whether `answer` equals the record's (for lettered choices: letter and text)."""
+    return normalise(answer) == normalise(record.answer)
 
 
 def words(text: str) -> frozenset[str]:
-    """Return the words of a text, lower-cased: maximal runs of letters, digits and underscores."""
+    """Return the lower-cased words of a text: maximal runs of letters, digits and underscores."""
     return frozenset(_WORD.findall(text.lower()))
 
 
 def matches(prediction: str, answer: str, choices: Sequence[str]) -> bool:
-    """Tell whether a prediction is right by MMAU's official matching.
+    """Return whether a prediction is right by MMAU's official matching.
 
-    It holds every word of the answer, and no word that stands only in wrong choices.
+    It must contain every word of the answer, and no word that only wrong choices contain.
     """
-    said, right = words(prediction), words(answer)
+    predicted, right = words(prediction), words(answer)
     wrong = frozenset().union(*map(words, choices)) - right
-    return bool(said) and right <= said and said.isdisjoint(wrong)
+    return bool(predicted) and right <= predicted and predicted.isdisjoint(wrong)
 
 
-def chosen(prediction: str, choices: Sequence[str]) -> int | None:
-    """Return the number of the choice that a prediction names, or None where it names none or several.
+def choice_index(prediction: str, choices: Sequence[str]) -> int | None:
+    """Return the index of the choice that a prediction names, or None if it names none or several.
 
-    Of lettered choices the letter decides where the answer begins with one (`b) chirping birds`) or names one (`The
-    answer is (b).`), and of yes and no the first word; else the one choice whose words stand in the answer, one after
-    another. A choice within another that is named (`rain` in `heavy rain`) does not count, nor does a list of all
-    choices that comes before the answer.
+    For lettered choices a letter at the start of the answer (`b) chirping birds`) or named in it (`The answer is (b).`)
+    decides; for yes and no the first word does; otherwise the only choice whose words the answer contains in sequence.
+    A choice inside another named one (`rain` in `heavy rain`) and a list of all choices before the answer are ignored.
     """
-    texts = [normal(unlettered(choice)) for choice in choices]
+    texts = [normalise(strip_letter(choice)) for choice in choices]
     if all(map(_LETTERED.match, choices)):
-        prediction = _after_the_list(prediction, choices)
+        prediction = _strip_choice_list(prediction, choices)
         letter = _letter(prediction)
         letter = _named_letter(prediction) if letter is None else letter
         if letter is not None:
             return letter if letter < len(choices) else None
-    said = normal(unlettered(prediction))
-    if said in texts:
-        return texts.index(said)
-    if set(texts) == {"yes", "no"} and (first := _YES_OR_NO.match(said)):
+    answer = normalise(strip_letter(prediction))
+    if answer in texts:
+        return texts.index(answer)
+    if set(texts) == {"yes", "no"} and (first := _YES_OR_NO.match(answer)):
         return texts.index(first[1])
-    named = [place for place, text in enumerate(texts) if text and _holds(said, text)]
-    within = {part for part in named for whole in named if part != whole and _holds(texts[whole], texts[part])}
-    left = [place for place in named if place not in within]
-    return left[0] if len(left) == 1 else None
+    named = [index for index, text in enumerate(texts) if text and _contains(answer, text)]
+    inner = {part for part in named for whole in named if part != whole and _contains(texts[whole], texts[part])}
+    outer = [index for index in named if index not in inner]
+    return outer[0] if len(outer) == 1 else None
 
 
-def _after_the_list(answer: str, choices: Sequence[str]) -> str:
-    """Return an answer without what it repeats of the question: all choices, or `A:` for answer."""
+def _strip_choice_list(answer: str, choices: Sequence[str]) -> str:
+    """Return an answer without a repeated list of all choices or a leading `A:` (for answer)."""
     text = " ".join(answer.split()).strip("*")
     for repeated in (" ".join(choices), "a: " if _LETTERED.match(text[3:]) else ""):
         text = text[len(repeated) :].strip(" .") if text.lower().startswith(repeated.lower()) else text
@@ -77,37 +76,38 @@ def _after_the_list(answer: str, choices: Sequence[str]) -> str:
 
 
 def _named_letter(answer: str) -> int | None:
-    """Return the number of the one letter that an answer calls its choice, or None."""
-    letters = {letter.lower() for found in _NAMED.finditer(answer) for letter in found.groups() if letter}
+    """Return the index of the only letter that an answer names as its choice, or None."""
+    letters = {letter.lower() for match in _NAMED.finditer(answer) for letter in match.groups() if letter}
     return ord(letters.pop()) - ord("a") if len(letters) == 1 else None
 
 
-def unlettered(text: str) -> str:
-    """Return an answer or a choice without the letter before it."""
-    found = _LETTERED.fullmatch(text.strip())
-    return found[2] if found and found[2] else text.strip()
+def strip_letter(text: str) -> str:
+    """Return an answer or a choice without its leading letter."""
+    match = _LETTERED.fullmatch(text.strip())
+    return match[2] if match and match[2] else text.strip()
 
 
 def choice_text(answer: str, choices: Sequence[str]) -> str:
-    """Return what an answer to lettered `choices` says without the letter; a letter alone stands for its choice.
+    """Return an answer to lettered `choices` without the letter; a bare letter becomes the text of its choice.
 
-    Only a letter that goes with the words of its own choice is one: choices such as `D` or `A:7/1` stay as they are.
+    A letter is removed only before the text of its own choice: answers such as `D` or `A:7/1` that are choices
+    themselves are kept.
     """
-    place = _letter(answer)
-    if place is None or place >= len(choices) or normal(answer) in map(normal, choices):
+    index = _letter(answer)
+    if index is None or index >= len(choices) or normalise(answer) in map(normalise, choices):
         return answer
     if _LETTER.fullmatch(answer.strip()):
-        return choices[place]
-    rest = unlettered(answer)
-    return rest if _holds(normal(rest), normal(choices[place])) else answer
+        return choices[index]
+    rest = strip_letter(answer)
+    return rest if _contains(normalise(rest), normalise(choices[index])) else answer
 
 
 def _letter(text: str) -> int | None:
-    """Return the number of the letter that a text begins with or is."""
-    found = _LETTERED.fullmatch(text.strip()) or _LETTER.fullmatch(text.strip())
-    return ord(found[1].lower()) - ord("a") if found else None
+    """Return the index of the letter at the start of a text, or None."""
+    match = _LETTERED.fullmatch(text.strip()) or _LETTER.fullmatch(text.strip())
+    return ord(match[1].lower()) - ord("a") if match else None
 
 
-def _holds(text: str, part: str) -> bool:
-    """Tell whether the words of `part` stand in `text`, one after another."""
+def _contains(text: str, part: str) -> bool:
+    """Return whether `text` contains the words of `part` in sequence."""
     return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None

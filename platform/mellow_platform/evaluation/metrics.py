@@ -1,4 +1,4 @@
-"""Scores as functions of how often each answer counts, so that what gives a score gives its interval too."""
+"""Scores as functions of the answers' weights, so that the same code gives a score and its bootstrap interval."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,111 +10,111 @@ class Metric(ABC):
     """One score, or several that are computed together, of a fixed list of N answers.
 
     Attributes:
-        names: of the scores.
-        each: [N] or [N, values] what they are computed from of each answer: where it is the same, so are they.
+        names: names of the scores.
+        values: per-answer values [N] or [N, values] that the scores are computed from; equal values, equal scores.
     """
 
     names: tuple[str, ...]
-    each: np.ndarray
+    values: np.ndarray
 
     @abstractmethod
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        """Return the scores [B, names] of the answers where each counts as often as `weights` [B, N] say."""
+        """Return the scores [B, names] with `weights` [B, N], the count of each answer in each draw."""
 
     @abstractmethod
-    def of(self, rows: np.ndarray) -> "Metric":
-        """Return the measure of the answers `rows` alone, which are in ascending order."""
+    def subset(self, rows: np.ndarray) -> "Metric":
+        """Return the metric of the answers `rows` only, indices in ascending order."""
 
 
 class Mean(Metric):
-    """The mean of a value of every answer, such as 1 where it is right.
+    """Mean over answers of one value per answer, such as 1 for right and 0 for wrong.
 
     Args:
-        scale: what the mean is multiplied with.
+        scale: factor of the mean.
     """
 
     def __init__(self, name: str, values: np.ndarray, scale: float = 1.0):
         self.names = (name,)
-        self.each = np.asarray(values, np.float64)
+        self.values = np.asarray(values, np.float64)
         self.scale = scale
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        return (self.scale * (weights @ self.each) / weights.sum(axis=1))[:, None]
+        return (self.scale * (weights @ self.values) / weights.sum(axis=1))[:, None]
 
-    def of(self, rows: np.ndarray) -> "Mean":
-        return Mean(self.names[0], self.each[rows], self.scale)
+    def subset(self, rows: np.ndarray) -> "Mean":
+        return Mean(self.names[0], self.values[rows], self.scale)
 
 
 class MeanOverFamilies(Metric):
-    """The mean over families of the mean in each: a family counts the same, however many questions it has."""
+    """Mean over families of the mean within each family: every family has the same weight."""
 
     def __init__(self, name: str, values: np.ndarray, families: Sequence[str]):
         self.names = (name,)
-        self.each, self.families = np.asarray(values, np.float64), np.asarray(families)
+        self.values, self.families = np.asarray(values, np.float64), np.asarray(families)
         _, number = np.unique(self.families, return_inverse=True)
         self.member = np.eye(number.max() + 1)[number]
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         counts = weights @ self.member
-        sums = weights @ (self.member * self.each[:, None])
-        # A family that none of the drawn clips has questions of is left out of that draw's mean.
+        sums = weights @ (self.member * self.values[:, None])
+        # A family without questions among the drawn clips is excluded from that draw's mean.
         means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
         return (means.sum(axis=1) / (counts > 0).sum(axis=1))[:, None]
 
-    def of(self, rows: np.ndarray) -> "MeanOverFamilies":
-        return MeanOverFamilies(self.names[0], self.each[rows], self.families[rows])
+    def subset(self, rows: np.ndarray) -> "MeanOverFamilies":
+        return MeanOverFamilies(self.names[0], self.values[rows], self.families[rows])
 
 
-class Expected(Metric):
-    """What a measure comes to where each question's answer is drawn from several, all of them as likely.
+class ExpectedMetric(Metric):
+    """Expected value of a metric if each question's answer is drawn uniformly from several candidates.
 
     Args:
-        measure: of all answers that can be drawn, one after another.
-        question: [answers] the number of the question that each is an answer to.
+        metric: of all candidate answers, question by question.
+        question: index of the question of each candidate [candidates].
     """
 
-    def __init__(self, measure: Metric, question: np.ndarray):
-        self.names, self.measure, self.question = measure.names, measure, question
+    def __init__(self, metric: Metric, question: np.ndarray):
+        self.names, self.metric, self.question = metric.names, metric, question
         self.share = 1 / np.bincount(question)[question]
-        columns = measure.each.reshape(len(question), -1).T
-        self.each = np.stack([np.bincount(question, self.share * values) for values in columns], axis=1)
+        columns = metric.values.reshape(len(question), -1).T
+        self.values = np.stack([np.bincount(question, self.share * column) for column in columns], axis=1)
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        return self.measure(weights[:, self.question] * self.share)
+        return self.metric(weights[:, self.question] * self.share)
 
-    def of(self, rows: np.ndarray) -> "Expected":
+    def subset(self, rows: np.ndarray) -> "ExpectedMetric":
         kept = np.flatnonzero(np.isin(self.question, rows))
-        return Expected(self.measure.of(kept), np.searchsorted(rows, self.question[kept]))
+        return ExpectedMetric(self.metric.subset(kept), np.searchsorted(rows, self.question[kept]))
 
 
 class Classification(Metric):
-    """Accuracy, macro precision, recall and F1, and the accuracy of every class, as scikit-learn defines them.
+    """Accuracy, macro precision, recall and F1, and per-class accuracy, as scikit-learn defines them.
 
     Args:
-        truth: [N] number of each answer's class in `classes`.
-        predicted: [N] number of the class that was answered; `len(classes)` for an answer that names none.
+        truth: class index of each reference [N].
+        predicted: class index of each prediction [N]; `len(classes)` if it names no class.
     """
 
     def __init__(self, truth: np.ndarray, predicted: np.ndarray, classes: Sequence[str]):
         self.truth, self.predicted, self.classes = np.asarray(truth), np.asarray(predicted), tuple(classes)
-        self.each = np.eye(len(classes) + 1)[self.predicted]
+        self.values = np.eye(len(classes) + 1)[self.predicted]
         self.names = ("accuracy", "precision", "recall", "F1", *(f"accuracy of {name!r}" for name in classes))
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         classes = np.arange(len(self.classes))
-        is_class, is_answered = self.truth[:, None] == classes, self.predicted[:, None] == classes
-        right = weights @ (is_class & is_answered)  # [draws, classes], as are the others
-        asked, answered = weights @ is_class, weights @ is_answered
-        precision, recall, f1 = _ratio(right, answered), _ratio(right, asked), _ratio(2 * right, asked + answered)
+        is_true, is_predicted = self.truth[:, None] == classes, self.predicted[:, None] == classes
+        right = weights @ (is_true & is_predicted)  # [draws, classes], like the two below
+        actual, predicted = weights @ is_true, weights @ is_predicted
+        precision, recall, f1 = _ratio(right, predicted), _ratio(right, actual), _ratio(2 * right, actual + predicted)
         accuracy = right.sum(axis=1) / weights.sum(axis=1)
-        means = [measure.mean(axis=1) for measure in (precision, recall, f1)]
-        # The share of a class's questions that are answered right is its recall.
+        means = [score.mean(axis=1) for score in (precision, recall, f1)]
+        # The accuracy of a class is its recall.
         return np.column_stack([accuracy, *means, recall])
 
-    def of(self, rows: np.ndarray) -> "Classification":
+    def subset(self, rows: np.ndarray) -> "Classification":
         return Classification(self.truth[rows], self.predicted[rows], self.classes)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Return `part / whole`, and 0 where `whole` is 0."""
+    """Return `part / whole`, and 0 if `whole` is 0."""
     return np.divide(part, whole, out=np.zeros(part.shape), where=whole > 0)

@@ -1,4 +1,4 @@
-"""What answers to a benchmark come to: scores under each condition with their intervals, over all and by category."""
+"""Scores of a benchmark's answers under each condition, overall and by category, with intervals."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,131 +7,141 @@ from typing import Any
 
 import numpy as np
 
-from mellow_platform.evaluation.benchmarks import Benchmark, ChoiceBenchmark, DescriptionBenchmark, Families, Scored
+from mellow_platform.evaluation.benchmarks import (
+    Benchmark,
+    BenchmarkScores,
+    ChoiceBenchmark,
+    DescriptionBenchmark,
+    Families,
+)
 from mellow_platform.evaluation.bootstrap import Bootstrap
 from mellow_platform.evaluation.dataset import BenchmarkItem
 from mellow_platform.evaluation.evaluate_config import EvaluateConfig
-from mellow_platform.evaluation.metrics import Expected, Metric
+from mellow_platform.evaluation.metrics import ExpectedMetric, Metric
 from mellow_platform.evaluation.models import Reply
 
 
 @dataclass(frozen=True)
 class AnsweredBenchmark:
-    """A benchmark with what was answered under each condition, and what that scores.
+    """A benchmark with its replies and scores by condition.
 
     Attributes:
-        known: rows of the items whose right answers are public, which scores are of.
-        scored: by condition; empty where there are none.
+        scored_rows: indices of the items with public references; only these are scored.
+        scores: by condition; empty without such items.
     """
 
     benchmark: Benchmark
     items: list[BenchmarkItem]
     replies: dict[str, list[Reply]]
-    known: np.ndarray
-    scored: dict[str, Scored]
+    scored_rows: np.ndarray
+    scores: dict[str, BenchmarkScores]
 
     @property
     def without_answer(self) -> dict[str, Counter[str]]:
-        """How many questions have no answer, by condition and reason, where there are any."""
-        found = {name: Counter(reply.error for reply in own if reply.error) for name, own in self.replies.items()}
-        return {name: counts for name, counts in found.items() if counts}
+        """Number of unanswered questions by condition and reason; without the conditions that have none."""
+        counts = {name: Counter(reply.error for reply in own if reply.error) for name, own in self.replies.items()}
+        return {name: reasons for name, reasons in counts.items() if reasons}
 
 
 def score(benchmark: Benchmark, items: list[BenchmarkItem], replies: dict[str, list[Reply]]) -> AnsweredBenchmark:
-    """Score what was answered to a benchmark's items."""
-    known = [row for row, item in enumerate(items) if item.references]
-    own = [items[row] for row in known]
-    texts = {name: [of[row].text for row in known] for name, of in replies.items() if known}
-    scored = {
-        name: score_chance(benchmark, own, drawn) if name == "chance" else benchmark.score(own, drawn)
-        for name, drawn in texts.items()
+    """Score the replies to a benchmark's items."""
+    rows = [row for row, item in enumerate(items) if item.references]
+    scored_items = [items[row] for row in rows]
+    predictions = {name: [own[row].text for row in rows] for name, own in replies.items() if rows}
+    scores = {
+        name: score_chance(benchmark, scored_items, texts) if name == "chance" else benchmark.score(scored_items, texts)
+        for name, texts in predictions.items()
     }
-    return AnsweredBenchmark(benchmark, items, replies, np.array(known, np.int64), alike(scored))
+    return AnsweredBenchmark(benchmark, items, replies, np.array(rows, np.int64), common_metrics(scores))
 
 
-def alike(scored: dict[str, Scored]) -> dict[str, Scored]:
-    """Return what was scored with the measures that all conditions have: a program may have failed for one of them."""
-    names = [{name for measure in own.measures for name in measure.names} for own in scored.values()]
+def common_metrics(scores: dict[str, BenchmarkScores]) -> dict[str, BenchmarkScores]:
+    """Return the scores with only the metrics that all conditions have: a metric's program may fail under one."""
+    names = [{name for metric in own.metrics for name in metric.names} for own in scores.values()]
     common = set.intersection(*names) if names else set()
-    mains = {own.main for own in scored.values()} & common
+    mains = {own.main for own in scores.values()} & common
     return {
-        condition: Scored(
-            [measure for measure in own.measures if common.issuperset(measure.names)],
+        condition: BenchmarkScores(
+            [metric for metric in own.metrics if common.issuperset(metric.names)],
             own.main if mains == {own.main} else next(iter(mains)),
-            own.each,
+            own.per_item,
         )
-        for condition, own in scored.items()
+        for condition, own in scores.items()
     }
 
 
-def score_chance(benchmark: Benchmark, items: Sequence[BenchmarkItem], drawn: Sequence[str]) -> Scored:
-    """Return what drawn answers are expected to score: over every choice alike, where a question has choices."""
-    answers = [item.choices or (text,) for item, text in zip(items, drawn, strict=True)]
-    question = np.repeat(np.arange(len(items)), [len(own) for own in answers])
-    every = benchmark.score([items[int(row)] for row in question], [text for own in answers for text in own])
-    each = np.bincount(question, weights=every.each) / np.bincount(question)
-    return Scored([Expected(measure, question) for measure in every.measures], every.main, each)
+def score_chance(benchmark: Benchmark, items: Sequence[BenchmarkItem], draws: Sequence[str]) -> BenchmarkScores:
+    """Return the expected scores of random answers: uniform over an item's choices, or its draw if it has none."""
+    candidates = [item.choices or (text,) for item, text in zip(items, draws, strict=True)]
+    question = np.repeat(np.arange(len(items)), [len(texts) for texts in candidates])
+    scores = benchmark.score([items[int(row)] for row in question], [text for texts in candidates for text in texts])
+    per_item = np.bincount(question, weights=scores.per_item) / np.bincount(question)
+    return BenchmarkScores([ExpectedMetric(metric, question) for metric in scores.metrics], scores.main, per_item)
 
 
 def summarise(answered: AnsweredBenchmark, config: EvaluateConfig) -> dict[str, Any]:
-    """Return a benchmark's scores with their intervals, over all and by category, and how they fall without audio."""
-    benchmark, known = answered.benchmark, [answered.items[row] for row in answered.known]
-    computed = {name for scored in answered.scored.values() for measure in scored.measures for name in measure.names}
-    absent = benchmark.scorer.unavailable if isinstance(benchmark, DescriptionBenchmark) else {}
+    """Return a benchmark's section of the report: scores with intervals, by category, and against the controls."""
+    benchmark, items = answered.benchmark, [answered.items[row] for row in answered.scored_rows]
+    computed = {name for scores in answered.scores.values() for metric in scores.metrics for name in metric.names}
+    unavailable = benchmark.scorer.unavailable if isinstance(benchmark, DescriptionBenchmark) else {}
     summary: dict[str, Any] = {
         "title": benchmark.title,
         "questions": len(answered.items),
-        "scored": len(known),
+        "scored": len(items),
         "no_answer": answered.without_answer,
-        "unavailable": {name: reason for name, reason in absent.items() if name not in computed},
+        "unavailable": {name: reason for name, reason in unavailable.items() if name not in computed},
     }
-    if not known:
+    if not items:
         return summary
-    draws = Bootstrap([item.clips[0] for item in known], config.resamples, config.seed)
-    summary["main"] = answered.scored["audio" if "audio" in answered.scored else next(iter(answered.scored))].main
-    summary["scores"] = {name: _estimates(draws, scored.measures) for name, scored in answered.scored.items()}
+    draws = Bootstrap([item.clips[0] for item in items], config.resamples, config.seed)
+    summary["main"] = answered.scores["audio" if "audio" in answered.scores else next(iter(answered.scores))].main
+    summary["scores"] = {name: _estimates(draws, scores.metrics) for name, scores in answered.scores.items()}
     summary["groups"] = {}
-    for axis in dict.fromkeys(axis for item in known for axis in item.groups):
-        values = np.array([item.groups.get(axis, "") for item in known])
+    for axis in dict.fromkeys(axis for item in items for axis in item.groups):
+        values = np.array([item.groups.get(axis, "") for item in items])
         if len(set(values)) > 1:
             summary["groups"][axis] = {
-                str(value): _of_group(answered, draws, np.flatnonzero(values == value)) for value in sorted(set(values))
+                str(value): _group_scores(answered, draws, np.flatnonzero(values == value))
+                for value in sorted(set(values))
             }
     if len(summary["groups"].get("family", {})) > 1 and not isinstance(benchmark, ChoiceBenchmark | Families):
         summary["data_sets"] = _data_sets(answered, draws)
-    heard = answered.scored.get("audio")
+    audio = answered.scores.get("audio")
     summary["control"] = {
-        name: asdict(draws.compare(_main(heard), _main(scored))[summary["main"]])
-        for name, scored in answered.scored.items()
-        if heard and name in ("noise", "text_only")
+        name: asdict(draws.compare(_main(audio), _main(scores))[summary["main"]])
+        for name, scores in answered.scores.items()
+        if audio and name in ("noise", "text_only")
     }
     return summary
 
 
-def _estimates(draws: Bootstrap, measures: Sequence[Metric]) -> dict[str, dict[str, float]]:
-    return {name: asdict(value) for measure in measures for name, value in draws.estimate(measure).items()}
+def _estimates(draws: Bootstrap, metrics: Sequence[Metric]) -> dict[str, dict[str, float]]:
+    return {name: asdict(value) for metric in metrics for name, value in draws.estimate(metric).items()}
 
 
-def _main(scored: Scored) -> Metric:
-    return next(measure for measure in scored.measures if scored.main in measure.names)
+def _main(scores: BenchmarkScores) -> Metric:
+    return next(metric for metric in scores.metrics if scores.main in metric.names)
 
 
 def _data_sets(answered: AnsweredBenchmark, draws: Bootstrap) -> dict[str, Any]:
-    """Return all scores of each family alone, as they are published: CIDEr weighs words by the whole set it is of."""
-    families = np.array([answered.items[row].family for row in answered.known])
-    found = {}
+    """Return all scores of each family scored separately, as published: CIDEr's weights depend on the whole set."""
+    families = np.array([answered.items[row].family for row in answered.scored_rows])
+    data_sets = {}
     for family in sorted(set(families)):
         rows = np.flatnonzero(families == family)
-        known = answered.known[rows]
-        replies = {name: [own[row] for row in known] for name, own in answered.replies.items()}
-        alone = score(answered.benchmark, [answered.items[row] for row in known], replies)
-        scores = {name: _estimates(draws.of(rows), scored.measures) for name, scored in alone.scored.items()}
-        found[str(family)] = {"questions": len(rows), "scores": scores}
-    return found
+        item_rows = answered.scored_rows[rows]
+        replies = {name: [own[row] for row in item_rows] for name, own in answered.replies.items()}
+        subset = score(answered.benchmark, [answered.items[row] for row in item_rows], replies)
+        family_draws = draws.subset(rows)
+        scores = {name: _estimates(family_draws, own.metrics) for name, own in subset.scores.items()}
+        data_sets[str(family)] = {"questions": len(rows), "scores": scores}
+    return data_sets
 
 
-def _of_group(answered: AnsweredBenchmark, draws: Bootstrap, rows: np.ndarray) -> dict[str, Any]:
-    """Return the main score of some of the items, under each condition."""
-    own = draws.of(rows)
-    scores = {name: own.estimate(_main(scored).of(rows))[scored.main] for name, scored in answered.scored.items()}
-    return {"questions": len(rows), "scores": {name: asdict(value) for name, value in scores.items()}}
+def _group_scores(answered: AnsweredBenchmark, draws: Bootstrap, rows: np.ndarray) -> dict[str, Any]:
+    """Return the main score of a subset of the items under each condition."""
+    group_draws = draws.subset(rows)
+    scores = {
+        name: asdict(group_draws.estimate(_main(own).subset(rows))[own.main]) for name, own in answered.scores.items()
+    }
+    return {"questions": len(rows), "scores": scores}

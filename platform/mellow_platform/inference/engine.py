@@ -131,6 +131,12 @@ class Engine:
             model.to("cuda", torch.float32 if dtype == "float32" else torch.bfloat16)
         return cls(model, processor, dtype=dtype, **options)
 
+    @classmethod
+    def load_for_batches(cls, uri: str, *, dtype: str | None, batch_size: int, max_new_tokens: int) -> "Engine":
+        """Load an engine for a batch job's actor: `batch_size` slots, as many waiting requests, and one CPU thread."""
+        options = {"slots": batch_size, "max_waiting": batch_size, "max_new_tokens": max_new_tokens}
+        return cls.load(uri, dtype=dtype, cpu_threads=1, **options)
+
     def __enter__(self) -> "Engine":
         return self
 

@@ -229,13 +229,8 @@ class AnswerGroups:
 
     def __init__(self, config: PredictConfig):
         self.config = config
-        self.engine = Engine.load(
-            config.model,
-            dtype=config.dtype,
-            slots=config.batch_size,
-            max_new_tokens=config.max_new_tokens,
-            max_waiting=config.batch_size,
-            cpu_threads=1,
+        self.engine = Engine.load_for_batches(
+            config.model, dtype=config.dtype, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens
         )
 
     def __call__(self, groups: pa.Table) -> pa.Table:

@@ -1,4 +1,4 @@
-"""The model card (README.md) of a model folder, and the way of a folder to a model hub."""
+"""Model cards (README.md) of model folders, and upload of a folder to a model hub."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 
 from mellow_platform import storage
+from mellow_platform.markdown import markdown_table
 from mellow_platform.model.modeling_mellow import MellowForConditionalGeneration
 from mellow_platform.model.processing_mellow import MellowProcessor
 
@@ -18,12 +19,12 @@ TEMPLATE = """\
 
 # Mellow
 
-An audio language model: it hears one or two clips, reads a question and writes the answer, after
+An audio language model: its input is one or two audio clips and a question, its output the answer in text, after
 [Mellow: a small audio language model for reasoning](https://arxiv.org/abs/2503.08540).
 
-## How to ask it
+## Usage
 
-In the folder of the model, with the library `mellow-platform` installed and a recording `clip.wav`:
+In the model folder, with the library `mellow-platform` installed and a recording `clip.wav`:
 
 ```python
 from pathlib import Path
@@ -37,17 +38,17 @@ inputs = processor(audio=[[clip]], text=["caption the audio."])
 print(processor.decode_answers(model.generate(**inputs))[0])
 ```
 
-For a question about two clips, give both: `audio=[[first, second]]`.
+For a question about two clips, pass both: `audio=[[first, second]]`.
 
 ## Sizes
 
 | | |
 |---|---:|
 | parameters | {parameters:,} |
-| of these in the decoder ({decoder}) | {decoder_parameters:,} |
-| in the audio encoder ({encoder}) | {encoder_parameters:,} |
-| between the two | {projection_parameters:,} |
-| audio tokens a clip | {audio_tokens} |
+| decoder ({decoder}) | {decoder_parameters:,} |
+| audio encoder ({encoder}) | {encoder_parameters:,} |
+| projection | {projection_parameters:,} |
+| audio tokens per clip | {audio_tokens} |
 | prompt, in tokens | {prompt} |
 | answer in training, in tokens | {answer_length} |
 
@@ -61,11 +62,11 @@ For a question about two clips, give both: `audio=[[first, second]]`.
 
 ## Limits
 
-- It hears {seconds:g} s of mono sound at {sampling_rate:,} Hz a clip: of a longer clip the first {seconds:g} s, and a
-  shorter one is filled by the rule `{short_clip}`.
-- It reads at most {prompt_length} tokens of a question, end marker included; the rest is cut.
-- It knows the sounds and kinds of question it was trained on. It answers any question, also where the right answer
-  cannot be heard, and it does not say how sure it is: check answers before anything depends on them.
+- The input is {seconds:g} s of mono audio at {sampling_rate:,} Hz per clip. A longer clip is cut to its first
+  {seconds:g} s; a shorter one is filled by the rule `{short_clip}`.
+- A question is cut after {prompt_length} tokens, end marker included.
+- The model knows the sounds and question types of its training data. It answers every question, even if the clip does
+  not contain the answer, and gives no confidence: check answers before anything depends on them.
 
 ## Licence
 
@@ -81,15 +82,15 @@ def model_card(
     training_data: str | None = None,
     report: dict[str, Any] | None = None,
 ) -> ModelCard:
-    """Return the card of a model with its processor.
+    """Return the model card of a model and its processor.
 
     Args:
-        license: of the weights, by its identifier on the Hugging Face hub (`apache-2.0`, `unknown`, ...).
-        training_data: what the model was trained on, in Markdown.
-        report: what `jobs/evaluate.py` wrote to `report.json`.
+        license: license of the weights, as identified on the Hugging Face hub (`apache-2.0`, `unknown`, ...).
+        training_data: description of the training data, in Markdown.
+        report: content of the `report.json` of `jobs/evaluate.py`.
 
     Raises:
-        ValueError: `report` is no evaluation report.
+        ValueError: `report` is not an evaluation report.
     """
     metadata = ModelCardData(
         license=license,
@@ -102,7 +103,7 @@ def model_card(
         for part in (model, model.language_model, model.audio_encoder)
     )
     extractor = processor.feature_extractor
-    padding = "always filled to this length" if processor.pad_prompt else "or fewer"
+    padding = "always padded to this length" if processor.pad_prompt else "or fewer"
     return ModelCard(
         TEMPLATE.format(
             metadata=metadata.to_yaml(),
@@ -127,59 +128,53 @@ def model_card(
 
 
 def score_table(report: dict[str, Any]) -> str:
-    """Return the main scores of an evaluation report, a row a benchmark and question family, as Markdown.
+    """Return the main scores of an evaluation report as Markdown, one row per benchmark and question family.
 
     Raises:
-        ValueError: it has no `benchmarks`, `conditions`, `records` or `split`.
+        ValueError: `benchmarks`, `conditions`, `records` or `split` is missing.
     """
-    absent = [name for name in ("records", "split", "conditions", "benchmarks") if name not in report]
-    if absent:
-        raise ValueError(f"the report has no {', '.join(absent)}: give the report.json that jobs/evaluate.py wrote")
-    conditions = report["conditions"]
-    rows: list[tuple[str, str, dict[str, Any]]] = []
+    missing = [name for name in ("records", "split", "conditions", "benchmarks") if name not in report]
+    if missing:
+        raise ValueError(f"the report has no {', '.join(missing)}; pass the report.json of jobs/evaluate.py")
+    rows = []
     for name, summary in report["benchmarks"].items():
         if "scores" not in summary:
-            continue  # right answers are not public
+            continue  # reference answers are not public
         main = summary["main"]
-        rows.append((name, main, {condition: own[main] for condition, own in summary["scores"].items()}))
-        rows += [(family, main, own["scores"]) for family, own in summary["groups"].get("family", {}).items()]
-    lines = [
-        f"On {report['records']:,} questions of the split {report['split']}:",
-        "",
-        f"| questions | score | {' | '.join(conditions)} |",
-        f"|---|---|{'---:|' * len(conditions)}",
-        *(
-            f"| {name} | {score} | {' | '.join(format(values[each]['value'], '.3f') for each in conditions)} |"
-            for name, score, values in rows
-        ),
-    ]
-    return "\n".join(lines)
+        scores = [(name, {condition: own[main] for condition, own in summary["scores"].items()})]
+        scores += [(family, own["scores"]) for family, own in summary["groups"].get("family", {}).items()]
+        rows += [
+            [label, main, *(f"{values[condition]['value']:.3f}" for condition in report["conditions"])]
+            for label, values in scores
+        ]
+    table = markdown_table(["questions", "score", *report["conditions"]], rows, text_columns=2)
+    return f"On {report['records']:,} questions of the split {report['split']}:\n\n{table}"
 
 
 def push(folder: str, repository: str, private: bool = False) -> str:
-    """Upload the model folder `folder` to the model hub and return the address of its commit.
+    """Upload a model folder to the Hugging Face hub and return the URL of the commit.
 
-    Endpoint and token are those of huggingface_hub (`HF_ENDPOINT`, `HF_TOKEN` or a stored login).
+    Endpoint and token are huggingface_hub's (`HF_ENDPOINT`, `HF_TOKEN` or a stored login).
 
     Args:
         folder: path or s3:// URI.
-        repository: `owner/name`; created where it does not exist.
-        private: whether a repository that is created is private.
+        repository: `owner/name`; created if it does not exist.
+        private: create a private repository.
 
     Raises:
-        FileNotFoundError: nothing is at `folder`.
-        ValueError: `folder` holds no model.
-        ConnectionError: the hub cannot be reached, or refuses.
+        FileNotFoundError: `folder` does not exist.
+        ValueError: `folder` contains no model, or `repository` is not a valid name.
+        ConnectionError: the hub is unreachable or rejects the upload.
     """
     local = storage.local_copy(folder)
     if not (local / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: give the folder of a model")
+        raise ValueError(f"{folder} has no config.json; pass a model folder")
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=local, commit_message="Upload the model"))
     except HFValidationError as error:
-        raise ValueError(f"{repository!r} is no name of a repository, such as owner/name: {error}") from error
+        raise ValueError(f"{repository!r} is not a repository name of the form owner/name: {error}") from error
     except (HTTPError, LocalTokenNotFoundError, ConnectionError) as error:
         raise ConnectionError(
             f"{folder} cannot be pushed to {repository} at {api.endpoint}: {error}; "

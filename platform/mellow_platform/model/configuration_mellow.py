@@ -1,4 +1,4 @@
-"""Configuration of the Mellow network, in Hugging Face form, and its named sizes."""
+"""Configuration of the Mellow network in Hugging Face form, and its named sizes."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .encoders import AudioEncoderConfig, encoder_parts
 from .projections import projection_class
 
 SIZES = ("mellow-v0", "mellow-tiny")
-# Audio tokens after a clip's first: frames are repeated to come near this number.
+# Audio tokens of a clip besides the first; `frame_repeat` is chosen to come close to this number.
 PUBLISHED_AUDIO_TOKENS, TINY_AUDIO_TOKENS = 128, 16
 
 
@@ -18,18 +18,18 @@ PUBLISHED_AUDIO_TOKENS, TINY_AUDIO_TOKENS = 128, 16
 class MellowConfig(PreTrainedConfig):
     r"""
     Mellow (arXiv 2503.08540): audio encoder, projection, and a decoder that reads
-    `[audio 1][separator][audio 2][separator][prompt]` and writes the answer. The encoder is one of
-    `mellow_platform.model.encoders`, the decoder any causal language model that is Llama-shaped or a GPT-2.
+    `[audio 1][separator][audio 2][separator][prompt]` and generates the answer. The encoder is one of
+    `mellow_platform.model.encoders`; the decoder is any causal language model of Llama's shape, or GPT-2.
 
     projection (`str`, *optional*, defaults to `"mellow"`):
-        Name in `PROJECTIONS` of what maps encoder frames to decoder embeddings.
+        Name in `PROJECTIONS` of the projection from encoder frames to decoder embeddings.
     lora (`dict`, *optional*):
-        Fields of peft's `LoraConfig` (`r`, `lora_alpha`, `lora_dropout`, `target_modules`) where the decoder has
-        adapters; None where it is plain.
+        Fields of peft's `LoraConfig` (`r`, `lora_alpha`, `lora_dropout`, `target_modules`) of the decoder's adapters;
+        None without adapters.
     frame_repeat (`int`, *optional*, defaults to 32):
-        How often each distinct frame of the encoder is repeated.
+        Copies of each encoder frame.
     pool_size (`int`, *optional*, defaults to 8):
-        How many repeated frames are averaged into one audio token.
+        Number of copied frames averaged into one audio token.
     projection_dropout (`float`, *optional*, defaults to 0.5):
         Dropout inside the projection.
     separator_token_id (`int`, *optional*, defaults to 0):
@@ -37,7 +37,7 @@ class MellowConfig(PreTrainedConfig):
     """
 
     model_type = "mellow"
-    sub_configs_defaults = {  # noqa: RUF012 (the form transformers reads)
+    sub_configs_defaults = {  # noqa: RUF012 (transformers' form)
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
         "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="mellow_htsat"),
     }
@@ -57,8 +57,8 @@ class MellowConfig(PreTrainedConfig):
         projection_class(self.projection)
         if self.frame_repeat % self.pool_size:
             raise ValueError(
-                f"frame_repeat {self.frame_repeat} is not a multiple of pool_size {self.pool_size}: "
-                "an audio token would mix two frames; choose a multiple"
+                f"frame_repeat {self.frame_repeat} is not a multiple of pool_size {self.pool_size}, "
+                "so an audio token would mix two frames; choose a multiple"
             )
         self.eos_token_id = self.text_config.eos_token_id
         self.pad_token_id = self.text_config.pad_token_id
@@ -67,7 +67,7 @@ class MellowConfig(PreTrainedConfig):
 
     @property
     def num_audio_tokens(self) -> int:
-        """Positions that one clip takes in the decoder's sequence (129 as published)."""
+        """Positions of one clip in the decoder's sequence (129 as published)."""
         return 1 + self.audio_config.num_frames * self.frame_repeat // self.pool_size
 
     @classmethod
@@ -87,12 +87,12 @@ class MellowConfig(PreTrainedConfig):
             size: `mellow-v0` (as published) or `mellow-tiny` (the same code at about 2 M parameters).
             encoder: name of the audio encoder.
             projection: name of the projection.
-            vocab_size: number of tokens of the tiny size's own tokenizer.
-            audio_config: of a trained encoder, in place of a fresh one.
-            text_config: of a trained decoder, in place of the size's own; its end token separates the clips.
+            vocab_size: size of the vocabulary of the tiny size's tokenizer.
+            audio_config: configuration of a trained encoder, instead of a new one.
+            text_config: configuration of a trained decoder, instead of the size's own; its end token separates clips.
 
         Raises:
-            ValueError: no such size, encoder or projection.
+            ValueError: unknown size, encoder or projection.
         """
         audio = audio_config or encoder_config(size, encoder=encoder)
         tiny = size == "mellow-tiny"
@@ -111,10 +111,10 @@ class MellowConfig(PreTrainedConfig):
 
 
 def encoder_config(size: str, labels: list[str] | None = None, encoder: str = "htsat") -> Any:
-    """Return the configuration of an audio encoder at a named size, with the tags `labels` when given.
+    """Return the configuration of an audio encoder at a named size, with the tags `labels` if set.
 
     Raises:
-        ValueError: no such size or encoder, or tags for an encoder that has none.
+        ValueError: unknown size or encoder, or labels for an encoder without tags.
     """
     kind, _ = encoder_parts(encoder)
     if size not in SIZES:
@@ -123,7 +123,7 @@ def encoder_config(size: str, labels: list[str] | None = None, encoder: str = "h
     if labels:
         if not config.num_classes:
             raise ValueError(
-                f"audio encoder {encoder} has no tags to train on: take a pretrained one, or another encoder"
+                f"audio encoder {encoder} has no tags to train; use pretrained weights, or another encoder"
             )
         config.num_classes = len(labels)
         config.labels = list(labels)
@@ -131,7 +131,7 @@ def encoder_config(size: str, labels: list[str] | None = None, encoder: str = "h
 
 
 def smollm2_135m_config() -> LlamaConfig:
-    """The base SmolLM2-135M, with Mellow's end and padding tokens."""
+    """Return the configuration of base SmolLM2-135M with Mellow's end and padding tokens."""
     return LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -150,7 +150,7 @@ def smollm2_135m_config() -> LlamaConfig:
 
 
 def tiny_decoder_config(vocab_size: int) -> LlamaConfig:
-    """A Llama decoder small enough to train on two cores in minutes."""
+    """Return the configuration of a Llama decoder that trains on two cores in minutes."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=128,
@@ -159,8 +159,8 @@ def tiny_decoder_config(vocab_size: int) -> LlamaConfig:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
-        # Untrained attention at this width has to be sharp enough to be told apart from an average, or a model of
-        # this size needs many times the steps to learn which letter stands before which choice.
+        # With the default range, untrained attention at this width is nearly uniform, and the model needs many times
+        # the steps to learn which letter belongs to which choice.
         initializer_range=0.14,
         tie_word_embeddings=True,
         bos_token_id=0,

@@ -1,4 +1,4 @@
-"""Where the decoder's weights and tokenizer come from: a hub name, a local or s3:// folder, or a GGUF file."""
+"""Loading of the decoder's weights and tokenizer from a hub name, a local or s3:// folder, or a GGUF file."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from transformers import (
 from mellow_platform import storage
 from mellow_platform.extras import require
 
-# Mellow ends answers with `<|endoftext|>` and pads with `!`, whichever SmolLM2 the weights come from (the Instruct
-# version has another end token). Tokenizers without them keep their own.
+# Mellow ends answers with `<|endoftext|>` and pads with `!` for every SmolLM2 (the Instruct version has another end
+# token). Tokenizers without these tokens keep their own.
 END_TOKEN, PADDING_TOKEN = "<|endoftext|>", "!"
 
 
@@ -26,7 +26,7 @@ def _source(decoder: str) -> tuple[str, dict[str, str]]:
         require("gguf", extra="gguf")
         path = Path(decoder)
         if not path.is_file():
-            raise FileNotFoundError(f"{decoder}: no such GGUF file")
+            raise FileNotFoundError(f"{decoder}: GGUF file not found")
         return str(path.parent), {"gguf_file": path.name}
     if "://" in decoder or decoder.startswith(("/", ".")):
         return str(storage.local_copy(decoder)), {}
@@ -34,7 +34,7 @@ def _source(decoder: str) -> tuple[str, dict[str, str]]:
 
 
 def load_decoder(decoder: str) -> PreTrainedModel:
-    """Return the causal language model `decoder` in float32, with Mellow's end and padding tokens."""
+    """Load the causal language model `decoder` in float32, with Mellow's end and padding tokens."""
     name, options = _source(decoder)
     model = AutoModelForCausalLM.from_pretrained(name, dtype="float32", **options)
     for config in (model.config, model.generation_config):
@@ -43,7 +43,7 @@ def load_decoder(decoder: str) -> PreTrainedModel:
 
 
 def load_decoder_config(decoder: str) -> PreTrainedConfig:
-    """Return the configuration alone of what `load_decoder` loads."""
+    """Load only the configuration of a decoder, as `load_decoder` would set it."""
     name, options = _source(decoder)
     config = AutoConfig.from_pretrained(name, **options)
     _set_tokens(config, decoder)
@@ -57,10 +57,10 @@ def _set_tokens(config: PreTrainedConfig | GenerationConfig, decoder: str) -> No
 
 
 def load_tokenizer(decoder: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that belongs to `decoder`.
+    """Load the tokenizer of `decoder`.
 
     Raises:
-        ValueError: it has no end token to close prompts and answers with.
+        ValueError: the tokenizer has no end token for prompts and answers.
     """
     name, options = _source(decoder)
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -69,7 +69,7 @@ def load_tokenizer(decoder: str) -> PreTrainedTokenizerBase:
         tokenizer.eos_token = tokenizer.bos_token = END_TOKEN
     elif tokenizer.eos_token is None:
         raise ValueError(
-            f"the tokenizer of {decoder} has neither an end token of its own nor {END_TOKEN}: "
+            f"the tokenizer of {decoder} has neither an end token nor {END_TOKEN}; "
             "set eos_token in its tokenizer_config.json"
         )
     if PADDING_TOKEN in tokens and "<|pad|>" not in tokens:

@@ -1,4 +1,4 @@
-"""Mellow's audio front end: waveforms of any length to log-mel spectrograms of one length."""
+"""Mellow's audio front end: log-mel spectrograms of fixed length from waveforms of any length."""
 
 from dataclasses import asdict, fields
 
@@ -13,20 +13,20 @@ from .encoders import AudioEncoderConfig
 
 
 class MellowFeatureExtractor(SequenceFeatureExtractor):
-    """Log-mel spectrograms of clips; the defaults are those that the published HTSAT was trained on.
+    """Log-mel spectrograms of clips; the defaults are those of the published HTSAT's training.
 
     Args:
-        sampling_rate: of the waveforms, in Hz.
-        clip_seconds: length every clip is brought to.
-        n_fft: samples in a periodic Hann window.
+        sampling_rate: sampling rate of the waveforms, in Hz.
+        clip_seconds: length of every clip after padding or cutting, in seconds.
+        n_fft: length of the periodic Hann window, in samples.
         hop_length: samples between frames.
         feature_size: number of Slaney mel bands.
-        min_frequency, max_frequency: of the bands, in Hz.
-        short_clip: what fills a shorter clip: `pad` (zeros) or `repeat` (the clip again).
-            A longer clip is cut to its first `clip_seconds`.
+        min_frequency, max_frequency: frequency range of the bands, in Hz.
+        short_clip: padding of a shorter clip: `pad` (zeros) or `repeat` (copies of the clip). A longer clip is cut to
+            its first `clip_seconds`.
     """
 
-    model_input_names = ["input_features"]  # noqa: RUF012 (the form transformers reads)
+    model_input_names = ["input_features"]  # noqa: RUF012 (transformers' form)
 
     def __init__(
         self,
@@ -57,24 +57,24 @@ class MellowFeatureExtractor(SequenceFeatureExtractor):
 
     @classmethod
     def for_encoder(cls, config: AudioEncoderConfig, short_clip: str = "pad") -> "MellowFeatureExtractor":
-        """Return the front end that an encoder hears."""
+        """Return the front end of an encoder."""
         return cls(**asdict(config.front_end), short_clip=short_clip)
 
     @property
     def front_end(self) -> FrontEnd:
-        """The parameters of the spectrogram."""
+        """Parameters of the spectrogram."""
         return FrontEnd(**{field.name: getattr(self, field.name) for field in fields(FrontEnd)})
 
-    def check_hears_as(self, config: AudioEncoderConfig, encoder: str) -> None:
-        """Make sure that spectrograms made here are what the encoder of `config`, named `encoder`, hears.
+    def check_matches(self, config: AudioEncoderConfig, encoder: str) -> None:
+        """Check that this front end is that of the encoder of `config`, named `encoder` in the error.
 
         Raises:
-            ValueError: they are not; the message names what differs.
+            ValueError: their parameters differ; the message lists the differences.
         """
         if differences := config.front_end.differences(self.front_end):
             raise ValueError(
-                f"encoder {encoder} hears another front end than the clips went through ({differences}): "
-                "run jobs/preprocess.py for this encoder, or take the one that the shards were made for"
+                f"encoder {encoder} has another front end than the preprocessed clips ({differences}); "
+                "run jobs/preprocess.py for this encoder, or use the encoder of the shards"
             )
 
     @property
@@ -83,7 +83,7 @@ class MellowFeatureExtractor(SequenceFeatureExtractor):
 
     @property
     def num_frames(self) -> int:
-        """Frames of one clip's spectrogram (1001 as published)."""
+        """Frames in the spectrogram of a clip (1001 as published)."""
         return self.front_end.num_frames
 
     def to_dict(self) -> dict:
@@ -92,14 +92,14 @@ class MellowFeatureExtractor(SequenceFeatureExtractor):
     def __call__(
         self, raw_speech: np.ndarray | list[np.ndarray], sampling_rate: int | None = None, **kwargs
     ) -> BatchFeature:
-        """Return `input_features` [clips, frames, bands] of one waveform or a list of them.
+        """Return `input_features` [clips, frames, bands] of one waveform or a list of waveforms.
 
         Raises:
-            ValueError: `sampling_rate` is not the front end's; resample first.
+            ValueError: `sampling_rate` is not the front end's.
         """
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             raise ValueError(
-                f"waveforms are at {sampling_rate} Hz, the model hears {self.sampling_rate} Hz: resample them"
+                f"waveforms are at {sampling_rate} Hz; resample them to the model's {self.sampling_rate} Hz"
             )
         clips = [raw_speech] if isinstance(raw_speech, np.ndarray) and raw_speech.ndim == 1 else raw_speech
         fitted = np.stack([self.spectrogram.fit(clip) for clip in clips])

@@ -12,8 +12,8 @@ from mellow_platform.model.card import CARD, model_card
 from mellow_platform.model.modeling_mellow import MellowForConditionalGeneration
 from mellow_platform.model.processing_mellow import MellowProcessor
 
-# Of a file of weights. Loading maps files into memory, and lets go of a file once all that is in it was taken over:
-# small ones keep an engine's peak memory near the size of the weights, where one large file would double it.
+# Size of a weights file. Loading memory-maps each file and releases it after copying: with small files an engine's peak
+# memory is near the size of the weights, while one large file would double it.
 SHARD_SIZE = "100MB"
 
 
@@ -26,7 +26,7 @@ def save_pretrained(part: Any, uri: str) -> None:
 
 
 def save_model(model: MellowForConditionalGeneration, processor: MellowProcessor, uri: str, **card: Any) -> None:
-    """Save a model with its processor and its model card to the folder `uri`; `card` is told to `model_card`."""
+    """Save a model with its processor and its model card to the folder `uri`; `card` is passed to `model_card`."""
     save_pretrained(model, uri)
     save_pretrained(processor, uri)
     storage.write_bytes(storage.join(uri, CARD), str(model_card(model, processor, **card)).encode())
@@ -36,16 +36,16 @@ def load_processor(uri: str) -> MellowProcessor:
     """Load the processor in the folder `uri`.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: the folder does not exist.
     """
     return AutoProcessor.from_pretrained(storage.local_copy(uri))
 
 
 def load_model(uri: str) -> tuple[MellowForConditionalGeneration, MellowProcessor]:
-    """Load the model and the processor of the folder `uri`, in float32 and evaluation mode, adapters merged.
+    """Load model and processor from the folder `uri`, in float32 and evaluation mode, with merged adapters.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: the folder does not exist.
     """
     folder = storage.local_copy(uri)
     model = MellowForConditionalGeneration.from_pretrained(folder, dtype="float32")

@@ -1,6 +1,6 @@
-"""Low-rank adapters on the decoder (LoRA, arXiv 2106.09685), through peft.
+"""Low-rank adapters of the decoder (LoRA, arXiv 2106.09685), by peft.
 
-peft is imported when there are adapters: most models have none.
+peft is imported on use: most models have no adapters.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def add_adapters(decoder: PreTrainedModel, lora: dict[str, Any]) -> None:
-    """Put adapters into `decoder` in place, as peft's `LoraConfig(**lora)` describes; they change nothing yet.
+    """Add adapters to `decoder` in place, as configured by peft's `LoraConfig(**lora)`; the output is unchanged.
 
-    Without `target_modules`, peft chooses by the architecture: the query and value projections of a Llama, as
-    published, and the joint one of GPT-2.
+    The default of `target_modules` depends on the architecture: query and value projections of a Llama, as published,
+    and the joint projection of GPT-2.
 
     Raises:
-        ValueError: no layer has one of the names in `target_modules`.
+        ValueError: no layer has a name in `target_modules`.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -29,7 +29,7 @@ def add_adapters(decoder: PreTrainedModel, lora: dict[str, Any]) -> None:
 
 
 def freeze_all_but_adapters(decoder: PreTrainedModel) -> None:
-    """Exclude the decoder's own weights from training."""
+    """Freeze all weights of the decoder except its adapters."""
     decoder.requires_grad_(False)
     for layer in _adapted(decoder).values():
         for name in layer.adapter_layer_names:
@@ -37,7 +37,7 @@ def freeze_all_but_adapters(decoder: PreTrainedModel) -> None:
 
 
 def merge_adapters(decoder: PreTrainedModel) -> None:
-    """Add the adapters into the decoder's own weights in place, and leave a plain decoder that trains in full."""
+    """Merge the adapters into the decoder's weights in place, which leaves a plain decoder with trainable weights."""
     for path, layer in _adapted(decoder).items():
         layer.merge()
         decoder.set_submodule(path, layer.get_base_layer())

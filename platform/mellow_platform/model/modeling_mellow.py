@@ -1,4 +1,4 @@
-"""The Mellow network: audio encoder, projection, and decoder, each of the type that the configuration names."""
+"""The Mellow network: audio encoder, projection and decoder of the configured types."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ from .projections import projection_class
 class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Answers a question about two clips.
 
-    A clip enters as log-mel spectrogram (`input_features`) or as what the frozen encoder made of it
-    (`audio_frames` with `audio_latent`), never as both.
+    A clip is either a log-mel spectrogram (`input_features`) or outputs of the frozen encoder (`audio_frames` and
+    `audio_latent`).
     """
 
     config_class = MellowConfig
@@ -38,7 +38,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = AutoModelForCausalLM.from_config(text, attn_implementation=ATTENTION)
         self.post_init()
         if config.lora:
-            # After post_init, which would draw the adapters' zeros anew.
+            # After post_init, which would overwrite the adapters' zeros.
             add_adapters(self.language_model, config.lora)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -48,29 +48,29 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model.get_output_embeddings()
 
     def freeze_encoder(self) -> "MellowForConditionalGeneration":
-        """Exclude the audio encoder from training; `train()` then leaves it in evaluation mode."""
+        """Freeze the audio encoder; `train()` then keeps it in evaluation mode."""
         self.audio_encoder.requires_grad_(False)
         return self.train(self.training)
 
     def freeze_decoder(self) -> "MellowForConditionalGeneration":
-        """Exclude the decoder's own weights from training; its adapters, where it has them, go on learning."""
+        """Freeze the decoder's weights except its adapters."""
         freeze_all_but_adapters(self.language_model)
         return self
 
     def add_lora(self, lora: dict[str, Any]) -> "MellowForConditionalGeneration":
-        """Put fresh adapters on the plain decoder, which is frozen; `lora` is as in `MellowConfig`.
+        """Add new adapters to a plain decoder and freeze its weights; `lora` is as in `MellowConfig`.
 
         Raises:
-            ValueError: it has adapters already.
+            ValueError: the decoder already has adapters.
         """
         if self.config.lora:
-            raise ValueError(f"the decoder has adapters already ({self.config.lora}): call merge_lora() first")
+            raise ValueError(f"the decoder already has adapters ({self.config.lora}); call merge_lora() first")
         add_adapters(self.language_model, lora)
         self.config.lora = dict(lora)
         return self.freeze_decoder()
 
     def merge_lora(self) -> "MellowForConditionalGeneration":
-        """Add the adapters into the decoder's own weights, in place; a plain decoder is left as it is."""
+        """Merge the adapters into the decoder's weights in place; a plain decoder is unchanged."""
         if self.config.lora:
             merge_adapters(self.language_model)
             self.config.lora = None
@@ -85,8 +85,8 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def audio_tokens(self, audio_frames: torch.Tensor, audio_latent: torch.Tensor) -> torch.Tensor:
         """Map frames [..., F, frame_size] and latent [..., H] to decoder embeddings [..., tokens, text].
 
-        The reference projects every copy of a frame; equal copies have equal images, so here a frame is projected
-        once. In training the projection's dropout is then one draw a frame, not one a copy.
+        The reference projects every copy of a frame; here each frame is projected once and the result is copied. In
+        training, dropout in the projection is therefore drawn per frame, not per copy.
         """
         frames = self.frame_embedding(audio_frames)
         projected = self.projection(torch.cat([audio_latent[..., None, :], frames], dim=-2))
@@ -99,27 +99,27 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio_frames: torch.Tensor | None = None,
         audio_latent: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the embeddings [pairs, positions, text] of both clips, each with the separator behind it.
+        """Return the embeddings [pairs, positions, text] of both clips, each followed by the separator.
 
         Args:
             input_features: log-mel spectrograms [pairs, 2, frames, bands] in dB.
             audio_frames, audio_latent: encoder outputs [pairs, 2, F, frame_size] and [pairs, 2, H].
 
         Raises:
-            ValueError: no audio, or both forms of it.
+            ValueError: neither or both forms of audio.
         """
         if (input_features is None) == (audio_frames is None):
-            raise ValueError("give either input_features, or audio_frames and audio_latent")
+            raise ValueError("pass either input_features, or audio_frames and audio_latent")
         dtype = self.frame_embedding.weight.dtype
         if input_features is not None:
-            # Both clips of a single-clip question are often the same one: encode what is distinct.
+            # Both clips of a single-clip question are often equal: encode each distinct clip once.
             distinct, index = torch.unique(input_features.flatten(0, 1), dim=0, return_inverse=True)
             encoded = self.audio_encoder(distinct.to(dtype))
             shape = input_features.shape[:2]
             audio_frames = encoded.frames[index].unflatten(0, shape)
             audio_latent = encoded.latent[index].unflatten(0, shape)
         if audio_frames is None or audio_latent is None:
-            raise ValueError("audio_frames and audio_latent go together")
+            raise ValueError("pass both audio_frames and audio_latent")
         audio = self.audio_tokens(audio_frames.to(dtype), audio_latent.to(dtype))
         token = torch.full(audio.shape[:2], self.config.separator_token_id, device=audio.device)
         separators = self.get_input_embeddings()(token)[:, :, None]
@@ -148,27 +148,26 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Return the loss of the answers, and the logits after the prompt.
 
-        Questions on the same clips share these: the result is that of separate sequences, and nothing is computed
-        that the answers do not depend on.
+        Questions on the same clips share one prefix; the result equals that of separate sequences without padding.
 
         Args:
-            input_ids: prompts [questions, prompt], each with a token at least.
+            input_ids: prompts [questions, prompt], each with at least one token.
             input_features, audio_frames, audio_latent: clip pairs as in `audio_prefix`.
-            labels: answers [questions, answer], -100 where there is nothing to learn.
-            attention_mask: [questions, prompt], 0 where a prompt's padding is not seen; by default all is, as the
+            labels: answers [questions, answer]; -100 is ignored.
+            attention_mask: [questions, prompt], 0 to hide padding of prompts. By default padding is visible, as the
                 published weights expect.
-            pair_index: clip pair [questions] that each question is about; by default each has its own.
-            num_items_in_batch: what the sum over the answers' tokens is divided by; by default their number.
+            pair_index: clip pair of each question [questions]; by default question i has pair i.
+            num_items_in_batch: divisor of the summed loss; by default the number of labels.
 
         Returns:
-            `loss` with `labels`; `logits` [questions, 1, vocabulary] without, else [questions, answer, vocabulary],
-            zeros where there is no label. While training they are left out: only those with a label exist, flat.
+            `loss` if `labels` are passed. `logits` [questions, 1, vocabulary] without labels; with labels [questions,
+            answer, vocabulary], zeros for ignored labels, and None in training mode.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         tokens, read = input_ids, attention_mask.bool()
         if labels is not None:
-            # The last label is followed by nothing, so its token is not read.
+            # No label follows the last one, so its token is not an input.
             labelled = labels >= 0
             follows = labelled.flip(1).cumsum(1).flip(1)[:, 1:] > 0
             answers = labels[:, :-1].masked_fill(~labelled[:, :-1], self.config.pad_token_id)
@@ -176,7 +175,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         prefixes = self.audio_prefix(input_features, audio_frames, audio_latent)
         if pair_index is None:
             pair_index = torch.arange(len(input_ids), device=input_ids.device)
-        packing = Packing.of(len(prefixes), prefixes.shape[1], pair_index, attention_mask.sum(1), read.sum(1))
+        packing = Packing.from_lengths(len(prefixes), prefixes.shape[1], pair_index, attention_mask.sum(1), read.sum(1))
         questions = self.get_input_embeddings()(tokens[read])
         hidden = self.language_model.base_model(
             inputs_embeds=torch.cat([prefixes.flatten(0, 1), questions])[None],
@@ -188,7 +187,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         head = self.get_output_embeddings()
         if labels is None:
             return CausalLMOutputWithPast(logits=head(hidden[packing.ends])[:, None])
-        # The vocabulary is a fifth of the work of a position: only those that predict a label go through it.
+        # The output layer is a fifth of a position's cost: compute it only for positions that predict a label.
         places = packing.ends[:, None] + torch.arange(labels.shape[1], device=labels.device)
         logits, known = head(hidden[places[labelled]]), labels[labelled]
         loss = nn.functional.cross_entropy(logits.float(), known, reduction="sum")
@@ -208,7 +207,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         audio_latent: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Return the tokens [batch, new] of the answers; greedy, as published, unless `kwargs` say otherwise.
+        """Generate the tokens [batch, new] of the answers; greedy by default, as published.
 
         `kwargs` are those of transformers' `generate` (`max_new_tokens`, `do_sample`, ...).
         """

@@ -1,4 +1,4 @@
-"""Mellow's processor: waveforms and questions to what the network reads, and tokens back to text."""
+"""Mellow's processor: network inputs from waveforms and questions, and answer text from tokens."""
 
 from collections.abc import Sequence
 from typing import get_args
@@ -12,23 +12,22 @@ from mellow_platform.data.partners import Partner, second_clip
 
 
 class MellowProcessor(ProcessorMixin):
-    """Feature extractor and tokenizer in one.
+    """Feature extractor and tokenizer.
 
     Args:
         feature_extractor: the audio front end.
-        tokenizer: of the decoder; its padding token fills prompts.
-        prompt_length: tokens that every prompt is padded or cut to.
-        answer_length: tokens that an answer is cut to.
-        pad_prompt: fill shorter prompts to `prompt_length` with the padding token, which the network sees, as
-            published. Without it only prompts of equal length make a batch.
-        prompt_end_marker: close prompts with the end token, as the reference does in training and evaluation; its
+        tokenizer: tokenizer of the decoder; prompts are padded with its padding token.
+        prompt_length: maximum length of a prompt, and length of a padded one, in tokens.
+        answer_length: maximum length of an answer, in tokens.
+        pad_prompt: pad prompts to `prompt_length` with a padding token that the network attends to, as published.
+            Without padding, all prompts of a batch must have the same length.
+        prompt_end_marker: append the end token to prompts, like the reference in training and evaluation; its
             inference wrapper does not.
-        partner: second clip of a question about one. Shards are written with a `random` other clip where it says
-            so; a question asked here has no corpus to draw from and gets the `same` clip, so that its answer is
-            deterministic.
+        partner: second clip of a single-clip question. `random` applies when shards are written; this processor has no
+            corpus to draw from and uses the `same` clip instead, so that answers are deterministic.
 
     Raises:
-        ValueError: no such `partner`.
+        ValueError: unknown `partner`.
     """
 
     def __init__(
@@ -55,17 +54,17 @@ class MellowProcessor(ProcessorMixin):
         return ["feature_extractor", "tokenizer"]
 
     def token_ids(self, text: str) -> list[int]:
-        """Return the tokens of `text`, lower-cased and closed by the end marker as in training."""
+        """Return the tokens of `text`, lower-cased, with the end marker."""
         return self.tokenizer(f"{text.lower().strip()} {self.tokenizer.eos_token}")["input_ids"]
 
     def question_ids(self, question: str) -> list[int]:
-        """Return all tokens of `question`, closed by the end marker where prompts are."""
+        """Return all tokens of `question`, with the end marker if `prompt_end_marker` is set."""
         if self.prompt_end_marker:
             return self.token_ids(question)
         return self.tokenizer(question.lower().strip())["input_ids"]
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Return the tokens of `prompt` by the rules above: at most `prompt_length`, and exactly so many if padded."""
+        """Return at most `prompt_length` tokens of `prompt`, or exactly that number if `pad_prompt` is set."""
         ids = self.question_ids(prompt)[: self.prompt_length]
         if not self.pad_prompt:
             return ids
@@ -86,28 +85,28 @@ class MellowProcessor(ProcessorMixin):
         """Return `input_ids` [batch, prompt], `input_features` [batch, 2, frames, bands] and, with answers, `labels`.
 
         Args:
-            audio: one or two waveforms [samples] a question; a single one is joined by its `partner`.
-            text: a question each.
-            answers: to train on.
-            sampling_rate: of the waveforms in Hz, checked when given.
+            audio: one or two waveforms [samples] per question; a single one gets its `partner`.
+            text: questions.
+            answers: answers to train on.
+            sampling_rate: sampling rate of the waveforms in Hz, checked if passed.
 
         Raises:
             ValueError: the lists differ in length, a question has no clip or more than two, or unpadded prompts
                 differ in length.
         """
         if len(audio) != len(text):
-            raise ValueError(f"{len(audio)} sets of clips for {len(text)} questions: give one set a question")
+            raise ValueError(f"{len(audio)} sets of clips for {len(text)} questions; pass one set per question")
         prompts = [self.prompt_ids(question) for question in text]
         if len(lengths := sorted({len(ids) for ids in prompts})) > 1:
             raise ValueError(
-                f"prompts of {', '.join(map(str, lengths))} tokens make no batch without padding: "
-                "ask those of one length together, or set pad_prompt"
+                f"prompts of {', '.join(map(str, lengths))} tokens in one batch without padding; "
+                "batch prompts of equal length, or set pad_prompt"
             )
         silence = np.zeros(self.feature_extractor.clip_samples, np.float32)
         clips: list[np.ndarray] = []
         for number, pair in enumerate(audio):
             if len(pair) not in (1, 2):
-                raise ValueError(f"question {number} has {len(pair)} clips: give one or two")
+                raise ValueError(f"question {number} has {len(pair)} clips; pass one or two")
             clips += [pair[0], second_clip(pair, self.partner, silence)]
         features = self.feature_extractor(clips, sampling_rate=sampling_rate)["input_features"]
         batch = {
@@ -119,12 +118,12 @@ class MellowProcessor(ProcessorMixin):
         return BatchFeature(batch)
 
     def decode_answers(self, tokens: torch.Tensor) -> list[str]:
-        """Return the texts of generated tokens [batch, new]."""
+        """Return the texts of the generated tokens [batch, new]."""
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
 def pad_labels(answers: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return answers as labels [batch, longest], filled with -100, which the loss ignores."""
+    """Return answers as labels [batch, longest], padded with -100, which the loss ignores."""
     labels = torch.full((len(answers), max(map(len, answers))), -100)
     for row, ids in zip(labels, answers, strict=True):
         row[: len(ids)] = torch.as_tensor(ids)

@@ -1,8 +1,8 @@
-"""Projections by name: from encoder frames to decoder embeddings. To add one, write a class and
-add it to `PROJECTIONS`, and its name to `Projection` in config.py.
+"""Projections from encoder frames to decoder embeddings, by name.
 
-Every one is built from (audio_size, text_size, dropout) and maps [..., positions, audio_size] to
-[..., positions, text_size], the positions being those of one clip: its latent, then its frames.
+To add one, write a class, add it to `PROJECTIONS`, and its name to `Projection` in config.py. Its constructor takes
+(audio_size, text_size, dropout); it maps [..., positions, audio_size] to [..., positions, text_size], with the latent
+of a clip at the first position and its frames after it.
 """
 
 import math
@@ -31,7 +31,7 @@ class MellowProjection(nn.Module):
 
 
 class LinearProjection(nn.Module):
-    """One linear layer; it has no dropout."""
+    """One linear layer without dropout."""
 
     def __init__(self, audio_size: int, text_size: int, dropout: float):
         super().__init__()
@@ -57,7 +57,7 @@ class MLPProjection(nn.Module):
 
 
 class TransformerProjection(nn.Module):
-    """A linear layer, then a small pre-norm transformer over the positions of a clip."""
+    """A linear layer and a small pre-norm transformer over the positions of a clip."""
 
     def __init__(self, audio_size: int, text_size: int, dropout: float):
         super().__init__()
@@ -77,12 +77,12 @@ class TransformerProjection(nn.Module):
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """Map [..., positions, audio_size] to [..., positions, text_size]."""
         embedding = self.linear(frames)
-        embedding = embedding + self._places(*embedding.shape[-2:]).to(embedding)
+        embedding = embedding + self._positions(*embedding.shape[-2:]).to(embedding)
         return self.transformer(embedding.flatten(0, -3)).view_as(embedding)
 
     @staticmethod
-    def _places(positions: int, size: int) -> torch.Tensor:
-        """Return a sinusoid for each position [positions, size] (arXiv 1706.03762): attention alone sees no order."""
+    def _positions(positions: int, size: int) -> torch.Tensor:
+        """Return sinusoidal position embeddings [positions, size] (arXiv 1706.03762)."""
         rates = torch.exp(torch.arange(0, size, 2) * (-math.log(10_000.0) / size))
         angles = torch.arange(positions)[:, None] * rates
         return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :size]
@@ -97,10 +97,10 @@ PROJECTIONS: dict[str, type[nn.Module]] = {
 
 
 def projection_class(name: str) -> type[nn.Module]:
-    """Return the projection `name`.
+    """Return the projection class `name`.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: unknown name.
     """
     if name not in PROJECTIONS:
         raise ValueError(f"projection {name!r} does not exist; choose one of {', '.join(PROJECTIONS)}")

@@ -1,4 +1,4 @@
-"""The tiny size's own tokenizer, trained on its corpus so that nothing is downloaded."""
+"""Tokenizer of the tiny size, trained on its corpus so that no download is needed."""
 
 from collections.abc import Iterable
 
@@ -6,14 +6,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 END, PADDING = "<|endoftext|>", "<|pad|>"
-# A choice's letter is one token (` b)`), next to the text it stands for: a small model learns to match them.
+# A choice's letter is one token (` b)`) next to the choice's text, so that a small model learns to match them.
 WORD = r" ?[a-h]\)| ?\w+| ?[^\s\w]+|\s+"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer of at most `vocab_size` tokens trained on lower-cased `texts`.
 
-    Frequent words become single tokens; no text is unknown to it.
+    Frequent words are single tokens; every text can be encoded.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,35 +1,32 @@
-"""What a corpus is like: durations, levels, questions by type, lengths in tokens; as numbers and as a picture."""
+"""Statistics of a corpus as numbers and as a plot: durations, levels, questions by type, lengths in tokens."""
 
-import io
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mellow_platform.plot_style import BLUE, DARK, GREEN, GREY, LIGHT_GREY, ORANGE, RED, png, styled_figure
 from mellow_platform.preprocessing.clip_shards import SILENCE_ID
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 BINS = 40
-COLORS = {"train": "#2a6f97", "val": "#f4a259", "test": "#bc4b51"}
-OTHER_COLOR = "#7a7a7a"
+COLORS = {"train": BLUE, "val": ORANGE, "test": RED}  # other splits are grey
 
 
 def describe(
     clips: Sequence[dict[str, Any]], records: dict[str, list[dict[str, Any]]], counts: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the statistics of a shard set from its shards' receipts, of clips and, by split, of questions."""
-    heard = [
+    """Return the statistics of a shard set, from the receipts of clip shards and, by split, record shards."""
+    measured = [
         (length, level)
         for receipt in clips
         for clip_id, length, level in zip(receipt["clip_ids"], receipt["seconds"], receipt["levels"], strict=True)
-        if clip_id != SILENCE_ID  # a partner, and no clip of the corpus
+        if clip_id != SILENCE_ID  # a partner, not a clip of the corpus
     ]
-    seconds, levels = np.array(heard).reshape(-1, 2).T
+    seconds, levels = np.array(measured).reshape(-1, 2).T
     by_family = {split: _sum(receipts, "families") for split, receipts in records.items()}
     families = sorted(set().union(*by_family.values()) if by_family else ())
     return {
@@ -41,7 +38,8 @@ def describe(
         "seconds": _summary(seconds),
         "level_db": _summary(levels),
         "questions_by_type": {
-            family: {split: own[family] for split, own in by_family.items() if own[family]} for family in families
+            family: {split: counts[family] for split, counts in by_family.items() if counts[family]}
+            for family in families
         },
         "prompt_tokens": {split: _lengths(_sum(receipts, "prompt_tokens")) for split, receipts in records.items()},
         "answer_tokens": {split: _lengths(_sum(receipts, "answer_tokens")) for split, receipts in records.items()},
@@ -68,7 +66,7 @@ def _summary(values: np.ndarray) -> dict[str, Any]:
 
 
 def _lengths(counted: Counter[str]) -> dict[str, Any]:
-    """Return the summary of lengths of which it is counted how often each stands."""
+    """Return the summary of lengths from their counts."""
     if not counted:
         return {"count": 0, "quantiles": {}, "counts": {}}
     lengths = np.array(sorted(map(int, counted)))
@@ -85,11 +83,8 @@ def _lengths(counted: Counter[str]) -> dict[str, Any]:
 
 
 def draw(statistics: dict[str, Any]) -> bytes:
-    """Return a picture of `describe`'s statistics as a PNG file."""
-    style: Any = {"font.size": 9.5, "axes.titlesize": 11, "axes.titleweight": "bold"}
-    style |= {"axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(13, 7.6), layout="constrained")
+    """Return a PNG that plots the statistics of `describe`."""
+    with styled_figure(13, 7.6) as figure:
         axes = figure.subplots(2, 3)
         _draw_histogram(axes[0, 0], statistics["seconds"], "Durations of clips", "seconds", "clips")
         _draw_histogram(
@@ -100,11 +95,9 @@ def draw(statistics: dict[str, Any]) -> bytes:
         _draw_lengths(axes[1, 1], statistics["answer_tokens"], "Lengths of answers")
         _draw_clips(axes[1, 2], statistics)
         title = f"{statistics['clips']:,} clips, {statistics['hours']:,.2f} h"
-        questions = sum(sum(own.values()) for own in statistics["questions_by_type"].values())
-        figure.suptitle(f"{title}, {questions:,} questions" if questions else title, fontsize=14, fontweight="bold")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
+        questions = sum(sum(counts.values()) for counts in statistics["questions_by_type"].values())
+        figure.suptitle(f"{title}, {questions:,} questions" if questions else title)
+        return png(figure)
 
 
 def _draw_histogram(axes: Axes, summary: dict[str, Any], title: str, x: str, y: str) -> None:
@@ -116,10 +109,10 @@ def _draw_histogram(axes: Axes, summary: dict[str, Any], title: str, x: str, y: 
     axes.stairs(heights, edges, fill=True, color=COLORS["train"], alpha=0.85)
     axes.set_ylim(0, 1.12 * max(heights))  # room for the median's label
     median = summary["quantiles"]["0.5"]
-    axes.axvline(median, color="#222222", linewidth=1, linestyle="--")
+    axes.axvline(median, color=DARK, linewidth=1, linestyle="--")
     axes.annotate(
         f"median {median:.1f}", (median, 1), xycoords=("data", "axes fraction"), xytext=(4, -10),
-        textcoords="offset points", color="#222222",
+        textcoords="offset points", color=DARK,
     )  # fmt: skip
 
 
@@ -127,12 +120,12 @@ def _draw_types(axes: Axes, types: dict[str, dict[str, int]]) -> None:
     axes.set(title="Questions by type", xlabel="questions")
     names = sorted(types, key=lambda name: sum(types[name].values()))
     left = np.zeros(len(names))
-    for split in dict.fromkeys(split for own in types.values() for split in own):
+    for split in dict.fromkeys(split for counts in types.values() for split in counts):
         widths = np.array([types[name].get(split, 0) for name in names])
-        axes.barh(names, widths, left=left, color=COLORS.get(split, OTHER_COLOR), label=split)
+        axes.barh(names, widths, left=left, color=COLORS.get(split, GREY), label=split)
         left += widths
     if names:
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(loc="lower right")
         axes.tick_params(axis="y", labelsize=8)
 
 
@@ -144,16 +137,16 @@ def _draw_lengths(axes: Axes, by_split: dict[str, Any], title: str) -> None:
             dense = np.zeros(lengths.max() + 2)
             dense[lengths] = np.array(list(summary["counts"].values())) / summary["count"]
             label = f"{split}: median {summary['quantiles']['0.5']}, 95 % up to {summary['quantiles']['0.95']}"
-            color = COLORS.get(split, OTHER_COLOR)
+            color = COLORS.get(split, GREY)
             axes.stairs(dense, np.arange(len(dense) + 1) - 0.5, color=color, label=label, linewidth=1.4)
     if axes.get_legend_handles_labels()[0]:
         axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
-        axes.legend(frameon=False, loc="upper right")
+        axes.legend(loc="upper right")
 
 
 def _draw_clips(axes: Axes, statistics: dict[str, Any]) -> None:
-    """Draw how many clips of each split and task can be used, are missing, or are unusable for another reason."""
-    axes.set(title="Clips that can be used", xlabel="share of clips", xlim=(0, 1))
+    """Draw the shares of usable, missing and otherwise unusable clips per split and task."""
+    axes.set(title="Usable clips", xlabel="share of clips", xlim=(0, 1))
     rows = [
         (f"{split} {task}" if task != "clips" else split or "clips", counts)
         for split, tasks in sorted(statistics["splits"].items(), key=lambda item: [*COLORS, item[0]].index(item[0]))
@@ -163,12 +156,12 @@ def _draw_clips(axes: Axes, statistics: dict[str, Any]) -> None:
         total = counts["clips"]
         parts = (total - counts["quarantined"], counts["missing"], counts["quarantined"] - counts["missing"])
         left = 0.0
-        for part, color in zip(parts, ("#5b8e7d", "#c9c9c9", COLORS["test"]), strict=True):
+        for part, color in zip(parts, (GREEN, LIGHT_GREY, RED), strict=True):
             axes.barh(place, part / total, left=left, color=color)
             left += part / total
         axes.annotate(f"{parts[0]:,} of {total:,}", (0.02, place), va="center", color="white")
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     reasons = ", ".join(f"{reason} {count}" for reason, count in statistics["quarantined_by_reason"].items())
     axes.annotate(
-        f"not used: {reasons or 'none'} (grey: missing)", (0, -0.2), xycoords="axes fraction", va="top", fontsize=8.5
+        f"unusable: {reasons or 'none'} (grey: missing)", (0, -0.2), xycoords="axes fraction", va="top", fontsize=8.5
     )

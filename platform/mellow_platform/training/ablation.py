@@ -16,7 +16,7 @@ from ray import tune
 from mellow_platform import storage
 from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.evaluation.evaluate_job import evaluate
-from mellow_platform.evaluation.evaluation_report import of_main
+from mellow_platform.evaluation.evaluation_report import main_score
 from mellow_platform.failure import Failure
 from mellow_platform.model.folder import load_processor
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
@@ -187,7 +187,7 @@ def train_and_score(values: dict[str, str], runs: dict[str, AblationRun]) -> Non
         condition = run.evaluate.conditions[0]
         found = evaluate(run.evaluate)["benchmarks"]
         for name, benchmark in ((name, own) for name, own in found.items() if "scores" in own):
-            own = {name: of_main(benchmark)[condition]["value"]}
+            own = {name: main_score(benchmark)[condition]["value"]}
             families = benchmark["groups"].get("family", {})
             own |= {f"{name} {family}": of["scores"][condition]["value"] for family, of in families.items()}
             # The default benchmark goes by plain names.

@@ -1,4 +1,4 @@
-"""The table and the picture of an ablation: means and standard deviations over seeds, a point a row."""
+"""Report of an ablation: a table and a plot of means and standard deviations over seeds, one row per point."""
 
 import csv
 import io
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from mellow_platform import storage
+from mellow_platform.markdown import markdown_table
+from mellow_platform.plot_style import BLUE, GREEN, GREY, ORANGE, RED, png, styled_figure
 from mellow_platform.training.ablation_config import AblationConfig
 from mellow_platform.training.ablation_grid import grid_points
 
@@ -20,13 +20,13 @@ PANELS = {
     "val_loss": "validation loss",
     "accuracy": "accuracy (mean over families)",
 }
-RUNS_BELOW = 0.2  # rows between a point's mean and the dots of its runs
-COLORS = {"val_accuracy": "tab:blue", "val_loss": "tab:orange", "accuracy": "tab:green"}
+RUN_OFFSET = 0.2  # rows between a point's mean and the dots of its runs
+COLORS = {"val_accuracy": BLUE, "val_loss": ORANGE, "accuracy": GREEN}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: its scores by name, or the reason why there are none."""
+    """Result of one run: its scores by name, or the reason of its failure."""
 
     point: int
     seed: int
@@ -36,7 +36,7 @@ class Outcome:
 
 
 def report(config: AblationConfig, outcomes: list[Outcome]) -> dict[str, Any]:
-    """Return the points with their means and standard deviations (of a sample, None of a single run), best first."""
+    """Return the points, best first, with means and sample standard deviations (None for a single run)."""
     labels = point_labels(config)
     points = [
         {"label": labels[number], "values": values}
@@ -49,38 +49,38 @@ def report(config: AblationConfig, outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def summarise(outcomes: list[Outcome]) -> dict[str, Any]:
-    """Return means and standard deviations of a point's scores, its runs with their scores, and those that failed."""
+    """Return a point's means and standard deviations, its finished runs with their scores, and its failed runs."""
     runs: list[dict[str, Any]] = [
-        {"seed": own.seed, "run": own.run, **own.scores} for own in outcomes if not own.failed
+        {"seed": one.seed, "run": one.run, **one.scores} for one in outcomes if not one.failed
     ]
     columns = {name: [run[name] for run in runs] for name in runs[0] if name not in ("seed", "run")} if runs else {}
     return {
         "mean": {name: statistics.mean(column) for name, column in columns.items()},
         "std": {name: statistics.stdev(column) if len(column) > 1 else None for name, column in columns.items()},
         "runs": runs,
-        "failed": [{"seed": own.seed, "run": own.run, "reason": own.failed} for own in outcomes if own.failed],
+        "failed": [{"seed": one.seed, "run": one.run, "reason": one.failed} for one in outcomes if one.failed],
     }
 
 
 def point_labels(config: AblationConfig) -> list[str]:
-    """Return what a point is called: the axes that tell it from others, or from the first point alone."""
+    """Return each point's label: its values on the axes that vary, or that differ from the first point."""
     points = grid_points(config)
     names = {axis: value_names(values) for axis, values in config.grid.items()}
     labels = []
     for point in points:
-        told = [axis for axis, values in config.grid.items() if len(values) > 1]
+        axes = [axis for axis, values in config.grid.items() if len(values) > 1]
         if config.combinations == "one_at_a_time":
-            told = [axis for axis in told if point[axis] != points[0][axis]]
-        parts = [f"{axis.replace('_', ' ')} {names[axis][repr(point[axis])]}" for axis in told]
+            axes = [axis for axis in axes if point[axis] != points[0][axis]]
+        parts = [f"{axis.replace('_', ' ')} {names[axis][repr(point[axis])]}" for axis in axes]
         labels.append(", ".join(parts) or "reference")
     return labels
 
 
 def value_names(values: list[Any]) -> dict[str, str]:
-    """Return what the values of an axis are called, by their `repr`: of folders the last part, where that will do."""
+    """Return the names of an axis's values, keyed by `repr`; folders are named by their last part if that is unique."""
     short = [_name(value).rstrip("/").rsplit("/", 1)[-1] for value in values]
-    clear = len(set(short)) == len(set(map(repr, values)))
-    return {repr(value): name if clear else _name(value) for value, name in zip(values, short, strict=True)}
+    unique = len(set(short)) == len(set(map(repr, values)))
+    return {repr(value): name if unique else _name(value) for value, name in zip(values, short, strict=True)}
 
 
 def _name(value: Any) -> str:
@@ -94,25 +94,26 @@ def _name(value: Any) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return the table, and below it the runs that failed."""
+    """Return the table as Markdown, followed by the failed runs with their reasons."""
     axes, points = result["axes"], result["points"]
     names = {axis: value_names([point["values"][axis] for point in points]) for axis in axes}
     scores = _score_names(points)
-    lines = [
-        "| " + " | ".join([*axes, "runs", *scores]) + " |",
-        "|" + "---|" * len(axes) + "---:|" * (1 + len(scores)),
+    rows = [
+        [
+            *(names[axis][repr(point["values"][axis])] for axis in axes),
+            f"{len(point['runs'])} of {len(point['runs']) + len(point['failed'])}",
+            *(_cell(point, name) for name in scores),
+        ]
+        for point in points
     ]
-    for point in points:
-        cells = [names[axis][repr(point["values"][axis])] for axis in axes]
-        cells.append(f"{len(point['runs'])} of {len(point['runs']) + len(point['failed'])}")
-        cells += [_cell(point, name) for name in scores]
-        lines.append("| " + " | ".join(cells) + " |")
     seeds = ", ".join(map(str, result["seeds"]))
-    lines += ["", f"Mean ± standard deviation over the runs (seeds {seeds}), sorted by {result['metric']}."]
-    failed = [f"- `{item['run']}`: {item['reason']}" for point in points for item in point["failed"]]
-    if failed:
-        lines += ["", "Failed:", "", *failed]
-    return "\n".join(lines) + "\n"
+    parts = [
+        markdown_table([*axes, "runs", *scores], rows, text_columns=len(axes)),
+        f"Mean ± standard deviation over the runs (seeds {seeds}), sorted by {result['metric']}.",
+    ]
+    if failed := [f"- `{run['run']}`: {run['reason']}" for point in points for run in point["failed"]]:
+        parts += ["Failed:", "\n".join(failed)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _score_names(points: list[dict[str, Any]]) -> list[str]:
@@ -132,7 +133,7 @@ def _cell(point: dict[str, Any], name: str) -> str:
 
 
 def table_csv(result: dict[str, Any]) -> str:
-    """Return the table for other programs: a row a point, mean and standard deviation in columns of their own."""
+    """Return the table as CSV: one row per point, with mean and standard deviation in separate columns."""
     scores = _score_names(result["points"])
     text = io.StringIO()
     writer = csv.writer(text)
@@ -153,20 +154,19 @@ def table_csv(result: dict[str, Any]) -> str:
 
 
 def picture(result: dict[str, Any]) -> bytes:
-    """Return a PNG: a panel a score, a row a point; means with standard deviations, and every run as a dot."""
+    """Return a PNG with one panel per score and one row per point: mean, standard deviation, and a dot per run."""
     points = result["points"]
     names = [name for name in PANELS if any(name in point["mean"] for point in points)]
     names.sort(key=lambda name: name != result["metric"])
-    figure = Figure(figsize=(3.2 + 3.6 * max(1, len(names)), 1.4 + 0.42 * len(points)), layout="constrained")
-    panels = figure.subplots(1, max(1, len(names)), sharey=True, squeeze=False)[0]
-    for panel, name in zip(panels, names, strict=False):
-        _draw_panel(panel, name, points)
-    panels[0].set_yticks(range(len(points)), [_row_name(point) for point in points])
-    panels[0].set_ylim(len(points) - 0.5, -0.5)
-    figure.suptitle(f"Mean ± standard deviation of the runs (grey), sorted by {PANELS[result['metric']]}")
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    return image.getvalue()
+    columns = max(1, len(names))
+    with styled_figure(3.2 + 3.6 * columns, 1.4 + 0.42 * len(points)) as figure:
+        panels = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+        for panel, name in zip(panels, names, strict=False):
+            _draw_panel(panel, name, points)
+        panels[0].set_yticks(range(len(points)), [_row_name(point) for point in points])
+        panels[0].set_ylim(len(points) - 0.5, -0.5)
+        figure.suptitle(f"Mean ± standard deviation of the runs (grey), sorted by {PANELS[result['metric']]}")
+        return png(figure)
 
 
 def _row_name(point: dict[str, Any]) -> str:
@@ -177,18 +177,13 @@ def _row_name(point: dict[str, Any]) -> str:
 def _draw_panel(panel: Axes, name: str, points: list[dict[str, Any]]) -> None:
     for row, point in enumerate(points):
         if name not in point["mean"]:
-            panel.text(
-                0.5, row, "failed", transform=panel.get_yaxis_transform(), color="tab:red", ha="center", va="center"
-            )
+            panel.text(0.5, row, "failed", transform=panel.get_yaxis_transform(), color=RED, ha="center", va="center")
             continue
-        panel.errorbar(point["mean"][name], row, xerr=point["std"][name], fmt="o", capsize=4, color=COLORS[name])
+        panel.errorbar(point["mean"][name], row, xerr=point["std"][name], fmt="o", color=COLORS[name])
         runs = [run[name] for run in point["runs"]]
-        panel.plot(runs, [row + RUNS_BELOW] * len(runs), "o", color="0.6", markersize=3)
+        panel.plot(runs, [row + RUN_OFFSET] * len(runs), "o", color=GREY, markersize=3)
     panel.set_xlabel(PANELS[name] + (" (less is better)" if name in LESS_IS_BETTER else ""))
-    panel.grid(axis="x", color="0.9")
-    panel.set_axisbelow(True)
-    for side in ("top", "right"):
-        panel.spines[side].set_visible(False)
+    panel.grid(axis="x")
 
 
 def write_report(folder: str, result: dict[str, Any]) -> None:

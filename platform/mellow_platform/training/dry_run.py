@@ -30,7 +30,7 @@ def describe(config: TrainConfig, examples: AnswerExamples) -> dict[str, Any]:
     """
     plan = plan_of(config, examples, config.scaling.workers)
     model = build_model(config, load_processor(storage.join(config.shards, "processor"))).train()
-    flops = ModelFlops.of(model)
+    flops = ModelFlops.from_model(model)
     samples = _samples(config, plan, examples)
     work = [flops.work(arrays) for arrays in samples]
     longest = samples[int(np.argmax([counts["tokens"] for counts in work]))]

@@ -111,7 +111,7 @@ def check_encoder(config: TrainConfig, model: MellowForConditionalGeneration, pr
         ValueError: its front end, the shape of its features, or a weight is another one.
     """
     audio, name = model.config.audio_config, config.encoder or config.init_from
-    processor.feature_extractor.check_hears_as(audio, name)
+    processor.feature_extractor.check_matches(audio, name)
     expected = {"frames": [audio.num_frames, audio.frame_size], "latent": [audio.hidden_size]}
     manifest = Manifest.read(config.shards)
     if "frames" not in manifest.features:
@@ -236,7 +236,7 @@ class Finetuning:
         from mellow_platform.training.engine_state import EngineState, weights_of
 
         self.config, self.plan = config, plan
-        self.flops = ModelFlops.of(model)  # before ZeRO cuts the weights up
+        self.flops = ModelFlops.from_model(model)  # before ZeRO cuts the weights up
         if config.activation_checkpointing:
             model.language_model.activation_checkpointing_enable({"use_reentrant": False})
         if config.augment:

@@ -38,7 +38,7 @@ class ModelFlops:
     pad_token: int
 
     @classmethod
-    def of(cls, model: MellowForConditionalGeneration) -> "ModelFlops":
+    def from_model(cls, model: MellowForConditionalGeneration) -> "ModelFlops":
         """Count those of `model`; what is frozen in it needs no gradients of its weights."""
         audio, text = model.config.audio_config, model.config.text_config
         heads = text.num_attention_heads

@@ -54,7 +54,7 @@ def build_encoder(config: EncoderConfig, names: list[str]) -> Any:
     made = Manifest.read(config.shards).configuration
     # Shard sets from before encoders had names are HTSAT's.
     heard = MellowFeatureExtractor.from_size(made["size"], encoder=made.get("encoder_name", "htsat"))
-    heard.check_hears_as(encoder.config, config.init_from or config.encoder_name)
+    heard.check_matches(encoder.config, config.init_from or config.encoder_name)
     return encoder
 
 

@@ -1,6 +1,6 @@
 """Audio encoders by name.
 
-To add one, write a class with its configuration (see `contract`) and add it to `ENCODERS`, and its name to `Encoder` in
+To add one, write a class and its configuration (see `contract`), add them to `ENCODERS`, and the name to `Encoder` in
 config.py.
 """
 
@@ -17,8 +17,8 @@ from .contract import AudioEncoder, AudioEncoderConfig, AudioEncoderOutput, Fron
 from .htsat import HTSATConfig, HTSATEncoder
 from .whisper import WhisperAudioConfig, WhisperAudioEncoder
 
-MELLOW = "mellow"  # the whole model's `model_type`
-# Name to configuration and network; the configuration's `model_type` is `mellow_<name>`.
+MELLOW = "mellow"  # `model_type` of a complete model
+# Configuration and network by name; the `model_type` of the configuration is `mellow_<name>`.
 ENCODERS: dict[str, tuple[Any, Any]] = {
     "htsat": (HTSATConfig, HTSATEncoder),
     "cnn14": (Cnn14Config, Cnn14Encoder),
@@ -50,7 +50,7 @@ def encoder_parts(name: str) -> tuple[Any, Any]:
     """Return configuration class and network class of the encoder `name`.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: unknown name.
     """
     if name not in ENCODERS:
         raise ValueError(f"audio encoder {name!r} does not exist; choose one of {', '.join(ENCODERS)}")
@@ -58,17 +58,17 @@ def encoder_parts(name: str) -> tuple[Any, Any]:
 
 
 def build_encoder(config: AudioEncoderConfig) -> Any:
-    """Return a fresh encoder of the type that `config` describes."""
+    """Return a new encoder of the type of `config`."""
     _, network = encoder_parts(config.model_type.removeprefix("mellow_"))
     return network(config)
 
 
 def load_encoder(uri: str) -> Any:
-    """Return the encoder in the folder `uri` in float32, whichever it is; a Mellow and a whole Whisper give theirs.
+    """Load the encoder of any type in the folder `uri`, in float32; the folder may hold a Mellow or a complete Whisper.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: it holds something else.
+        FileNotFoundError: the folder does not exist.
+        ValueError: the folder contains another type of model.
     """
     folder, config = _folder(uri)
     if config.model_type == MELLOW:
@@ -78,7 +78,7 @@ def load_encoder(uri: str) -> Any:
 
 
 def load_encoder_config(uri: str) -> AudioEncoderConfig:
-    """Return the configuration alone of what `load_encoder` loads."""
+    """Load only the configuration of the encoder in the folder `uri`."""
     folder, config = _folder(uri)
     if config.model_type == MELLOW:
         return config.audio_config
@@ -87,16 +87,16 @@ def load_encoder_config(uri: str) -> AudioEncoderConfig:
 
 
 def encoder_digest(encoder: torch.nn.Module) -> str:
-    """Return the SHA-256 of an encoder's weights and statistics, by name: of equal ones it is equal."""
+    """Return the SHA-256 of an encoder's weights and statistics, in order of their names."""
     digest = hashlib.sha256()
     for name, value in sorted(encoder.state_dict().items()):
-        if value.is_floating_point():  # a count of batches changes nothing that is computed
+        if value.is_floating_point():  # a batch count does not affect outputs
             digest.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def holds_model(uri: str) -> bool:
-    """Whether the folder `uri` holds a whole Mellow, not an encoder alone."""
+    """Return whether the folder `uri` contains a complete Mellow, not only an encoder."""
     return _folder(uri)[1].model_type == MELLOW
 
 
@@ -108,5 +108,7 @@ def _folder(uri: str) -> tuple[str, Any]:
 def _parts_in(uri: str, config: Any) -> tuple[Any, Any]:
     name = config.model_type.removeprefix("mellow_")
     if name not in ENCODERS:
-        raise ValueError(f"{uri} holds a {config.model_type}, not an audio encoder ({', '.join(ENCODERS)}) or a Mellow")
+        raise ValueError(
+            f"{uri} contains a {config.model_type}; expected an audio encoder ({', '.join(ENCODERS)}) or a Mellow"
+        )
     return ENCODERS[name]

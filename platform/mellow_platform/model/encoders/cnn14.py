@@ -17,18 +17,18 @@ HALVINGS = 5  # the last block keeps the resolution
 @strict
 class Cnn14Config(PreTrainedConfig):
     r"""
-    Cnn14 of PANNs (arXiv 1912.10211); the defaults are the published ones, on Mellow's published front end.
+    Cnn14 of PANNs (arXiv 1912.10211). The defaults are the published ones, with Mellow's published front end.
 
     width (`int`, *optional*, defaults to 64):
         Channels of the first block; every block doubles them (2048 in the sixth).
     num_classes (`int`, *optional*, defaults to 527):
         Number of tags.
     labels (`list[str]`, *optional*):
-        Names of the tags, in order; empty where they are unknown.
+        Names of the tags, in order; empty if unknown.
     num_mel_bins, n_fft, hop_length (`int`, *optional*, default to 64, 1024 and 320):
         Bands, window and step of the spectrogram; samples at 32 kHz.
     spec_augment_stripes (`int`, *optional*, defaults to 2):
-        Stripes blanked in training along each axis of the spectrogram (SpecAugment).
+        Stripes masked in training along each axis of the spectrogram (SpecAugment).
     block_dropout, classifier_dropout (`float`, *optional*, default to 0.2 and 0.5):
         Dropout after each block, and around the embedding.
     """
@@ -57,7 +57,7 @@ class Cnn14Config(PreTrainedConfig):
 
     @property
     def num_frames(self) -> int:
-        """Frames left of a clip's spectrogram (31 of 1001 as published)."""
+        """Frames of a clip after pooling (31 of the spectrogram's 1001 as published)."""
         return self.front_end.num_frames // 2**HALVINGS
 
     @property
@@ -66,7 +66,7 @@ class Cnn14Config(PreTrainedConfig):
 
     @classmethod
     def tiny(cls) -> "Cnn14Config":
-        """Cnn14 at an eighth of the width on the tiny front end: 7 frames."""
+        """Return Cnn14 at an eighth of the width on the tiny front end: 7 frames."""
         return cls(
             width=8,
             num_classes=64,

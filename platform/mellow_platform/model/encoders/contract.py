@@ -1,4 +1,4 @@
-"""What every audio encoder gives the rest of the platform, and the front end it hears."""
+"""Interface of audio encoders: configuration, input and output."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,11 +11,11 @@ from mellow_platform.data.log_mel import FrontEnd
 
 @dataclass
 class AudioEncoderOutput(ModelOutput):
-    """What an audio encoder says of a clip.
+    """Outputs of an audio encoder.
 
-    frames [clips, num_frames, frame_size]: the clip in time; only distinct frames, no copies.
-    latent [clips, hidden_size]: the whole clip.
-    logits [clips, num_classes]: of each tag in the whole clip; None where the encoder has no tags.
+    frames [clips, num_frames, frame_size]: features over time, without copies.
+    latent [clips, hidden_size]: features of the whole clip.
+    logits [clips, num_classes]: logit of each tag in the whole clip; None if the encoder has no tags.
     """
 
     frames: torch.Tensor | None = None
@@ -24,14 +24,14 @@ class AudioEncoderOutput(ModelOutput):
 
 
 class AudioEncoderConfig(Protocol):
-    """What the configuration of an encoder must have, besides being a `PreTrainedConfig`.
+    """Configuration of an encoder, a `PreTrainedConfig` with these members.
 
-    Without arguments it is the published size; `tiny()` is one that trains on two cores in minutes.
-    An encoder with tags takes `num_classes` and `labels`, their names in order, as fields.
+    Without arguments it is the published size; `tiny()` trains on two cores in minutes. An encoder with tags has the
+    fields `num_classes` and `labels`, the names of the tags in order.
     """
 
     model_type: str
-    num_classes: int  # tags; 0 where the encoder has none
+    num_classes: int  # tags; 0 if the encoder has none
     labels: list[str] | tuple[str, ...]
 
     @property
@@ -51,10 +51,10 @@ class AudioEncoderConfig(Protocol):
 
 
 class AudioEncoder(Protocol):
-    """What an encoder must have, besides being a `PreTrainedModel` built from its configuration alone."""
+    """An encoder, a `PreTrainedModel` whose constructor takes only its configuration."""
 
     config: AudioEncoderConfig
 
     def forward(self, input_features: torch.Tensor) -> AudioEncoderOutput:
-        """Encode log-mel spectrograms [clips, frames, bands] in dB, made by the configuration's front end."""
+        """Encode log-mel spectrograms [clips, frames, bands] in dB by the configuration's front end."""
         ...

@@ -14,13 +14,13 @@ from .spec_augment import SpecAugmentedNorm
 @strict
 class HTSATConfig(ClapAudioConfig):
     r"""
-    HTSAT (arXiv 2202.00874), the sound tagger that Mellow freezes as its audio encoder. The defaults are the
-    published ones; all fields but these are those of `ClapAudioConfig`, which describes the same Swin network.
+    HTSAT (arXiv 2202.00874), the sound tagger that is Mellow's frozen audio encoder. The defaults are the published
+    ones. The other fields are those of `ClapAudioConfig`, which describes the same Swin network.
 
     labels (`list[str]`, *optional*):
-        Names of the `num_classes` tags, in order; empty where they are unknown.
+        Names of the `num_classes` tags, in order; empty if unknown.
     spec_augment_stripes (`int`, *optional*, defaults to 2):
-        Stripes blanked in training along each axis of the spectrogram (SpecAugment).
+        Stripes masked in training along each axis of the spectrogram (SpecAugment).
     """
 
     model_type = "mellow_htsat"
@@ -41,29 +41,29 @@ class HTSATConfig(ClapAudioConfig):
 
     @property
     def fold(self) -> int:
-        """Number of blocks of time stacked along frequency to make the square image."""
+        """Number of time blocks stacked along frequency to form the square image."""
         return self.spec_size // self.num_mel_bins
 
     @property
     def num_frames(self) -> int:
-        """Number of distinct time frames that the encoder gives a clip (32 as published)."""
+        """Number of distinct time frames per clip (32 as published)."""
         return self.final_grid * self.fold
 
     @property
     def frame_size(self) -> int:
-        """Width of a frame: one probability a tag."""
+        """Width of a frame: one probability per tag."""
         return self.num_classes
 
     @property
     def front_end(self) -> FrontEnd:
-        """The published spectrogram; a smaller image takes longer steps, and a window as long."""
+        """The published spectrogram; a smaller image has a longer hop and window."""
         hop_length = 320 * 1024 // (self.spec_size * self.fold)
         n_fft = max(1024, 2 ** (hop_length - 1).bit_length())
         return FrontEnd(feature_size=self.num_mel_bins, n_fft=n_fft, hop_length=hop_length)
 
     @classmethod
     def tiny(cls) -> "HTSATConfig":
-        """HTSAT on a 128 x 128 image: 256 frames of 64 bands folded in two, 16 distinct frames."""
+        """Return HTSAT on a 128 x 128 image: 256 frames of 64 bands folded in two, 16 distinct frames."""
         return cls(
             spec_size=128,
             patch_embeds_hidden_size=32,
@@ -73,16 +73,16 @@ class HTSATConfig(ClapAudioConfig):
             num_hidden_layers=3,
             drop_path_rate=0.0,
             spec_augment_stripes=0,
-            # Weights near 1/sqrt(fan-in): at widths this small the default is too quiet to start learning.
+            # Weights near 1/sqrt(fan-in): at this width the default is too small to start learning.
             initializer_factor=3.0,
         )
 
 
 class HTSATEncoder(PreTrainedModel):
-    """HTSAT: a Swin transformer over the folded log-mel spectrogram, with a tag for every frame.
+    """HTSAT: a Swin transformer over the folded log-mel spectrogram, with tags per frame.
 
-    Frames are the probability of each tag; the latent is the mean of the final feature map. The Swin network is
-    transformers' `ClapAudioModel`; the tag head is HTSAT's own.
+    Frames are tag probabilities; the latent is the mean of the final feature map. The Swin network is transformers'
+    `ClapAudioModel`; the tag head is HTSAT's.
     """
 
     config_class = HTSATConfig
@@ -95,7 +95,7 @@ class HTSATEncoder(PreTrainedModel):
         self.swin.audio_encoder.batch_norm = SpecAugmentedNorm(config.num_mel_bins, config.spec_augment_stripes)
         bins = config.final_grid // config.fold
         self.tscam_conv = nn.Conv2d(config.hidden_size, config.num_classes, (bins, 3), padding=(0, 1))
-        # Published checkpoints hold this layer; no output depends on it.
+        # Published checkpoints contain this layer; no output depends on it.
         self.head = nn.Linear(config.num_classes, config.num_classes).requires_grad_(False)
         self.post_init()
 

@@ -1,4 +1,4 @@
-"""Whisper's encoder (arXiv 2212.04356) on clips of 10 seconds, in place of the 30 it was trained on."""
+"""Whisper's encoder (arXiv 2212.04356) on clips of 10 seconds; it was trained on 30."""
 
 import os
 
@@ -14,13 +14,13 @@ from .contract import AudioEncoderOutput, FrontEnd
 @strict
 class WhisperAudioConfig(WhisperConfig):
     r"""
-    Whisper's encoder as an audio encoder of Mellow. The defaults are those of `openai/whisper-tiny`; all fields but
-    these are those of `WhisperConfig`, of which only the encoder's are read.
+    Whisper's encoder as an audio encoder of Mellow. The defaults are those of `openai/whisper-tiny`. The other fields
+    are those of `WhisperConfig`; only the encoder's are used.
 
     num_frames (`int`, *optional*, defaults to 125):
-        Frames given of a clip: means of neighbouring positions, of which there are 500.
+        Frames per clip: means of neighbouring encoder positions, 500 by default.
     n_fft, hop_length (`int`, *optional*, default to 400 and 160):
-        Window and step of the spectrogram, in samples at 16 kHz.
+        Window and hop of the spectrogram, in samples at 16 kHz.
     """
 
     model_type = "mellow_whisper"
@@ -38,13 +38,13 @@ class WhisperAudioConfig(WhisperConfig):
         self.max_source_positions = (self.front_end.num_frames - 1) // 2
         if self.max_source_positions % self.num_frames:
             raise ValueError(
-                f"num_frames {self.num_frames} does not divide the {self.max_source_positions} positions of a clip: "
+                f"num_frames {self.num_frames} does not divide the {self.max_source_positions} positions of a clip; "
                 "choose a divisor"
             )
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **kwargs) -> "WhisperAudioConfig":
-        """Load the configuration of a folder of this encoder, or of a whole Whisper."""
+        """Load the configuration from a folder of this encoder or of a complete Whisper."""
         values, unused = cls.get_config_dict(folder, **kwargs)
         return cls.from_dict(values | {"model_type": cls.model_type}, **unused)
 
@@ -66,7 +66,7 @@ class WhisperAudioConfig(WhisperConfig):
 
     @classmethod
     def tiny(cls) -> "WhisperAudioConfig":
-        """Two narrow layers over a quarter of Whisper's frames: 25 frames of 125 positions."""
+        """Return two narrow layers over a quarter of Whisper's frames: 25 frames of 125 positions."""
         return cls(
             d_model=64,
             encoder_layers=2,
@@ -79,9 +79,9 @@ class WhisperAudioConfig(WhisperConfig):
 
 
 class WhisperAudioEncoder(PreTrainedModel):
-    """Whisper's encoder; frames are means of neighbouring positions, the latent is the mean of all.
+    """Whisper's encoder; frames are means of neighbouring positions, the latent is the mean of all positions.
 
-    `from_pretrained` takes a folder of its own and one of a whole Whisper.
+    `from_pretrained` takes a folder of this encoder or of a complete Whisper.
     """
 
     config_class = WhisperAudioConfig
@@ -96,7 +96,7 @@ class WhisperAudioEncoder(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, *args, **kwargs) -> "WhisperAudioEncoder":
-        """Load `folder`; of a whole Whisper, the encoder with the positions of the first 10 of its 30 seconds."""
+        """Load `folder`; from a complete Whisper, the encoder with the positions of the first 10 of 30 seconds."""
         if AutoConfig.from_pretrained(folder).model_type != WhisperConfig.model_type:
             return super().from_pretrained(folder, *args, **kwargs)
         encoder = cls(cls.config_class.from_pretrained(folder))
@@ -108,9 +108,9 @@ class WhisperAudioEncoder(PreTrainedModel):
 
     @staticmethod
     def normalise(decibels: torch.Tensor) -> torch.Tensor:
-        """Map log-mel spectrograms [clips, frames, bands] in dB to Whisper's own input [clips, bands, frames - 1].
+        """Map log-mel spectrograms [clips, frames, bands] in dB to Whisper's input [clips, bands, frames - 1].
 
-        Whisper drops the last frame, keeps 80 dB below the loudest point of a clip, and scales the rest to about 1.
+        Whisper drops the last frame, clamps at 80 dB below the maximum of a clip, and scales values to about 1.
         """
         bels = decibels[:, :-1].transpose(1, 2) / 10
         return (torch.maximum(bels, bels.amax(dim=(1, 2), keepdim=True) - 8) + 4) / 4
