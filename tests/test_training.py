@@ -24,13 +24,13 @@ from mellow_platform.preprocessing.preprocess_job import preprocess
 from mellow_platform.training.batches import batches
 from mellow_platform.training.checkpoints import FOLDER, MARKER, STATE, CheckpointStore
 from mellow_platform.training.finetune import BETAS, build_model, finetune, load_examples, train_answers
+from mellow_platform.training.learning_rate_schedule import learning_rate_factor
 from mellow_platform.training.step_plan import StepPlan
 from mellow_platform.training.train_config import TrainConfig
 from mellow_platform.training.trainer import (
     MOST_RESIZED,
     RESULT,
     begin,
-    learning_rate_factor,
     run_training,
     total_steps,
 )

@@ -1,10 +1,6 @@
 """The one place that turns a URI (a local path or s3://bucket/prefix) into a filesystem.
 
-Endpoint and credentials of S3 come from the standard AWS variables
-(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION).
-
-Requests to S3 that meet a passing failure (throttling, a 5xx answer, a lost connection) are repeated here, for every
-operation: callers see only errors that stay.
+S3 is in `mellow_platform.s3`: endpoint, credentials, retries.
 
 fsspec, s3fs and pyarrow are imported when they are needed: `--help` of a job needs none of them.
 """
@@ -21,7 +17,6 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,31 +27,6 @@ if TYPE_CHECKING:
     from pyarrow import fs as arrow_fs
 
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}")  # names of files that are being written on a disk
-
-S3_OPTIONS = {
-    # botocore's own retries, with growing random pauses: about half a minute in all. They cover every request, listings
-    # too, which s3fs's do not; s3fs repeats reads whose body breaks off. Refusals (403, 404) are not repeated.
-    "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 8}},
-    # A listing that is kept does not show what other processes write.
-    "use_listings_cache": False,
-}
-# Before a job starts: an endpoint that does not answer, or answers that the keys are wrong, is reported at once.
-CONNECT_SECONDS = 1.5
-FIRST_CONTACT = {
-    "config_kwargs": {
-        "retries": {"mode": "standard", "total_max_attempts": 1},
-        "connect_timeout": CONNECT_SECONDS,
-        "read_timeout": 5,
-    },
-    "use_listings_cache": False,
-}
-WRONG_KEYS = {
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "InvalidToken",
-    "ExpiredToken",
-    "AuthorizationHeaderMalformed",
-}
 
 
 def absolute(uri: str) -> str:
@@ -101,7 +71,9 @@ def check(uri: str, exists: bool) -> None:
     if "://" not in uri:
         _check_path(Path(uri), exists)
     elif uri.startswith("s3://"):
-        _check_object(uri, exists)
+        from mellow_platform.s3 import check_object
+
+        check_object(uri, exists)
     else:
         try:
             fs, path = filesystem(uri)
@@ -135,62 +107,15 @@ def _check_path(path: Path, exists: bool) -> None:
         raise PermissionError(f"{path} cannot be written: {parent} is not writable; choose another folder")
 
 
-def _check_object(uri: str, exists: bool) -> None:
-    from botocore import exceptions  # type: ignore[import-untyped]  # it ships no types
-
-    fs, path = _s3(uri, FIRST_CONTACT)
-    fs.retries = 1
-    bucket, keys = path.partition("/")[0], "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    try:
-        _check_bucket(fs, bucket)
-        if exists:
-            fs.info(path)
-    except FileNotFoundError as error:
-        missing = f"bucket {bucket!r} does not exist" if _code(error) else "no such object or folder"
-        raise FileNotFoundError(f"{uri}: {missing}; check the URI and AWS_ENDPOINT_URL") from error
-    except PermissionError as error:
-        if (code := _code(error)) in WRONG_KEYS:
-            raise PermissionError(f"{uri}: the S3 endpoint refuses the credentials ({code}); check {keys}") from error
-        raise PermissionError(f"{uri}: access is denied; check {keys}, and the policy of the bucket") from error
-    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
-        raise PermissionError(f"{uri}: there are no S3 credentials; set {keys}") from error
-    except exceptions.ConnectionError as error:
-        endpoint = urlsplit(str(error.kwargs.get("endpoint_url", ""))).netloc
-        raise ConnectionError(f"{uri}: the S3 endpoint {endpoint} does not answer; check AWS_ENDPOINT_URL") from error
-    except (OSError, exceptions.HTTPClientError):
-        return  # the job retries
-    except exceptions.BotoCoreError as error:
-        raise ValueError(f"{uri}: {error}") from error
-
-
-def _check_bucket(fs: "AbstractFileSystem", bucket: str) -> None:
-    """Raise s3fs's error if a bucket does not exist or the credentials are wrong.
-
-    Credentials that may not list the whole bucket are valid: they may read or write a part of it.
-    """
-    try:
-        fs.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
-    except PermissionError as error:
-        if _code(error) in WRONG_KEYS:
-            raise
-
-
-def _code(error: OSError) -> str:
-    """Return S3's code of an error that s3fs translated."""
-    return getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", "")
-
-
 def filesystem(uri: str) -> "tuple[AbstractFileSystem, str]":
     """Return the fsspec filesystem of `uri` and the path inside it."""
+    if uri.startswith("s3://"):
+        from mellow_platform.s3 import connect
+
+        return connect(uri)
     from fsspec.core import url_to_fs
 
-    return _s3(uri, S3_OPTIONS) if uri.startswith("s3://") else url_to_fs(uri)
-
-
-def _s3(uri: str, options: dict[str, Any]) -> "tuple[AbstractFileSystem, str]":
-    from mellow_platform.s3 import S3
-
-    return S3(**options), S3._strip_protocol(uri)
+    return url_to_fs(uri)
 
 
 def arrow_filesystem(uri: str) -> "tuple[arrow_fs.FileSystem, str]":

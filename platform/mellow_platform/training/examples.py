@@ -15,14 +15,12 @@ import pyarrow.compute as pc
 
 from mellow_platform.data.shards import Manifest, read_records
 from mellow_platform.preprocessing.feature_store import FeatureStore
+from mellow_platform.training.example_order import cached, epoch_order, random_generator
 from mellow_platform.training.step_plan import Arrays
 from mellow_platform.training.train_config import PartnerDraws
 
 # What `forward` calls the arrays that shards hold of a clip.
 NETWORK_NAMES = {"log_mel": "input_features", "frames": "audio_frames", "latent": "audio_latent"}
-# Orders that this process has computed last; an object read from the object store is a new one in every task.
-_ORDERS: dict[tuple[str, int, int], np.ndarray] = {}
-KEPT_ORDERS = 4
 
 
 @dataclass(frozen=True)
@@ -226,7 +224,7 @@ class AnswerExamples:
         if self.partner_draws == "stored" or count == 1:
             return pairs
         of_clip = self.partner_draws == "clip"
-        drawn = _generator(seed, epoch, "partners").integers(0, count - 1, count if of_clip else len(self))
+        drawn = random_generator(seed, epoch, "partners").integers(0, count - 1, count if of_clip else len(self))
         drawn = drawn[pairs[:, 0] if of_clip else numbers]
         partners = drawn + (drawn >= pairs[:, 0])
         pairs[:, 1] = np.where(self.single[numbers], partners, pairs[:, 1])
@@ -237,28 +235,13 @@ class AnswerExamples:
 
         The questions on a pair of clips are shuffled and cut into packs of at most `questions_per_pack`.
         """
-        key = (self.name, seed, epoch)
-        if key not in _ORDERS:
-            while len(_ORDERS) >= KEPT_ORDERS:
-                del _ORDERS[next(iter(_ORDERS))]
-            _ORDERS[key] = self._order(seed, epoch)
-        return _ORDERS[key]
 
-    def _order(self, seed: int, epoch: int) -> np.ndarray:
-        generator = _generator(seed, epoch, "order")
-        shuffled = generator.permutation(len(self))
-        if self.questions_per_pack == 1:
-            return shuffled
-        pairs = self.pairs(seed, epoch, shuffled)
-        codes = pairs[:, 0] * (pairs.max() + 1) + pairs[:, 1]
-        by_pair = np.argsort(codes, kind="stable")
-        codes = codes[by_pair]
-        begins = np.append(True, codes[1:] != codes[:-1])
-        places = np.arange(len(codes))
-        within = places - np.maximum.accumulate(np.where(begins, places, 0))
-        packs = np.cumsum(within % self.questions_per_pack == 0) - 1
-        ranks = generator.permutation(packs[-1] + 1)
-        return shuffled[by_pair[np.argsort(ranks[packs], kind="stable")]]
+        def compute() -> np.ndarray:
+            return epoch_order(
+                len(self), lambda numbers: self.pairs(seed, epoch, numbers), self.questions_per_pack, seed, epoch
+            )
+
+        return cached((self.name, seed, epoch), compute)
 
     def collate(self, seed: int, epoch: int, numbers: np.ndarray) -> Arrays:
         """Return what `MellowForConditionalGeneration.forward` reads of the numbered questions.
@@ -280,10 +263,6 @@ class AnswerExamples:
             arrays["pair_index"] = np.cumsum(begins) - 1
             pairs, numbers = pairs[begins], numbers[begins]
         if self.recordings:
-            generators = [_generator(seed, epoch, f"window {number}") for number in numbers]
+            generators = [random_generator(seed, epoch, f"window {number}") for number in numbers]
             return arrays | {"input_features": self.recordings.log_mel(pairs, generators)}
         return arrays | {name: array[pairs] for name, array in self.features.items()}
-
-
-def _generator(seed: int, epoch: int, purpose: str) -> np.random.Generator:
-    return np.random.default_rng([seed, epoch, *purpose.encode()])

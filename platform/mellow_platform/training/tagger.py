@@ -21,10 +21,11 @@ from mellow_platform.model.encoders import encoder_parts
 from mellow_platform.model.folder import save_pretrained
 from mellow_platform.training.batches import batches
 from mellow_platform.training.checkpoints import Tensors
+from mellow_platform.training.learning_rate_schedule import learning_rate_factor
 from mellow_platform.training.recorder import Recorder
 from mellow_platform.training.tagged_clips import TaggedClips
 from mellow_platform.training.tagger_config import EncoderConfig
-from mellow_platform.training.trainer import learning_rate_factor, plan_of, prepare_worker, run_training
+from mellow_platform.training.trainer import plan_of, prepare_worker, run_training
 
 
 def pretrain(config: EncoderConfig) -> dict[str, Any]:

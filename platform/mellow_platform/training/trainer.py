@@ -1,7 +1,6 @@
 """What both training jobs share: the trainer that Ray runs their loops with, what makes a run, and its schedule."""
 
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -168,14 +167,6 @@ def check_resize(folder: str, config: RunSection) -> None:
                 f"run {config.run!r} stands at step {saved.step} with {before} workers; going on with "
                 f"{scaling.workers} is not tested, but up to {MOST_RESIZED} is: set scaling.workers to {before}"
             )
-
-
-def learning_rate_factor(step: int, total: int, warmup: float) -> float:
-    """Return the share of the peak learning rate at `step`: linear warm-up, then a cosine to 0."""
-    warm = max(1, round(total * warmup))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
 def total_steps(config: RunSection, examples: int) -> int:
