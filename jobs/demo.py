@@ -1,7 +1,7 @@
 """The main job end to end on one machine: corpus, shards, encoder, features, Mellow, answers over HTTP, scores.
 
 make demo                                  # on synthetic scenes
-make demo CORPUS=folder                    # on your recordings, see docs/recordings.md
+make demo CORPUS=folder                    # on your recordings, see docs/guides/recordings.md
 make demo RESUME=1                         # continue a demo that was stopped
 make demo KEEP=1                           # leave the cluster and the endpoint running
 python jobs/demo.py --port 8001 --dashboard-port 8266 --output runs/second

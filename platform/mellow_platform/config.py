@@ -50,7 +50,7 @@ class CorpusConfig(Section):
         "scenes", description="clips of the corpus: synthetic scenes, or the recordings in --recordings"
     )
     recordings: Input | None = Field(
-        None, description="folder of labelled recordings (docs/recordings.md); required for --source recordings"
+        None, description="folder of labelled recordings (docs/guides/recordings.md); required for --source recordings"
     )
     output: Output = Field(description="folder to write the corpus to")
     seed: int = Field(0, description="seed of the corpus; the same seed gives the same bytes")
@@ -895,7 +895,7 @@ class DemoConfig(Section):
 
     output: Output = Field("runs/demo", description="folder to write everything to")
     corpus: Input | None = Field(
-        None, description="folder of labelled recordings, see docs/recordings.md (default: synthetic scenes)"
+        None, description="folder of labelled recordings, see docs/guides/recordings.md (default: synthetic scenes)"
     )
     keep: bool = Field(False, description="leave the cluster and the endpoint running")
     resume: bool = Field(False, description="continue with what a stopped demo left in --output")
