@@ -10,7 +10,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-extended test-all lint lock format clean
+.PHONY: help install demo test test-extended test-all lint docs lock format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ test-all: $(VENV)/installed-dev ## run all tests, those that take minutes each i
 
 lint: $(VENV)/installed-dev ## check format, style and types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy platform/mellow_platform jobs serve tests
+
+docs: $(VENV)/installed-dev ## build the documentation into runs/site; fails on a broken link
+	@$(BIN)/python -m mkdocs build --strict --quiet && echo "runs/site/index.html"
 
 lock: ## resolve the image's locked packages again
 	@infra/image/lock.sh

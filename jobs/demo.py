@@ -1,7 +1,7 @@
 """The main job end to end on one machine: corpus, shards, encoder, features, Mellow, answers over HTTP, scores.
 
 make demo                                  # on synthetic scenes
-make demo CORPUS=folder                    # on your recordings, see docs/recordings.md
+make demo CORPUS=folder                    # on your recordings, see docs/guides/recordings.md
 make demo RESUME=1                         # continue a demo that was stopped
 make demo KEEP=1                           # leave the cluster and the endpoint running
 python jobs/demo.py --port 8001 --dashboard-port 8266 --output runs/second
@@ -57,7 +57,7 @@ class DemoConfig(Section):
 
     output: Output = Field("runs/demo", description="folder to write everything to")
     corpus: Input | None = Field(
-        None, description="folder of labelled recordings, see docs/recordings.md (default: synthetic scenes)"
+        None, description="folder of labelled recordings, see docs/guides/recordings.md (default: synthetic scenes)"
     )
     keep: bool = Field(False, description="leave the cluster and the endpoint running")
     resume: bool = Field(False, description="continue with what a stopped demo left in --output")

@@ -3,7 +3,8 @@
 Submitted again after it was killed, it resumes with the missing shards; if it is complete, it does nothing.
 
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
-    python jobs/preprocess.py --config jobs/configs/preprocess.yaml --corpus s3://bucket/corpus --output s3://bucket/shards
+    python jobs/preprocess.py --config jobs/configs/mellow-v0/preprocess.yaml --corpus s3://bucket/corpus \
+    --output s3://bucket/shards
 """
 
 import json

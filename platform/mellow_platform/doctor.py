@@ -75,6 +75,7 @@ EXTRAS = (
     Extra("gguf", ("gguf",), "decoder weights and tokenizers from GGUF files"),
     Extra("mlflow", ("mlflow-skinny",), "experiment tracking with MLflow"),
     Extra("otel", ("opentelemetry-exporter-otlp-proto-http",), "OpenTelemetry traces of the endpoint"),
+    Extra("docs", ("mkdocs", "mkdocs-material"), "the documentation as a site: `make docs`"),
     Extra("dev", ("pytest", "ruff", "mypy", "playwright"), "tests, linters, browser tests"),
 )
 

@@ -9,9 +9,9 @@ Everything is timed in one run on one machine, the systems in turn, after a warm
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +19,8 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own folder alone would be on it
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from mellow_platform.model import MellowConfig, MellowFeatureExtractor, MellowFo
 from mellow_platform.model.decoder import load_decoder, load_tokenizer
 from mellow_platform.model.folder import load_model, save_model
 from mellow_platform.model.tokenizer import train_tokenizer
+from tests.benchmarks.recorded import add_record_option, report
 
 DTYPES = ("float32", "int8")
 QUESTIONS = [
@@ -51,16 +54,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decoder", help="hub name, folder or GGUF file of SmolLM2-135M; random weights without it")
     parser.add_argument("--quick", action="store_true", help="every figure once instead of three times")
+    add_record_option(parser)
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         save_model(*build(arguments.decoder), folder)
         systems = {name: stack.enter_context(System(name, folder)) for name in ("reference", *DTYPES)}
-        report = measure(systems, repetitions=1 if arguments.quick else 3)
+        figures = measure(systems, repetitions=1 if arguments.quick else 3)
         if arguments.decoder:
             print_table("What int8 costs on running text", int8_cost(folder))
-    print_table("Ratios and peaks", {key: [report[d][key] for d in DTYPES] for key in report[DTYPES[0]]}, DTYPES)
-    print(json.dumps(report))
+    print_table("Ratios and peaks", {key: [figures[d][key] for d in DTYPES] for key in figures[DTYPES[0]]}, DTYPES)
+    report("inference", figures, arguments.record)
 
 
 def build(decoder: str | None) -> tuple[MellowForConditionalGeneration, MellowProcessor]:
@@ -247,8 +251,8 @@ def fastest(function: Callable[[], object], repetitions: int = 5) -> float:
     return min(times)
 
 
-def measure(systems: dict[str, System], repetitions: int) -> dict[str, dict[str, float]]:
-    """Time everything and print it; return the ratios by precision."""
+def measure(systems: dict[str, System], repetitions: int) -> dict[str, dict[str, Any]]:
+    """Time everything and print it; return the ratios by precision, and the table of seconds."""
     clips = make_clips(8)
     pairs = [clips[start : start + 2] for start in (0, 2, 4, 6)]
     one = Request(QUESTIONS[0], tuple(pairs[0]), NEW_TOKENS)
@@ -257,10 +261,10 @@ def measure(systems: dict[str, System], repetitions: int) -> dict[str, dict[str,
     many = [Request(QUESTIONS[n % 4], tuple(pairs[n // 4]), length) for n, length in enumerate(lengths)]
     texts, heard = [request.text for request in many], [list(request.clips) for request in many]
 
-    report: dict[str, dict[str, float]] = {dtype: {} for dtype in DTYPES}
+    figures: dict[str, dict[str, Any]] = {dtype: {} for dtype in DTYPES}
     for dtype in DTYPES:
         systems[dtype]("cold", [one])  # the first request of a fresh process
-        report[dtype]["peak_gib"] = round(systems[dtype]("peak_gib")[1], 3)
+        figures[dtype]["peak_gib"] = round(systems[dtype]("peak_gib")[1], 3)
         systems[dtype]("cold", many)
     warm_ups: dict[str, tuple] = {
         "reference": ("generate", texts[:1], heard[:1], 2),
@@ -306,26 +310,28 @@ def measure(systems: dict[str, System], repetitions: int) -> dict[str, dict[str,
     first = {dtype: times[f"{dtype}, first token"] for dtype in DTYPES}
     again = {dtype: times[f"{dtype}, first token again"] for dtype in DTYPES}
     blank = float("nan")
-    print_table(
-        "Seconds",
-        {
-            "one request, 32 tokens": [times["published"], *(times[name] for name in names)],
-            "first token, new clips": [blank, blank, *first.values()],
-            "first token, same clips": [blank, blank, *again.values()],
-            "16 answers of 4 to 64 tokens": [blank, *answers16.values()],
-            "a token, batch 1": [times["published"] / NEW_TOKENS, *decode.values()],
-            "a token each, batch 16": [blank, *decode16.values()],
-            "tokens per second, batch 16": [blank, *(16 / value for value in decode16.values())],
-        },
-        ("published", *names),
-    )
+    columns = ("published", *names)
+    seconds = {
+        "one request, 32 tokens": [times["published"], *(times[name] for name in names)],
+        "first token, new clips": [blank, blank, *first.values()],
+        "first token, same clips": [blank, blank, *again.values()],
+        "16 answers of 4 to 64 tokens": [blank, *answers16.values()],
+        "a token, batch 1": [times["published"] / NEW_TOKENS, *decode.values()],
+        "a token each, batch 16": [blank, *decode16.values()],
+    }
+    rates = {"tokens per second, batch 16": [blank, *(16 / value for value in decode16.values())]}
+    print_table("Seconds", seconds | rates, columns)
+    figures["seconds"] = {
+        row: {name: round(value, 3) for name, value in zip(columns, values, strict=True) if value == value}
+        for row, values in seconds.items()
+    }
     print()
     for dtype in DTYPES:
         changed, worst = systems[dtype]("changed_by_batch", many)[1]
         bound = f" (bound {TOLERANCE:g})" if dtype == "float32" else ""
         print(f"{dtype}: {changed} of {len(many)} answers differ between alone, batch of 16 and warm caches,")
         print(f"    log-probabilities by at most {worst:.1e}{bound}")
-        report[dtype] |= {
+        figures[dtype] |= {
             "speedup_vs_published": round(times["published"] / times[dtype], 2),
             "speedup_vs_generate": round(times["generate"] / times[dtype], 2),
             "decode_speedup_vs_generate": round(decode["generate"] / decode[dtype], 2),
@@ -334,7 +340,7 @@ def measure(systems: dict[str, System], repetitions: int) -> dict[str, dict[str,
             "batch16_answers_ratio": round(answers16["generate"] / answers16[dtype], 2),
             "changed_by_batch": changed,
         }
-    return report
+    return figures
 
 
 def print_bounds(bounds: dict[str, float], parts: dict[str, dict[str, float]]) -> None:

@@ -11,7 +11,6 @@ before anything is measured; loop and job take turns, and each figure is the mea
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
 import statistics
@@ -39,6 +38,7 @@ from mellow_platform.preprocessing.clip_shards import EncodeShard, feature_shape
 from mellow_platform.preprocessing.corpus_plan import plan_corpus
 from mellow_platform.preprocessing.inventory import write_inventory
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
+from tests.benchmarks.recorded import add_record_option, report
 
 CONTAINERS = ("WAV", "FLAC", "OGG", "MP3")
 RATES = (32_000, 44_100, 48_000)  # Hz
@@ -118,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer files")
     parser.add_argument("--workers", type=int, nargs="+", default=None, help="logical CPUs; default 1, 2, .. cores")
+    add_record_option(parser)
     arguments = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     counts = arguments.workers or sorted({1, *(2**n for n in range(1, 8) if 2**n <= cores), cores})
@@ -165,12 +166,13 @@ def main() -> None:
         "cores": cores,
         "share_of_bound": round(best / min(counts[-1], cores), 3),
         "audio_seconds_per_second": round(mean[str(counts[-1])], 1),
+        "stock_audio_seconds_per_second": round(stock, 1),
         "loop_audio_seconds_per_second": round(mean["loop"], 1),
         "by_workers": {str(workers): round(ratio, 3) for workers, ratio in speedups.items()},
         "encoder_clips_per_second": round(alone_encoded, 2),
         "encoder_job_clips_per_second": round(encoded, 2),
     }
-    print(json.dumps(result))
+    report("preprocess", result, arguments.record)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ of serve/config.yaml. Clients do not repeat what fails.
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from mellow_platform.data.audio import decode
 from mellow_platform.inference.engine import Engine
 from mellow_platform.inference.request import Request
 from mellow_platform.plot_style import BLUE, png, styled_figure
+from tests.benchmarks.recorded import add_record_option, report
 from tests.conftest import REPOSITORY
 from tests.serve_app import RATE, Change, ServedModel, clip, question
 
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer concurrencies, and no scaling")
     parser.add_argument("--rounds", type=int, default=200, help="answers of each kind that the overhead is measured on")
     parser.add_argument("--seconds", type=float, default=10.0, help="of load at each concurrency")
+    add_record_option(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ServedModel(Path(folder), at_most(1)) as served:
         sounds = [builtin_corpora.scene_clip(0, "test", number)[1] for number in range(CLIPS)]
@@ -76,7 +77,7 @@ def main() -> None:
             scaled = scaling(served, sounds)
             results["failed"] += scaled.pop("failed")
             results |= scaled
-    print(json.dumps(results))
+    report("serving", results, arguments.record)
 
 
 def at_most(replicas: int) -> Change:

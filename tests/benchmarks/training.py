@@ -11,7 +11,6 @@ All take the whole step (forward, backward, clipping, AdamW), in turn in one run
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from mellow_platform.training.finetune import BETAS, Finetuning
 from mellow_platform.training.flops import ModelFlops, measured_peak
 from mellow_platform.training.step_plan import StepPlan
 from mellow_platform.training.train_config import TrainConfig
+from tests.benchmarks.recorded import add_record_option, report
 
 THREADS = 2
 VOCABULARY, PAD_TOKEN = 49152, 17
@@ -52,13 +52,14 @@ LIVE_STEPS, LIVE_WINDOW = 4, 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="steps of each kind that are timed")
+    add_record_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
     ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=500_000_000, logging_level="warning")
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
-        print(json.dumps(measure(arguments.rounds)))
+        report("training", measure(arguments.rounds), arguments.record)
         torch.distributed.destroy_process_group()
     ray.shutdown()
 
@@ -81,7 +82,7 @@ def measure(rounds: int) -> dict[str, float]:
                 seconds[name].append(value)
     live = packed.live(examples["packed"])
     # The fastest: what else runs on the machine only ever adds.
-    return report({name: min(values) for name, values in seconds.items()}, examples, live, max(peaks))
+    return tabulate({name: min(values) for name, values in seconds.items()}, examples, live, max(peaks))
 
 
 def make_examples(prompt_length: int | None) -> AnswerExamples:
@@ -210,7 +211,7 @@ def published_flops(flops: ModelFlops) -> float:
     )
 
 
-def report(
+def tabulate(
     seconds: dict[str, float], examples: dict[str, AnswerExamples], live: dict[str, float], peak: float
 ) -> dict[str, float]:
     """Print the tables and return the figures."""
@@ -243,6 +244,8 @@ def report(
         "bound_padded_prompts": needed["published"] / needed["padded"],
         "examples_per_second": rate["packed"],
         "published_examples_per_second": rate["published"],
+        "gflop_per_example": needed["packed"] / 1e9,
+        "published_gflop_per_example": needed["published"] / 1e9,
         "tokens_per_second": live["tokens_per_second"],
         "useful_tokens_per_second": live["useful_tokens_per_second"],
         "model_flop_utilization": live["model_flops_per_second"] / peak,

@@ -133,7 +133,7 @@ def _summary(
     records: dict[str, list[Record]],
     answers: dict[str, Counter[Term]],
 ) -> dict[str, Any]:
-    """Return the fields of `corpus.json`, which docs/recordings.md describes.
+    """Return the fields of `corpus.json`, which docs/guides/recordings.md describes.
 
     Args:
         answers: how often each label of a split is the right answer.

@@ -18,7 +18,7 @@ class CorpusConfig(Section):
         "scenes", description="clips of the corpus: synthetic scenes, or the recordings in --recordings"
     )
     recordings: Input | None = Field(
-        None, description="folder of labelled recordings (docs/recordings.md); required for --source recordings"
+        None, description="folder of labelled recordings (docs/guides/recordings.md); required for --source recordings"
     )
     output: Output = Field(description="folder to write the corpus to")
     seed: int = Field(0, description="seed of the corpus; the same seed gives the same bytes")

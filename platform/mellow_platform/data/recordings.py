@@ -1,6 +1,6 @@
 """Folders of labelled recordings: `labels.json`, a table of file names and labels, or a subfolder per label.
 
-docs/recordings.md describes what each of these layouts may hold.
+docs/guides/recordings.md describes what each of these layouts may hold.
 """
 
 import codecs
@@ -269,7 +269,8 @@ def _read_subfolders(folder: str, audio: list[str], recordings: LabelledRecordin
     if not labels:
         raise ValueError(
             f"{folder} has {len(audio)} recordings without labels ({examples(audio)}): move them into a subfolder per "
-            f"label, or add {LABELS_JSON} or a CSV table as in docs/recordings.md{''.join(f'; {r}' for r in reasons)}"
+            f"label, or add {LABELS_JSON} or a CSV table as in docs/guides/recordings.md"
+            f"{''.join(f'; {reason}' for reason in reasons)}"
         )
     if not all(labels) or all(NOT_A_LABEL.fullmatch(label) for label in labels):
         raise ValueError(
