@@ -31,7 +31,9 @@ from mellow_platform.inference.predict_job import ANSWER_SCHEMA
 from mellow_platform.settings import dashed, flags, load
 from serve.schema import ChatRequest
 from tests.benchmarks import recorded
-from tests.conftest import REPOSITORY, write_corpus, write_tiny_model
+from tests.conftest import REPOSITORY
+from tests.small_corpus import write_corpus
+from tests.tiny_model import write_tiny_model
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 FENCE = re.compile(r"(?:^<!--(?P<mark>[^\n]*)-->\n+)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
@@ -251,6 +253,8 @@ def test_files_name_pages_that_exist():
     missing = defaultdict(list)
     for name in tracked.stdout.split():
         path = REPOSITORY / name
+        if name == "CHANGELOG.md":  # names former places of pages
+            continue
         if path.suffix in (".py", ".yaml", ".yml", ".toml", ".md") and path.is_file():
             for page in re.findall(r"\bdocs/[\w/-]+\.(?:md|json|svg)\b", path.read_text()):
                 if not (REPOSITORY / page).is_file():
