@@ -1,6 +1,7 @@
 """Ablations: their points, the data and weights that these are about, and a grid from end to end."""
 
 import csv
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,7 +143,7 @@ def result(grid: AblationConfig) -> dict[str, Any]:
 
 
 @pytest.mark.extended
-def test_a_grid_is_trained_scored_and_tabulated_and_a_failed_point_keeps_its_reason(grid, result):
+def test_grid_report_has_scores_and_failures(grid, result):
     good, failed = result["points"]
     stored = [storage.read_json(storage.join(grid.output, "runs", run["run"], RESULT)) for run in good["runs"]]
     assert [run["seed"] for run in good["runs"]] == [0, 1]
@@ -158,9 +159,9 @@ def test_a_grid_is_trained_scored_and_tabulated_and_a_failed_point_keeps_its_rea
 
     loss = f"{good['mean']['val_loss']:.3f} ± {good['std']['val_loss']:.3f}"
     table = Path(grid.output, "table.md").read_text()
-    assert f"| encoder | rank 4 | 2 of 2 | {good['mean']['val_accuracy']:.3f} ±" in table
-    assert loss in table
-    assert "| no-encoder | rank 4 | 0 of 2 | failed |" in table
+    cells = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()]
+    assert any(row[1:4] == ["encoder", "rank 4", "2 of 2"] and loss in row for row in cells)
+    assert any(row[1:5] == ["no-encoder", "rank 4", "0 of 2", "failed"] for row in cells)
     rows = list(csv.DictReader(Path(grid.output, "table.csv").read_text().splitlines()))
     assert float(rows[0]["val_loss_mean"]) == good["mean"]["val_loss"]
     assert Path(grid.output, "table.png").read_bytes().startswith(b"\x89PNG")
@@ -197,7 +198,7 @@ def test_a_run_is_named_by_its_values_and_not_by_the_grid(grid):
     assert len(set(changed(grid=grid.grid | {"epochs": [1.0, 2.0]}))) == 8
 
 
-def test_one_axis_at_a_time_is_changed_from_the_first_values(grid):
+def test_one_at_a_time_labels(grid):
     axes = {"projection": ["mellow", "mlp", "linear"], "lora": [{"rank": 0}, {"rank": 8}]}
     config = AblationConfig(**grid.model_dump() | {"grid": axes, "combinations": "one_at_a_time"} | SHARDS)
     assert point_labels(config) == ["reference", "projection mlp", "projection linear", "lora rank 8"]
@@ -210,7 +211,7 @@ SHARDS = {"preprocess": None, "evaluate": None, "train": {"shards": "/s", "encod
 
 
 @pytest.mark.parametrize(("metric", "best"), [("val_accuracy", "projection mlp"), ("val_loss", "projection mellow")])
-def test_points_stand_best_first_and_a_failed_run_leaves_the_others_of_its_point(metric, best):
+def test_points_are_sorted_and_failed_runs_excluded(metric, best):
     config = AblationConfig(output="/o", grid={"projection": ["linear", "mellow", "mlp"]}, metric=metric, **SHARDS)
     scores = [(0.2, 3.0), (0.3, 1.0), (0.5, 2.0)]
     outcomes = [
@@ -226,7 +227,7 @@ def test_points_stand_best_first_and_a_failed_run_leaves_the_others_of_its_point
     assert mlp["mean"]["val_accuracy"] == pytest.approx(0.55)
     assert mlp["std"]["val_accuracy"] == pytest.approx(0.1 / 2**0.5)
     table = markdown(result)
-    assert "| mlp | 2 of 3 | 0.550 ± 0.071 | 2.000 ± 0.000 |" in table
+    assert re.search(r"\| mlp +\| 2 of 3 \| 0.550 ± 0.071 \| 2.000 ± 0.000 \|", table)
     assert "- `2-2`: RuntimeError: step 7: the loss is nan" in table
     assert picture(result).startswith(b"\x89PNG")
 

@@ -1,4 +1,4 @@
-"""The network, its processor and its tokenizers: sizes, shapes, saving, and what they refuse."""
+"""The network, its processor and its tokenizers: sizes, shapes, saving, and errors."""
 
 import tempfile
 from pathlib import Path
@@ -45,7 +45,7 @@ def without_labels(batch: dict) -> dict:
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def test_the_published_size_has_exactly_the_published_parameters():
+def test_published_size_has_published_parameters():
     with torch.device("meta"):
         model = MellowForConditionalGeneration(MellowConfig.from_size("mellow-v0"))
     assert sum(parameter.numel() for parameter in model.parameters()) == 165_937_495
@@ -53,17 +53,17 @@ def test_the_published_size_has_exactly_the_published_parameters():
     assert model.config.audio_config.num_frames == 32
 
 
-def test_the_tiny_size_is_tiny_and_the_same_code(model: MellowForConditionalGeneration):
+def test_tiny_size_uses_same_class(model: MellowForConditionalGeneration):
     assert sum(parameter.numel() for parameter in model.parameters()) < 5_000_000
     assert type(model) is MellowForConditionalGeneration
 
 
-def test_an_unknown_size_is_refused():
-    with pytest.raises(ValueError, match="'mellow-huge' does not exist; choose one of mellow-v0, mellow-tiny"):
+def test_unknown_size_raises():
+    with pytest.raises(ValueError, match="'mellow-huge' .*mellow-v0, mellow-tiny"):
         MellowConfig.from_size("mellow-huge")
 
 
-def test_shapes_follow_the_sequence(model: MellowForConditionalGeneration, batch: dict):
+def test_output_shapes(model: MellowForConditionalGeneration, batch: dict):
     tokens = model.config.num_audio_tokens
     prefix = model.prefix(**without_labels(batch))
     assert prefix.shape == (2, 2 * tokens + 2 + 24, model.config.text_config.hidden_size)
@@ -72,7 +72,7 @@ def test_shapes_follow_the_sequence(model: MellowForConditionalGeneration, batch
     assert model(**without_labels(batch)).logits.shape[1] == 1
 
 
-def test_stored_features_give_the_logits_of_the_spectrograms(model: MellowForConditionalGeneration, batch: dict):
+def test_stored_features_give_same_logits_as_spectrograms(model: MellowForConditionalGeneration, batch: dict):
     encoded = model.audio_encoder(batch["input_features"].flatten(0, 1))
     stored = model(
         batch["input_ids"],
@@ -83,19 +83,19 @@ def test_stored_features_give_the_logits_of_the_spectrograms(model: MellowForCon
     torch.testing.assert_close(stored.logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_audio_in_neither_or_both_forms_is_refused(model: MellowForConditionalGeneration, batch: dict):
-    with pytest.raises(ValueError, match="give either input_features, or audio_frames"):
+def test_missing_audio_raises(model: MellowForConditionalGeneration, batch: dict):
+    with pytest.raises(ValueError, match="input_features.*audio_frames"):
         model(batch["input_ids"])
 
 
-def test_generate_takes_the_most_likely_token_at_each_step(model: MellowForConditionalGeneration, batch: dict):
+def test_generate_is_greedy(model: MellowForConditionalGeneration, batch: dict):
     inputs = without_labels(batch)
     tokens = model.generate(**inputs, max_new_tokens=4, eos_token_id=-1)
     # The same tokens fed back as labels must each be the arg max at their position: cache and positions agree.
     assert (model(**inputs, labels=tokens).logits.argmax(-1) == tokens).all()
 
 
-def test_the_loss_ignores_padding_and_learns_the_answer(model: MellowForConditionalGeneration, batch: dict):
+def test_loss_ignores_padding_and_decreases(model: MellowForConditionalGeneration, batch: dict):
     longer = torch.nn.functional.pad(batch["labels"], (0, 5), value=-100)
     torch.testing.assert_close(model(**batch | {"labels": longer}).loss, model(**batch).loss)
     learner = MellowForConditionalGeneration(model.config).freeze_encoder()
@@ -114,7 +114,7 @@ def test_the_loss_ignores_padding_and_learns_the_answer(model: MellowForConditio
     assert all(torch.equal(value, encoder[name]) for name, value in learner.audio_encoder.state_dict().items())
 
 
-def test_auto_classes_load_what_was_saved(model, processor, batch: dict, tmp_path: Path):
+def test_auto_classes_load_saved_model(model, processor, batch: dict, tmp_path: Path):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
@@ -127,7 +127,7 @@ def test_auto_classes_load_what_was_saved(model, processor, batch: dict, tmp_pat
 
 
 @pytest.mark.parametrize("rule", ["pad", "repeat"])
-def test_short_clips_are_filled_by_the_named_rule(rule: str):
+def test_short_clip_padding(rule: str):
     extractor = MellowFeatureExtractor(short_clip=rule)
     fitted = extractor.spectrogram.fit(np.ones(100_000, np.float32))
     assert len(fitted) == 320_000
@@ -135,7 +135,7 @@ def test_short_clips_are_filled_by_the_named_rule(rule: str):
     assert extractor.spectrogram(fitted[None]).shape == (1, 1001, 64)
 
 
-def test_the_front_end_matches_librosa_conventions_on_a_tone():
+def test_front_end_matches_librosa_on_tone():
     extractor = MellowFeatureExtractor()
     time = np.arange(320_000) / 32_000
     spectrogram = extractor(np.sin(2 * np.pi * 1000 * time).astype(np.float32))["input_features"][0]
@@ -150,21 +150,21 @@ def test_the_front_end_matches_librosa_conventions_on_a_tone():
     [
         (np.zeros((2, 100)), None, "average the channels"),
         (np.zeros(0), None, "0 samples"),
-        (np.zeros(100), 16_000, "at 16000 Hz, the model hears 32000 Hz"),
+        (np.zeros(100), 16_000, "16000 Hz.*32000 Hz"),
     ],
 )
-def test_waveforms_that_do_not_fit_are_refused(waveform: np.ndarray, rate: int | None, message: str):
+def test_invalid_waveform_raises(waveform: np.ndarray, rate: int | None, message: str):
     with pytest.raises(ValueError, match=message):
         MellowFeatureExtractor()([waveform], sampling_rate=rate)
 
 
-def test_three_clips_are_refused(processor: MellowProcessor):
+def test_three_clips_raise(processor: MellowProcessor):
     clip = np.zeros(1000, np.float32)
-    with pytest.raises(ValueError, match="question 0 has 3 clips: give one or two"):
+    with pytest.raises(ValueError, match="question 0 has 3 clips"):
         processor(audio=[[clip] * 3], text=["what?"])
 
 
-def test_prompts_are_lower_cased_closed_and_padded(processor: MellowProcessor):
+def test_prompts_are_lower_cased_terminated_and_padded(processor: MellowProcessor):
     ids = processor.prompt_ids("A LOUD tone")
     tokenizer = processor.tokenizer
     assert len(ids) == 24
@@ -175,7 +175,7 @@ def test_prompts_are_lower_cased_closed_and_padded(processor: MellowProcessor):
 
 
 def with_rules(processor: MellowProcessor, **rules) -> MellowProcessor:
-    """Return the processor with other rules, saved and loaded once."""
+    """Return the processor with other options, saved and loaded."""
     with tempfile.TemporaryDirectory() as folder:
         MellowProcessor(processor.feature_extractor, processor.tokenizer, prompt_length=24, **rules).save_pretrained(
             folder
@@ -183,18 +183,18 @@ def with_rules(processor: MellowProcessor, **rules) -> MellowProcessor:
         return AutoProcessor.from_pretrained(folder)
 
 
-def test_prompts_without_padding_are_as_long_as_they_are(processor: MellowProcessor):
+def test_unpadded_prompts_keep_length(processor: MellowProcessor):
     unpadded = with_rules(processor, pad_prompt=False)
     ids = unpadded.prompt_ids("a loud tone")
     assert ids == processor.token_ids("a loud tone")
     assert len(unpadded.prompt_ids("tone " * 100)) == 24
     clip = np.zeros(1000, np.float32)
     assert unpadded([[clip]] * 2, ["a loud tone", "A loud tone"])["input_ids"].shape == (2, len(ids))
-    with pytest.raises(ValueError, match=rf"prompts of {len(ids)}, \d+ tokens make no batch without padding"):
+    with pytest.raises(ValueError, match=rf"prompts of {len(ids)}, \d+ tokens"):
         unpadded([[clip]] * 2, ["a loud tone", "which of these is heard?"])
 
 
-def test_prompts_without_an_end_marker_have_none(processor: MellowProcessor):
+def test_prompt_end_marker_is_optional(processor: MellowProcessor):
     unmarked = with_rules(processor, prompt_end_marker=False)
     ids = unmarked.prompt_ids("A loud tone ")
     assert unmarked.tokenizer.eos_token_id not in ids
@@ -206,7 +206,7 @@ def test_prompts_without_an_end_marker_have_none(processor: MellowProcessor):
 
 
 @pytest.mark.parametrize("partner", ["same", "silence", "random"])
-def test_a_single_clip_is_joined_by_the_processors_partner(partner: str, processor: MellowProcessor):
+def test_single_clip_gets_partner(partner: str, processor: MellowProcessor):
     rng = np.random.default_rng(0)
     first, second = rng.normal(0, 0.1, (2, 50_000)).astype(np.float32)
     features = with_rules(processor, partner=partner)([[first], [first, second]], TEXTS[:2])["input_features"]
@@ -216,23 +216,23 @@ def test_a_single_clip_is_joined_by_the_processors_partner(partner: str, process
     assert torch.equal(features[1, 1], processor.feature_extractor(second)["input_features"][0])
 
 
-def test_an_unknown_partner_is_refused(processor: MellowProcessor):
+def test_unknown_partner_raises(processor: MellowProcessor):
     with pytest.raises(ValueError, match="partner 'any' is not one of random, same, silence"):
         MellowProcessor(processor.feature_extractor, processor.tokenizer, partner="any")  # type: ignore[arg-type]
 
 
-def test_a_real_padding_character_in_an_answer_is_learned(processor: MellowProcessor):
+def test_padding_token_inside_answer_is_a_label(processor: MellowProcessor):
     padding = processor.tokenizer.pad_token_id
     assert pad_labels([[5, padding, 0], [5]]).tolist() == [[5, padding, 0], [5, -100, -100]]
 
 
-def test_no_text_is_unknown_to_the_tiny_tokenizer(processor: MellowProcessor):
+def test_tiny_tokenizer_encodes_any_text(processor: MellowProcessor):
     text = "naïve 音 ¿?"
     assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"]) == text
 
 
 @pytest.mark.slow
-def test_a_gguf_file_gives_decoder_and_tokenizer_to_the_published_size(smollm2_gguf: str):
+def test_gguf_file_gives_published_decoder_and_tokenizer(smollm2_gguf: str):
     decoder, tokenizer = load_decoder(smollm2_gguf), load_tokenizer(smollm2_gguf)
     config = MellowConfig.from_size("mellow-v0", text_config=decoder.config)
     model = MellowForConditionalGeneration(config)
@@ -245,6 +245,6 @@ def test_a_gguf_file_gives_decoder_and_tokenizer_to_the_published_size(smollm2_g
     assert tokenizer.decode(decoder(ids).logits[0, -1].argmax()).strip() == "Paris"
 
 
-def test_a_missing_gguf_file_is_named():
-    with pytest.raises(FileNotFoundError, match=r"/nowhere/model\.gguf: no such GGUF file"):
+def test_missing_gguf_file_raises():
+    with pytest.raises(FileNotFoundError, match=r"/nowhere/model\.gguf"):
         load_decoder("/nowhere/model.gguf")

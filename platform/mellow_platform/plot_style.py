@@ -25,7 +25,7 @@ STYLE: dict[Any, Any] = {
     "grid.color": "0.9",
     "legend.frameon": False,
     "savefig.dpi": 110,
-    "text.parse_math": False,  # names of categories may contain `$`
+    "text.parse_math": False,  # category names may contain `$`; a log axis needs LogFormatter
 }
 
 

@@ -28,6 +28,7 @@ import tests  # noqa: F401  # its token for Ray, before Ray is imported
 
 # isort: split
 import httpx
+from matplotlib.ticker import LogFormatter
 
 from mellow_platform.data import builtin_corpora
 from mellow_platform.data.audio import decode
@@ -237,6 +238,8 @@ def draw(counts: list[tuple[float, int]], done: list[Answered]) -> None:
         above.set(ylabel="replicas", ylim=(0, 3.5), title=f"A step of {STEP} clients on the tiny model, two cores")
         below.scatter([one.sent - start for one in done], [1000 * one.total for one in done], s=4, color=BLUE, lw=0)
         below.set(ylabel="whole answer (ms)", xlabel="seconds", yscale="log")
+        below.yaxis.set_major_formatter(LogFormatter())
+        below.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         for axis in (above, below):
             axis.grid()
         PICTURE.parent.mkdir(parents=True, exist_ok=True)
