@@ -197,21 +197,19 @@ def _type(schema: dict[str, Any]) -> str:
 
 
 def _figures(values: dict[str, Any]) -> str:
-    """Return the figures of one benchmark: one table of numbers, and one per nested table."""
-    flat, parts = [], []
+    """Return the figures of one benchmark: a table of the single numbers, and one per nested table."""
+    rows, parts = [], []
     for name, value in values.items():
-        if isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
-            rows = [{_words(name): row} | cells for row, cells in value.items()]
-            parts.append(_grid(rows))
-        elif isinstance(value, list):
+        if isinstance(value, list):
             parts.append(_grid(value))
+        elif isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
+            parts.append(_grid([{name: row} | cells for row, cells in value.items()]))
+        elif isinstance(value, dict):
+            rows += [[f"{name} {inner}", each] for inner, each in value.items()]
         else:
-            flat += (
-                [[f"{_words(name)} {_words(inner)}", _number(each)] for inner, each in value.items()]
-                if isinstance(value, dict)
-                else [[_words(name), _number(value)]]
-            )
-    return "\n\n".join(([_table(["figure", "value"], flat)] if flat else []) + parts)
+            rows.append([name, value])
+    single = _table(["figure", "value"], [[_words(name), _number(value)] for name, value in rows])
+    return "\n\n".join([*parts, single] if rows else parts)
 
 
 def _grid(rows: list[dict[str, Any]]) -> str:
@@ -235,4 +233,9 @@ def _one_line(text: str) -> str:
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_escaped, line)) + " |" for line in lines)
+
+
+def _escaped(cell: str) -> str:
+    """Return a cell whose bars are not taken for its end; in code, Markdown reads them as they are."""
+    return "`".join(part if number % 2 else part.replace("|", r"\|") for number, part in enumerate(cell.split("`")))

@@ -333,6 +333,10 @@ def test_figures_are_rendered_as_tables():
     assert "| float32 | 1.01 |  |" in table
 
 
+def test_bars_in_code_are_not_escaped():
+    assert "| `--decoder` | `NAME|URI` |" in GENERATORS["options"]("train")
+
+
 def test_recorded_figures_replace_those_of_a_benchmark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
