@@ -38,7 +38,7 @@ def test_a_named_token_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.usefixtures("unnamed")
 def test_a_named_file_that_is_missing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "absent"))
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/absent does not exist: set RAY_AUTH_TOKEN"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/absent.*RAY_AUTH_TOKEN"):
         authentication(tmp_path)
 
 

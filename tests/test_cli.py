@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_ask_writes_nothing_else_and_imports_no_training_library():
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert result.returncode == 0, result.stderr
-    assert result.stderr in ("\n", "note: the answer was cut at --max-new-tokens\n\n")
+    assert re.fullmatch(r"(note: .*--max-new-tokens\n)?\n", result.stderr)
     assert result.stdout.count("\n") == 1
 
 
@@ -119,44 +120,41 @@ def test_ask_reads_a_clip_and_a_model_in_s3(bucket: str, capsys: pytest.CaptureF
     main(["ask", f"{bucket}/one.flac", "a tone?", "--model", f"{bucket}/model"])
     local, remote, _ = capsys.readouterr().out.split("\n")
     assert local == remote
-    assert f"{bucket}/gone.wav does not exist" in fail(capsys, "ask", f"{bucket}/gone.wav", "a tone?")
+    assert f"{bucket}/gone.wav" in fail(capsys, "ask", f"{bucket}/gone.wav", "a tone?")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["gone.wav", "a tone?"], "clip gone.wav does not exist"),
-        (["text.wav", "a tone?"], "clip text.wav: not decodable"),
-        (["empty.wav", "a tone?"], "clip empty.wav: the file has 0 bytes"),
-        (["encoder", "a tone?"], "clip encoder cannot be read: Is a directory"),
-        (["one.flac"], "question is missing: the last argument is 'one.flac'"),
-        (["one.flac", "gone.wav"], "question is missing: the last argument is 'gone.wav'"),
-        (["one.flac", " "], "question is missing"),
-        (["what is heard?"], "clip is missing"),
-        (["one.flac", "two.wav", "three.ogg", "a tone?"], "3 clips (one.flac, two.wav, three.ogg)"),
-        (["one.flac", "is", "it", "loud?"], "question in quotes"),
-        (["one.flac", "two.wav", "a tone?", "--window", "pair"], "'pair' makes two clips of one"),
-        (["one.flac", "a tone?", "--temperature", "11"], "temperature is 11"),
-        (["one.flac", "a tone?", "--max-new-tokens", "0"], "max_new_tokens is 0"),
-        (
-            ["one.flac", "a tone?", "--model", "gone"],
-            "gone is not a model folder that can be loaded: it does not exist",
-        ),
-        (["one.flac", "a tone?", "--model", "."], "it has no config.json"),
+        (["gone.wav", "a tone?"], r"gone\.wav"),
+        (["text.wav", "a tone?"], r"text\.wav"),
+        (["empty.wav", "a tone?"], r"empty\.wav.*\b0\b"),
+        (["encoder", "a tone?"], r"encoder.*directory"),
+        (["one.flac"], r"question.*'one\.flac'"),
+        (["one.flac", "gone.wav"], r"question.*'gone\.wav'"),
+        (["one.flac", " "], "question.*' '"),
+        (["what is heard?"], r"clip.*'what is heard\?'"),
+        (["one.flac", "two.wav", "three.ogg", "a tone?"], r"\b3\b.*one\.flac, two\.wav, three\.ogg"),
+        (["one.flac", "is", "it", "loud?"], r"\b4\b.*mellow ask"),
+        (["one.flac", "two.wav", "a tone?", "--window", "pair"], "'pair'"),
+        (["one.flac", "a tone?", "--temperature", "11"], r"temperature.*\b11\b"),
+        (["one.flac", "a tone?", "--max-new-tokens", "0"], r"max_new_tokens.*\b0\b"),
+        (["one.flac", "a tone?", "--model", "gone"], "gone .*--model"),
+        (["one.flac", "a tone?", "--model", "."], r"config\.json"),
         (["one.flac", "a tone?", "--model", "encoder"], "'mellow_htsat'"),
-        (["one.flac", "a tone?", "--model", "damaged"], "damaged is not a model folder that can be loaded"),
-        (["one.flac", "a tone?", "--model", "http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1 does not answer"),
-        (["one.flac", "a tone?", "--model", "http://model.invalid/v1"], "OPENAI_API_KEY is not set"),
+        (["one.flac", "a tone?", "--model", "damaged"], "damaged .*--model"),
+        (["one.flac", "a tone?", "--model", "http://127.0.0.1:9/v1"], r"http://127\.0\.0\.1:9/v1"),
+        (["one.flac", "a tone?", "--model", "http://model.invalid/v1"], "OPENAI_API_KEY"),
     ],
 )
 def test_ask_names_what_is_wrong_in_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture):
-    assert message in fail(capsys, "ask", *words)
+    assert re.search(message, fail(capsys, "ask", *words))
 
 
 def test_default_model_is_the_demos(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr("mellow_platform.inference.ask.URL", f"http://127.0.0.1:{free_port()}/v1")
     message = fail(capsys, "ask", "one.flac", "a tone?")
-    assert "runs/demo/model does not exist" in message
+    assert "runs/demo/model" in message
     assert "make demo" in message
     monkeypatch.chdir(tmp_path)
     Path("runs/demo").mkdir(parents=True)
@@ -202,7 +200,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/models":
             return self.send(404, {"error": {"message": "no such page"}})
         if self.headers["Authorization"] not in ("Bearer none", "Bearer a-key"):
-            return self.send(401, {"error": {"message": "this key is unknown"}})
+            return self.send(401, {"error": {"message": "unknown key"}})
         self.send(200, {"object": "list", "data": [{"id": "ears", "object": "model", "owned_by": self.server.owner}]})
 
     def do_POST(self) -> None:
@@ -212,7 +210,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(json.loads(data))
         if self.server.refusal:
             status, headers = self.server.refusal
-            return self.send(status, {"error": {"message": "this is refused"}}, headers)
+            return self.send(status, {"error": {"message": "too loud"}}, headers)
         self.start(200, {"Content-Type": "text/event-stream"})
         windows = [(0, 10), (10, 20.5)] if self.server.requests[-1].get("window") == "each" else [(0, 10)]
         for number, (start, end) in enumerate(windows):
@@ -223,7 +221,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.ending == "hang":
             self.server.released.wait(60)
         if self.server.ending == "error":
-            self.write({"error": {"message": "the model is gone"}})
+            self.write({"error": {"message": "model gone"}})
         if self.server.ending == "whole":
             for number in range(len(windows)):
                 self.event(number, {}, finish_reason="stop")
@@ -297,28 +295,29 @@ def test_ask_endpoint_sorts_interleaved_windows(server: Server, capsys: pytest.C
 @pytest.mark.parametrize(
     ("refusal", "message"),
     [
-        ((400, {}), "answers 400: this is refused; correct the request"),
-        ((404, {}), "answers 404: this is refused; check the URL"),
-        ((429, {"Retry-After": "7", "x-should-retry": "false"}), "answers 429: this is refused; retry after 7 s"),
-        ((503, {"x-should-retry": "false"}), "answers 503: this is refused; retry later"),
+        ((400, {}), r"\b400\b"),
+        ((404, {}), r"\b404\b.*URL"),
+        ((429, {"Retry-After": "7", "x-should-retry": "false"}), r"\b429\b.*\b7 s\b"),
+        ((503, {"x-should-retry": "false"}), r"\b503\b"),
     ],
 )
 def test_ask_endpoint_names_a_refusal(refusal, message: str, server: Server, capsys: pytest.CaptureFixture):
     server.refusal = refusal
-    assert f"{server.url} {message}" in fail(capsys, "ask", "one.flac", "a tone?", "--model", server.url)
+    line = fail(capsys, "ask", "one.flac", "a tone?", "--model", server.url)
+    assert server.url in line and "too loud" in line and re.search(message, line)
 
 
 def test_ask_endpoint_names_a_wrong_key_but_not_its_value(server: Server, capsys, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OPENAI_API_KEY", "wrong-key")
     message = fail(capsys, "ask", "one.flac", "a tone?", "--model", server.url)
-    assert "answers 401: this key is unknown; set OPENAI_API_KEY to a valid key (it is set)" in message
+    assert re.search(r"\b401\b.*unknown key.*OPENAI_API_KEY", message)
     assert "wrong-key" not in message
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
     main(["ask", "one.flac", "a tone?", "--model", server.url])
     assert capsys.readouterr().out == "a loud tone\n"
 
 
-@pytest.mark.parametrize(("ending", "message"), [("error", "the model is gone"), ("cut", "response ended before")])
+@pytest.mark.parametrize(("ending", "message"), [("error", "model gone"), ("cut", "response")])
 def test_ask_endpoint_names_a_broken_stream(ending: str, message: str, server: Server, capsys: pytest.CaptureFixture):
     server.ending = ending
     with pytest.raises(SystemExit):
@@ -330,8 +329,8 @@ def test_ask_endpoint_names_a_broken_stream(ending: str, message: str, server: S
 
 def test_ask_endpoint_refuses_choices_that_it_cannot_score(server: Server, capsys: pytest.CaptureFixture):
     choices = ["--model", server.url, "--choice", "yes"]
-    assert "--choice needs an endpoint of this project" in fail(capsys, "ask", "one.flac", "a tone?", *choices)
-    assert "needs a model folder" in fail(capsys, "ask", "one.flac", "a tone?", *choices, "--window", "each")
+    assert "--choice" in fail(capsys, "ask", "one.flac", "a tone?", *choices)
+    assert "--window each" in fail(capsys, "ask", "one.flac", "a tone?", *choices, "--window", "each")
 
 
 def test_ctrl_c_ends_with_status_130(server: Server):

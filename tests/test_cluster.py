@@ -57,7 +57,7 @@ def test_a_cluster_has_the_groups_of_its_definition_takes_a_job_and_leaves_nothi
 
         again = mellow(*up)
         assert again.returncode == 1
-        assert "a cluster is up already" in again.stderr and "mellow cluster down --local" in again.stderr
+        assert "mellow cluster down" in again.stderr
 
         with pytest.raises(urllib.error.HTTPError, match="401"):  # without a token
             urllib.request.urlopen(f"{state.dashboard}/api/v0/nodes", timeout=10)
@@ -77,7 +77,7 @@ def test_a_cluster_has_the_groups_of_its_definition_takes_a_job_and_leaves_nothi
     assert stopped.returncode == 0, stopped.stderr
     assert not [process for process in processes if process.is_running() and process.status() != "zombie"]
     assert not state.temporary.exists()
-    assert "no cluster in" in mellow("status", *where).stderr
+    assert str(folder) in mellow("status", *where).stderr
 
 
 def submit(state: cluster.Cluster, folder: Path) -> dict[str, Any]:
@@ -118,15 +118,15 @@ def test_groups_and_their_settings_are_read_from_the_rendered_manifests():
 
 @NEEDS_KUBECTL
 def test_a_definition_that_cannot_be_used_is_refused_with_the_reason(tmp_path: Path):
-    with pytest.raises(ValueError, match="missing cannot be rendered"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/missing"):
         cluster.render(tmp_path / "missing")
-    with pytest.raises(ValueError, match=r"no RayCluster among the manifests \(ConfigMap, RayJob, ServiceAccount\)"):
+    with pytest.raises(ValueError, match=r"RayCluster.*ConfigMap, RayJob, ServiceAccount"):
         cluster.read_groups(cluster.render(REPOSITORY / "infra/overlays/local/train"))
 
 
 def test_without_kubectl_one_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"kubectl is not installed.*https://kubernetes.io"):
+    with pytest.raises(FileNotFoundError, match=r"kubectl.*https://kubernetes\.io"):
         cluster.render(cluster.DEFINITION)
 
 
@@ -134,8 +134,9 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(tmp_path: Path):
     with cluster.socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(OSError, match=r"is in use: .*--dashboard-port"):
-            cluster.up(folder=tmp_path, dashboard_port=taken.getsockname()[1])
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=rf"\b{port}\b.*--dashboard-port"):
+            cluster.up(folder=tmp_path, dashboard_port=port)
     assert not list(tmp_path.iterdir())
 
 

@@ -41,6 +41,11 @@ each_job = pytest.mark.parametrize("job", JOBS)
 REQUIRED = ["--shards", "/s", "--output", "/o", "--storage", "/st", "--run", "r", "--encoder", "/e"]
 
 
+def error_of(capsys: pytest.CaptureFixture) -> str:
+    """Return the message on stderr, without the usage before it."""
+    return capsys.readouterr().err.partition("error: ")[2]
+
+
 def test_flags_outrank_the_file_which_outranks_the_defaults(tmp_path: Path):
     file = tmp_path / "train.yaml"
     file.write_text("learning_rate: 0.5\nmicro_batch: 7\nscaling:\n  workers: 3\n  max_failures: 9\n")
@@ -54,21 +59,21 @@ def test_flags_outrank_the_file_which_outranks_the_defaults(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--learning-rat", "1"], "--learning-rat is not an option; did you mean --learning-rate?"),
-        (["--learning-rate", "fast"], "--learning-rate fast: must be a valid number"),
-        (["--zero-stage", "4"], "--zero-stage 4: must be less than or equal to 3"),
-        (["--scaling.workers", "0"], "--scaling.workers 0: must be greater than or equal to 1"),
-        (["--size", "huge"], "--size huge: must be 'mellow-v0' or 'mellow-tiny'"),
-        (["--batch", "[1"], "--batch [1: not YAML"),
-        (["--init-from", ""], "--init-from : the URI is empty"),
-        (["stray"], "'stray' does not belong to any option"),
+        (["--learning-rat", "1"], r"--learning-rat\b.*--learning-rate\b"),
+        (["--learning-rate", "fast"], "--learning-rate fast"),
+        (["--zero-stage", "4"], r"--zero-stage 4\b.*\b3\b"),
+        (["--scaling.workers", "0"], r"--scaling\.workers 0\b.*\b1\b"),
+        (["--size", "huge"], "--size huge.*'mellow-v0'.*'mellow-tiny'"),
+        (["--batch", "[1"], r"--batch \[1.*YAML"),
+        (["--init-from", ""], "--init-from .*URI"),
+        (["stray"], "'stray'"),
     ],
 )
 def test_a_wrong_flag_is_named_with_its_value(arguments: list[str], message: str, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as stop:
         load(TrainConfig, [*REQUIRED, *arguments])
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert re.search(message, error_of(capsys))
 
 
 def test_a_switch_needs_no_value():
@@ -90,22 +95,19 @@ def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_name(tmp_path: Pat
     file.write_text("scaling:\n  worker: 3\n")
     with pytest.raises(SystemExit):
         load(TrainConfig, ["--config", str(file), *REQUIRED])
-    assert "scaling.worker is not an option; did you mean scaling.workers?" in capsys.readouterr().err
+    assert re.search(r"scaling\.worker\b.*scaling\.workers\b", error_of(capsys))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such file or directory; expected a YAML file"),
-        (b"a: [1", "is not a YAML file: while parsing a flow sequence"),
-        (b"\xc0", "is not a YAML file: 'utf-8' codec"),
-        (b"- a", "expected `option: value` lines, found list"),
-        (b"scaling: 3", "scaling: must contain `option: value` lines (given 3)"),
-        (
-            b"learning_rate: fast",
-            "learning_rate: must be a valid number, unable to parse string as a number (given 'fast')",
-        ),
-        (b"lora: {target_modules: [1]}", "lora.target_modules: must be a valid string (given 1)"),
+        (None, r"train\.yaml.*no such file"),
+        (b"a: [1", "YAML.*flow sequence"),
+        (b"\xc0", "YAML.*'utf-8'"),
+        (b"- a", r"`option: value`.*\blist\b"),
+        (b"scaling: 3", r"scaling.*`option: value`.*\b3\b"),
+        (b"learning_rate: fast", "learning_rate.*'fast'"),
+        (b"lora: {target_modules: [1]}", r"lora\.target_modules.*\b1\b"),
     ],
 )
 def test_a_wrong_file_is_named(content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -115,32 +117,33 @@ def test_a_wrong_file_is_named(content: bytes | None, message: str, tmp_path: Pa
     with pytest.raises(SystemExit) as stop:
         load(TrainConfig, ["--config", str(file), *REQUIRED])
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert re.search(message, error_of(capsys))
 
 
 def test_a_missing_required_field_says_what_it_is(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
         load(CorpusConfig, [])
-    assert "--output is required: folder to write the corpus to" in capsys.readouterr().err
+    error = error_of(capsys)
+    assert "--output" in error and help_text(flags(CorpusConfig)["output"]) in error
 
 
 def test_encoder_features_need_an_encoder(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
         load(PreprocessConfig, ["--corpus", "/c", "--output", "/o", "--features", "encoder"])
-    assert "features: encoder and `encoder`, its folder, go together" in capsys.readouterr().err
+    assert re.search("features.*`encoder`", error_of(capsys))
 
 
 def test_training_begins_in_one_place(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
         load(TrainConfig, [*REQUIRED, "--init-from", "/m"])
-    assert "give `encoder`, or `init_from`" in capsys.readouterr().err
+    assert re.search("`encoder`.*`init_from`", error_of(capsys))
 
 
 def test_a_relative_path_in_a_submitted_job_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(SystemExit):
         load(CorpusConfig, ["--output", "runs/x"])
-    assert "'runs/x' is relative" in capsys.readouterr().err
+    assert "'runs/x'" in error_of(capsys)
 
 
 @pytest.mark.parametrize(
@@ -183,9 +186,7 @@ def test_an_unknown_key_of_a_grid_is_refused_with_the_nearest_name(tmp_path: Pat
     file.write_text("output: /o\ntrain: {shards: /s, encoder: /e}\ngrid: {projektion: [mlp]}\n")
     with pytest.raises(SystemExit):
         load(AblationConfig, ["--config", str(file)])
-    assert (
-        "projektion is not a field of jobs/train.py that a grid can have; did you mean proj" in capsys.readouterr().err
-    )
+    assert re.search(r"\bprojektion\b.*\bprojection\b", error_of(capsys))
 
 
 @pytest.mark.parametrize(

@@ -363,7 +363,7 @@ def test_blank_before_a_file_name_is_kept(tmp_path: Path):
 
 def test_base_name_of_two_files_is_refused(tmp_path: Path):
     write_sounds(tmp_path, ["x/a.wav", "y/a.wav", "1.wav"])
-    with pytest.raises(ValueError, match=r"list\.csv, line 2: 'a\.wav' may be x/a\.wav or y/a\.wav"):
+    with pytest.raises(ValueError, match=r"list\.csv, line 2: 'a\.wav'.*x/a\.wav.*y/a\.wav"):
         read(tmp_path, "file,label", "a.wav,bell")
     assert [clip.file for clip in read(tmp_path, "file,label", "y/a.wav,bell").clips] == ["y/a.wav"]
 
@@ -372,10 +372,8 @@ def test_missing_files_are_counted_and_named(tmp_path: Path):
     write_sounds(tmp_path, ["a.wav", "b.wav"])
     found = read(tmp_path, "file,label", "a.wav,bell", "b.wav,horn", "gone.wav,bell")
     assert found.skipped == {"files_not_found": 1}
-    assert "1 of 3 files" in found.warnings[0] and "gone.wav" in found.warnings[0]
-    with pytest.raises(
-        ValueError, match=r"3 of the 4 files that list\.csv names are missing \(x\.wav, y\.wav, z\.wav\)"
-    ):
+    assert "1 of 3" in found.warnings[0] and "gone.wav" in found.warnings[0]
+    with pytest.raises(ValueError, match=r"\b3\b.*\b4\b.*list\.csv.*x\.wav, y\.wav, z\.wav"):
         read(tmp_path, "file,label", "x.wav,bell", "y.wav,horn", "z.wav,bell", "a.wav,horn")
 
 
@@ -384,15 +382,15 @@ def test_empty_labels_are_counted_and_named(tmp_path: Path):
     found = read(tmp_path, "file,label", "a.wav,bell", "b.wav,", "c.wav, _ ", "d.wav", "", ",bell")
     assert [clip.file for clip in found.clips] == ["a.wav"]
     assert found.skipped == {"rows_without_label": 4, "recordings_without_label": 3}
-    assert "4 of 5 rows" in found.warnings[0] and "line 3, line 4, line 5, ..." in found.warnings[0]
+    assert "4 of 5" in found.warnings[0] and "line 3, line 4, line 5, ..." in found.warnings[0]
     assert "b.wav, c.wav, d.wav" in found.warnings[1]
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (["a.wav,bell", "a.wav,bell, loud"], r"list\.csv, line 3: 3 cells for 2 columns"),
-        (['a.wav,"two', 'lines"', 'a.wav,"bell'], r"list\.csv, line 4: .*double quotes"),
+        (["a.wav,bell", "a.wav,bell, loud"], r"list\.csv, line 3: .*\b3\b.*\b2\b"),
+        (['a.wav,"two', 'lines"', 'a.wav,"bell'], r"list\.csv, line 4: .*quotes"),
         (["a.wav,bell", "a.wav,L\udce4we"], r"list\.csv, line 3: .*UTF-8"),
     ],
 )
@@ -438,23 +436,23 @@ def test_copies_are_one_recording(tmp_path: Path):
         ("dog/empty.wav", ("dog",)),
     ]
     assert found.skipped == {"copies": 1}
-    assert "dog/a (1).wav of cat/b.wav" in found.warnings[0]
+    assert "dog/a (1).wav" in found.warnings[0] and "cat/b.wav" in found.warnings[0]
 
 
 def test_two_sources_of_labels_are_refused(tmp_path: Path):
     write_table(tmp_path)
     write_text(tmp_path / "meta/other.csv", "fname,class\n")
-    with pytest.raises(ValueError, match=r"labels in list\.csv and in meta/other\.csv: move all but one"):
+    with pytest.raises(ValueError, match=r"list\.csv.*meta/other\.csv"):
         read_recordings(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["notes.txt"], "1 files, none of them audio"),
-        (["a.wav", "b.wav"], r"2 recordings without labels \(a\.wav, b\.wav\)"),
-        (["fold1/a.wav", "fold2/b.wav"], r"\(fold1, fold2\) are named by fold or split"),
-        (["train/a.wav", "test/b.wav", "val/c.wav"], "are named by fold or split"),
+        (["notes.txt"], r"\b1\b.*\baudio\b"),
+        (["a.wav", "b.wav"], r"\b2\b.*a\.wav, b\.wav"),
+        (["fold1/a.wav", "fold2/b.wav"], "fold1, fold2"),
+        (["train/a.wav", "test/b.wav", "val/c.wav"], "test, train, val"),
     ],
 )
 def test_folder_without_labels_is_refused(files: list[str], message: str, tmp_path: Path):
@@ -465,13 +463,13 @@ def test_folder_without_labels_is_refused(files: list[str], message: str, tmp_pa
 
 def test_table_with_other_columns_is_named(tmp_path: Path):
     write_sounds(tmp_path, ["a.wav"])
-    with pytest.raises(ValueError, match=r"table list\.csv is not read: its columns are wav, sound; expected"):
+    with pytest.raises(ValueError, match=r"list\.csv.*\bwav, sound\b"):
         read(tmp_path, "wav,sound", "a.wav,bell")
 
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [(3, "12 recordings with 3 labels from subfolders"), (2, "8 recordings with 2 labels"), (0, "no folder")],
+    [(3, r"\b12\b.*\b3\b"), (2, r"\b8\b.*\b2\b"), (0, "folder")],
 )
 def test_too_few_recordings_are_refused(labels: int, message: str, tmp_path: Path):
     write_sounds(tmp_path, [f"{ANIMALS[label]}/{number}.wav" for label in range(labels) for number in range(4)])
@@ -484,13 +482,13 @@ def test_corpus_without_test_questions_is_refused(tmp_path: Path):
     write_sounds(tmp_path, [f"{number}.wav" for number in range(20)])
     rows = [f"{number}.wav,{ANIMALS[number % 5]},freesound" for number in range(20)]
     write_text(tmp_path / "list.csv", "\n".join(["file,label,source", *rows]))
-    with pytest.raises(ValueError, match="20 recordings are in 1 groups by column 'source'; rename it"):
+    with pytest.raises(ValueError, match=r"\b20\b.*\b1\b.*'source'"):
         make(tmp_path, tmp_path / "corpus")
 
 
 def test_label_that_looks_like_a_choice_is_refused(tmp_path: Path):
     write_sounds(tmp_path, [f"{name}/{number}.wav" for name in (*ANIMALS[:3], "class b) bell") for number in range(5)])
-    with pytest.raises(ValueError, match=r"'class b\) bell'.*rename it"):
+    with pytest.raises(ValueError, match=r"'class b\) bell'"):
         make(tmp_path, tmp_path / "corpus")
 
 
@@ -517,5 +515,4 @@ def test_job_prints_summary_and_warnings(layout: tuple[str, Path], tmp_path: Pat
     printed = json.loads(result.stdout.splitlines()[-1])
     assert (printed["corpus"], printed["source"]) == (str(tmp_path / "corpus"), source)
     assert printed["skipped"]["recordings_without_label"] == 1 + (source == "FSD50K.ground_truth/dev.csv")
-    assert f"label from {source} and are skipped" in result.stdout
-    assert "broken link.wav" in result.stdout
+    assert any(source in line and "broken link.wav" in line for line in result.stdout.splitlines()[:-1])

@@ -31,14 +31,14 @@ def record(**changes: str) -> Record:
 
 
 @pytest.mark.parametrize("container", ["WAV", "FLAC", "OGG", "MP3"])
-def test_every_container_decodes_to_the_same_tone(container: str):
+def test_containers_decode_to_the_same_tone(container: str):
     waveform = decode(encode(tone(), RATE, container), RATE)
     spectrum = np.abs(np.fft.rfft(waveform[:RATE]))
     assert abs(int(spectrum.argmax()) - 440) <= 1
     assert len(waveform) == pytest.approx(RATE, abs=3000)
 
 
-def test_channels_are_averaged_and_the_rate_is_changed():
+def test_decode_averages_channels_and_resamples():
     stereo = np.stack([tone(rate=44_100), np.zeros(44_100, np.float32)], axis=1)
     waveform = decode(encode(stereo, 44_100), RATE)
     assert waveform.ndim == 1
@@ -81,13 +81,13 @@ def _float_wav(samples: np.ndarray) -> bytes:
         *((_cut(container), "truncated") for container in ("WAV", "FLAC", "OGG", "MP3")),
     ],
 )
-def test_unusable_audio_is_refused_with_its_reason(data: bytes, reason: str):
+def test_invalid_audio_has_a_reason(data: bytes, reason: str):
     with pytest.raises(AudioError) as error:
         decode(data, RATE, LIMITS)
     assert error.value.reason == reason
 
 
-def test_a_file_may_end_in_the_beginning_of_a_chunk():
+def test_partial_last_chunk_is_ignored():
     data = encode(tone(0.1), RATE, "WAV")
     samples = data[data.index(b"data") :]
     form = data[12:36]
@@ -96,13 +96,13 @@ def test_a_file_may_end_in_the_beginning_of_a_chunk():
     np.testing.assert_array_equal(decode(nested, RATE), decode(data, RATE))
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others():
+def test_scene_bytes_follow_the_seed():
     assert builtin_corpora.scene_clip(3, "train", 5) == builtin_corpora.scene_clip(3, "train", 5)
     assert builtin_corpora.scene_clip(3, "train", 5)[1] != builtin_corpora.scene_clip(4, "train", 5)[1]
     assert builtin_corpora.scene_clip(3, "train", 5)[1] != builtin_corpora.scene_clip(3, "test", 5)[1]
 
 
-def test_events_sound_when_and_as_loud_as_the_truth_says():
+def test_events_match_their_times_and_loudness():
     rng = np.random.default_rng(0)
     for _ in range(20):
         scene = draw_scene(rng)
@@ -117,7 +117,7 @@ def test_events_sound_when_and_as_loud_as_the_truth_says():
 
 
 @pytest.mark.parametrize("pitch", list(PITCHES))
-def test_a_tone_has_the_frequency_its_pitch_names(pitch: str):
+def test_pitch_sets_the_frequency(pitch: str):
     low, high = PITCHES[pitch]
     event = Event("tone", pitch, "loud", "long", 0.5, 2.0, (low * high) ** 0.5, 0.5)
     waveform = render(Scene((event,), 3.0), RATE, np.random.default_rng(0))
@@ -125,7 +125,7 @@ def test_a_tone_has_the_frequency_its_pitch_names(pitch: str):
     assert low <= peak <= high
 
 
-def test_scene_questions_cover_eleven_families_and_hold_their_answers():
+def test_scene_questions_cover_eleven_families():
     scenes = [builtin_corpora.scene_clip(0, "train", number)[0] for number in range(60)]
     records = builtin_corpora.scene_records(scenes, "train", seed=0, rounds=1)
     assert len({record.family for record in records}) == 11
@@ -138,7 +138,7 @@ def test_scene_questions_cover_eleven_families_and_hold_their_answers():
     assert max(letters.count(letter) for letter in "abcd") < 0.5 * len(letters)
 
 
-def test_heard_choices_hold_no_second_right_one():
+def test_heard_questions_have_one_correct_choice():
     for number in range(60):
         scene, _ = builtin_corpora.scene_clip(1, "val", number)
         heard = {event.kind for event in scene.events}
@@ -158,7 +158,7 @@ def test_deduction_verdicts_follow_from_the_scene():
                 assert (item.answer == "c) definitely false") == (named not in heard)
 
 
-def test_records_survive_json_and_arrow(tmp_path: Path):
+def test_records_round_trip_json_and_arrow(tmp_path: Path):
     records = [record(), record(filepath2="b.wav", caption2="a cat", answer="é “quoted”")]
     uri = str(tmp_path / "train.json")
     write_records(uri, records)
@@ -169,13 +169,13 @@ def test_records_survive_json_and_arrow(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{}", "expected a JSON list of records, found dict"),
-        ("[{}]", "record 0 has no text in taskname"),
-        ("[1, 2]", "record 0 has no text in taskname"),
-        ("nonsense", "is not JSON"),
+        ("{}", r"JSON.*\bdict\b"),
+        ("[{}]", "record 0.*taskname"),
+        ("[1, 2]", "record 0.*taskname"),
+        ("nonsense", "JSON"),
     ],
 )
-def test_a_malformed_record_file_is_named(text: str, message: str, tmp_path: Path):
+def test_malformed_record_file_is_named(text: str, message: str, tmp_path: Path):
     file = tmp_path / "train.json"
     file.write_text(text)
     with pytest.raises(ValueError, match=message) as error:
@@ -213,11 +213,11 @@ def test_audioset_csv_and_json_labels_are_read(tmp_path: Path):
 def test_label_entry_without_labels_is_named(fields: str, tmp_path: Path):
     labels = tmp_path / "labels.json"
     labels.write_text(f'[{{"file": "cat.ogg", "label": "cat"}}, {{"file": "frog.ogg"{fields}}}]')
-    with pytest.raises(ValueError, match="entry 1 needs `file` and a list `labels`"):
+    with pytest.raises(ValueError, match=r"entry 1.*`file`.*`labels`"):
         read_labels(str(labels))
 
 
-def test_a_single_clip_is_joined_by_its_partner_and_a_pair_is_left_alone():
+def test_partner_joins_only_single_clips():
     assert second_clip(["a"], "same", "silence", drawn="b") == "a"
     assert second_clip(["a"], "silence", "silence", drawn="b") == "silence"
     assert second_clip(["a"], "random", "silence", drawn="b") == "b"
@@ -226,7 +226,7 @@ def test_a_single_clip_is_joined_by_its_partner_and_a_pair_is_left_alone():
         assert second_clip(["a", "c"], rule, "silence", drawn="b") == "c"
 
 
-def test_a_random_partner_is_any_other_clip_and_always_the_same_one():
+def test_random_partner_is_another_clip_and_repeatable():
     clips = [f"{number:02d}" for number in range(20)]
     drawn = [draw_partner("07", position, clips) for position in range(2000)]
     assert drawn == [draw_partner("07", position, clips) for position in range(2000)]

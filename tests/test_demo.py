@@ -40,7 +40,7 @@ def test_the_demos_model_is_right_by_listening_and_near_chance_without(tmp_path:
 
 def test_a_demo_deletes_only_what_a_demo_wrote(tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(OSError, match="holds files that no demo wrote"), locked(tmp_path, resume=False):
+    with pytest.raises(OSError, match=str(tmp_path)), locked(tmp_path, resume=False):
         pass
     assert (tmp_path / "thesis.txt").exists()
     (tmp_path / LOG).touch()
@@ -53,7 +53,7 @@ def test_a_demo_deletes_only_what_a_demo_wrote(tmp_path: Path):
 def test_a_folder_belongs_to_one_demo_at_a_time(tmp_path: Path):
     with (
         locked(tmp_path, resume=False),
-        pytest.raises(OSError, match=f"{tmp_path} is in use by another demo.* --output"),
+        pytest.raises(OSError, match=f"{tmp_path}.*--output"),
         locked(tmp_path, resume=False),
     ):
         pass

@@ -55,12 +55,11 @@ def test_before_install_refuses_and_can_be_overridden(tmp_path: Path):
     (tmp_path / "a:b" / "pyproject.toml").touch()
     refused = before_install(copy)
     assert refused.returncode == 1
-    assert f"problem: folder: {tmp_path}/a:b contains ':'" in refused.stderr
-    assert "-> rename the folder" in refused.stderr
+    assert f"problem: folder: {tmp_path}/a:b" in refused.stderr and "->" in refused.stderr
     assert "MELLOW_SKIP_CHECKS=1" in refused.stderr
     skipped = before_install(copy, MELLOW_SKIP_CHECKS="1")
     assert skipped.returncode == 0
-    assert f"problem: folder: {tmp_path}/a:b contains ':'" in skipped.stderr
+    assert f"problem: folder: {tmp_path}/a:b" in skipped.stderr
 
 
 def test_before_install_names_the_missing_venv_package(monkeypatch: pytest.MonkeyPatch):
@@ -105,9 +104,9 @@ def test_cgroup_limits(files: dict[str, str], membership: str, memory, cores, tm
 def test_memory_and_cores_are_those_of_the_cgroup():
     memory, cores = doctor.check_memory(4 * GIB), doctor.check_cores(0.5)
     assert (memory.state, cores.state) == (PROBLEM, NOTE)
-    assert memory.found.startswith("4.0 GiB (cgroup limit; the machine has ")
+    assert memory.found.startswith("4.0 GiB") and "cgroup" in memory.found
     assert "container" in memory.remedy
-    assert cores.found == f"0.5 of {os.cpu_count()} (limited by cgroup)"
+    assert cores.found.startswith(f"0.5 of {os.cpu_count()}") and "cgroup" in cores.found
     assert "cgroup" not in doctor.check_memory(1 << 62).found
 
 
@@ -124,7 +123,8 @@ def test_folder(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
     file = tmp_path / "file"
     file.touch()
-    assert doctor.check_folder(file).found == f"{file} is not a folder"
+    no_folder = doctor.check_folder(file)
+    assert no_folder.state == PROBLEM and str(file) in no_folder.found
     (tmp_path / "a space").mkdir()
     assert doctor.check_folder(tmp_path / "a space").state == NOTE
 
@@ -132,7 +132,7 @@ def test_folder(tmp_path: Path):
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc, which takes no files")
 def test_folder_that_takes_no_files():
     read_only = doctor.check_folder(Path("/proc"))
-    assert (read_only.state, read_only.found.partition(" takes ")[0]) == (PROBLEM, "/proc")
+    assert read_only.state == PROBLEM and "/proc" in read_only.found
 
 
 def test_port_in_use():
@@ -180,10 +180,10 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_cluster_with_its_token(dashboard: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("RAY_ADDRESS", dashboard)
     without = doctor.check_cluster()
-    assert (without.state, without.found) == (NOTE, f"{dashboard} answers 401: a token is needed")
+    assert without.state == NOTE and dashboard in without.found and "401" in without.found
     monkeypatch.setenv("RAY_AUTH_TOKEN", "another-token")
     wrong = doctor.check_cluster()
-    assert wrong.found == f"{dashboard} answers 401: another token is needed"
+    assert dashboard in wrong.found and "401" in wrong.found and wrong.found != without.found
     assert "another-token" not in "".join(wrong)
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     (tmp_path / ".ray").mkdir()
@@ -193,17 +193,21 @@ def test_cluster_with_its_token(dashboard: str, monkeypatch: pytest.MonkeyPatch,
 
 def test_cluster_at_a_wrong_address(dashboard: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_ADDRESS", f"{dashboard}/elsewhere")
-    assert "is not Ray's dashboard" in doctor.check_cluster().found
+    elsewhere = doctor.check_cluster()
+    assert elsewhere.state == NOTE and dashboard in elsewhere.found and "404" in elsewhere.found
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    assert "RAY_ADDRESS is 127.0.0.1:6379, not a dashboard's URL" in doctor.check_cluster().found
+    assert "RAY_ADDRESS is 127.0.0.1:6379" in doctor.check_cluster().found
     monkeypatch.setenv("RAY_ADDRESS", f"http://127.0.0.1:{free_port()}")
-    assert doctor.check_cluster().remedy == "correct or unset RAY_ADDRESS"
+    assert "RAY_ADDRESS" in doctor.check_cluster().remedy
 
 
 def test_endpoint(dashboard: str):
     assert doctor.check_endpoint(dashboard).state == OK
-    assert "answers 404 to /healthz" in doctor.check_endpoint(f"{dashboard}/elsewhere").found
-    assert "does not answer" in doctor.check_endpoint(f"http://127.0.0.1:{free_port()}").found
+    elsewhere = doctor.check_endpoint(f"{dashboard}/elsewhere")
+    assert elsewhere.state == NOTE and "404" in elsewhere.found and "/healthz" in elsewhere.found
+    port = free_port()
+    absent = doctor.check_endpoint(f"http://127.0.0.1:{port}")
+    assert absent.state == NOTE and str(port) in absent.found
 
 
 def test_loopback_is_not_asked_through_a_proxy(dashboard: str, monkeypatch: pytest.MonkeyPatch):
@@ -215,9 +219,14 @@ def test_s3_settings_are_reported_without_secrets(monkeypatch: pytest.MonkeyPatc
     assert doctor.check_s3().state == NOTE
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:password@storage:9000/path")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-access-key")
-    assert doctor.check_s3().found == "http://storage:9000, AWS_SECRET_ACCESS_KEY is not set"
+    incomplete = doctor.check_s3()
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
-    assert doctor.check_s3() == ("S3", OK, "http://storage:9000, keys from the environment", "")
+    complete = doctor.check_s3()
+    assert (incomplete.state, complete.state) == (NOTE, OK)
+    assert "AWS_SECRET_ACCESS_KEY" in incomplete.found
+    for check in (incomplete, complete):
+        assert "http://storage:9000" in check.found
+        assert not any(secret in str(check) for secret in ("password", "an-access-key", "a-secret"))
 
 
 def test_hub_that_does_not_answer_is_a_note(monkeypatch: pytest.MonkeyPatch):
@@ -227,7 +236,8 @@ def test_hub_that_does_not_answer_is_a_note(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert doctor.check_hub().state == NOTE
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert doctor.check_hub() == ("model hub", OK, "not checked: HF_HUB_OFFLINE is set", "")
+    offline = doctor.check_hub()
+    assert offline.state == OK and "HF_HUB_OFFLINE" in offline.found
 
 
 def test_browser_is_the_one_that_chromium_names(monkeypatch: pytest.MonkeyPatch):
@@ -289,7 +299,7 @@ def test_command_prints_a_report_and_exits_by_its_problems():
     assert {check["state"] for check in found["checks"]} <= {OK, NOTE, PROBLEM}
     assert found["problems"] == sum(check["state"] == PROBLEM for check in found["checks"])
     assert text.returncode == report.returncode == bool(found["problems"])
-    assert text.stdout.splitlines()[0] == "Python and packages"
+    assert all(name in text.stdout for name in names)
     assert text.stdout.splitlines()[-1].startswith(f"problems: {found['problems']}, notes: ")
     assert all(check["remedy"] for check in found["checks"] if check["state"] != OK)
 

@@ -82,7 +82,7 @@ def test_the_cause_is_found(run: Callable):
     assert failure_of(run, fail_in_turn).message == "a is missing; add it"
     assert failure_of(run, miss_key).message == "KeyError: 'a'"
     absent = failure_of(run, read_absent)
-    assert absent.message == "/absent/file: no such file or directory"
+    assert absent.message.startswith("/absent/file: ")
     assert absent.place.startswith("mellow_platform/storage.py:")
 
 
@@ -104,7 +104,7 @@ def test_a_training_worker_has_a_cause(tmp_path: Path):
 
 def test_a_dead_worker_is_explained_in_one_line():
     message = failure_of(run_task, die).message
-    assert message.startswith("WorkerCrashedError: The worker died unexpectedly while executing this task.")
+    assert message.startswith("WorkerCrashedError: ")
     assert "\n" not in message
 
 

@@ -127,7 +127,7 @@ def check_round_trip(model: MellowForConditionalGeneration, batch: dict, folder:
     assert (loaded(**question, labels=tokens).logits.argmax(-1) == tokens).all()
 
 
-def test_the_choices_are_those_of_the_registries():
+def test_choices_match_registries():
     assert get_args(Encoder) == tuple(ENCODERS)
     assert get_args(Tagger) == tuple(name for name, (kind, _) in ENCODERS.items() if "labels" in kind().to_dict())
     assert get_args(Projection) == tuple(PROJECTIONS)
@@ -137,9 +137,7 @@ def test_the_choices_are_those_of_the_registries():
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("decoder", ["llama", "gpt2"])
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_each_combination_builds_learns_saves_loads_and_answers(
-    encoder: str, decoder: str, projection: str, tmp_path: Path
-):
+def test_every_combination_of_parts(encoder: str, decoder: str, projection: str, tmp_path: Path):
     model = build(encoder, decoder, projection).freeze_encoder()
     frozen = {name: value.clone() for name, value in model.audio_encoder.state_dict().items()}
     batch = make_batch(model)
@@ -152,7 +150,7 @@ def test_each_combination_builds_learns_saves_loads_and_answers(
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("size", ["mellow-v0", "mellow-tiny"])
-def test_an_encoder_gives_the_shapes_that_its_configuration_promises(size: str, encoder: str):
+def test_encoder_shapes_match_the_configuration(size: str, encoder: str):
     config = encoder_config(size, encoder=encoder)
     with torch.device("meta"):
         clips = torch.zeros(2, config.front_end.num_frames, config.front_end.feature_size)
@@ -163,12 +161,12 @@ def test_an_encoder_gives_the_shapes_that_its_configuration_promises(size: str, 
 
 
 @pytest.mark.parametrize(("encoder", "tokens"), [("htsat", 129), ("cnn14", 125), ("whisper", 126)])
-def test_a_clip_takes_about_as_many_tokens_with_every_encoder(encoder: str, tokens: int):
+def test_tokens_per_clip(encoder: str, tokens: int):
     assert MellowConfig.from_size("mellow-v0", encoder=encoder).num_audio_tokens == tokens
 
 
 @pytest.mark.parametrize("decoder", ["llama", "gpt2"])
-def test_adapters_alone_learn_on_the_decoder_and_survive_saving(decoder: str, tmp_path: Path):
+def test_decoder_trains_only_adapters_and_saves_them(decoder: str, tmp_path: Path):
     model = build("htsat", decoder, "mellow").freeze_encoder()
     batch = make_batch(model)
     with torch.no_grad():
@@ -190,7 +188,7 @@ def test_adapters_alone_learn_on_the_decoder_and_survive_saving(decoder: str, tm
 
 
 @pytest.mark.parametrize("decoder", ["llama", "gpt2"])
-def test_merged_adapters_are_an_equal_plain_decoder(decoder: str, tmp_path: Path):
+def test_merged_adapters_equal_a_plain_decoder(decoder: str, tmp_path: Path):
     model = build("htsat", decoder, "mellow").freeze_encoder()
     names = list(model.state_dict())
     batch = make_batch(model)
@@ -207,7 +205,7 @@ def test_merged_adapters_are_an_equal_plain_decoder(decoder: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_head_is_tied_where_the_decoders_own_is(tied: bool, tmp_path: Path):
+def test_head_is_tied_if_the_decoders_is(tied: bool, tmp_path: Path):
     text = tiny_decoder_config(VOCABULARY)
     text.tie_word_embeddings = tied
     model = MellowForConditionalGeneration(MellowConfig.from_size("mellow-tiny", text_config=text)).eval()
@@ -219,40 +217,40 @@ def test_the_head_is_tied_where_the_decoders_own_is(tied: bool, tmp_path: Path):
     assert ("language_model.lm_head.weight" in load_file(tmp_path / "model.safetensors")) is not tied
 
 
-def test_adapters_on_adapters_are_refused():
+def test_second_adapters_are_refused():
     model = build("htsat", "llama", "linear").add_lora(LORA)
-    with pytest.raises(ValueError, match=r"adapters .*merge_lora\(\)"):
+    with pytest.raises(ValueError, match="merge_lora"):
         model.add_lora(LORA)
 
 
-def test_an_unknown_name_is_refused_with_the_valid_ones():
-    with pytest.raises(ValueError, match="projection 'conv' does not exist; choose one of mellow, linear, mlp, trans"):
+def test_unknown_part_lists_the_valid_names():
+    with pytest.raises(ValueError, match=r"projection 'conv'.*mellow, linear, mlp"):
         MellowConfig.from_size("mellow-tiny", projection="conv")
-    with pytest.raises(ValueError, match="audio encoder 'beats' does not exist; choose one of htsat, cnn14, whisper"):
+    with pytest.raises(ValueError, match=r"encoder 'beats'.*htsat, cnn14, whisper"):
         encoder_config("mellow-tiny", encoder="beats")
-    with pytest.raises(ValueError, match="whisper has no tags"):
+    with pytest.raises(ValueError, match=r"whisper.*tags"):
         encoder_config("mellow-tiny", ["tone"], encoder="whisper")
 
 
-def test_a_folder_of_another_model_is_no_encoder(tmp_path: Path):
+def test_folder_of_another_model_is_not_an_encoder(tmp_path: Path):
     GPT2LMHeadModel(gpt2_config()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="contains a gpt2"):
+    with pytest.raises(ValueError, match="gpt2"):
         load_encoder(str(tmp_path))
 
 
-def test_folders_from_before_parts_had_names_hold_the_published_ones():
+def test_default_parts_of_old_folders():
     saved = MellowConfig.from_size("mellow-tiny").to_dict()
     loaded = MellowConfig(**{name: value for name, value in saved.items() if name not in ("projection", "lora")})
     assert (loaded.projection, loaded.lora) == ("mellow", None)
     assert loaded.audio_config.model_type == "mellow_htsat"
 
 
-def test_htsat_hears_the_published_front_end_and_the_tiny_one_longer_steps():
+def test_htsat_front_ends():
     assert HTSATConfig().front_end == FrontEnd()
     assert HTSATConfig.tiny().front_end == FrontEnd(n_fft=2048, hop_length=1280)
 
 
-def test_cnn14_has_the_published_widths_and_names():
+def test_cnn14_weight_names_and_shapes():
     with torch.device("meta"):
         weights = Cnn14Encoder(Cnn14Config()).state_dict()
     assert weights["conv_block1.conv1.weight"].shape == (64, 1, 3, 3)
@@ -262,7 +260,7 @@ def test_cnn14_has_the_published_widths_and_names():
     assert weights["bn0.weight"].shape == (64,)
 
 
-def test_whisper_hears_what_its_own_front_end_computes():
+def test_whisper_front_end_matches_transformers():
     time = np.arange(160_000) / 16_000
     rng = np.random.default_rng(0)
     waveform = (0.3 * np.sin(2 * np.pi * 440 * time) + rng.normal(0, 0.01, 160_000)).astype(np.float32)
@@ -275,7 +273,7 @@ def test_whisper_hears_what_its_own_front_end_computes():
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_a_whisper_folder_gives_its_encoder_with_positions_for_ten_seconds(tmp_path: Path):
+def test_whisper_folder_loads_with_ten_second_positions(tmp_path: Path):
     torch.manual_seed(0)
     whole = WhisperModel(
         WhisperConfig(
@@ -298,8 +296,8 @@ def test_a_whisper_folder_gives_its_encoder_with_positions_for_ten_seconds(tmp_p
     assert torch.equal(load_encoder(str(tmp_path / "encoder")).eval()(spectrogram).frames, encoder(spectrogram).frames)
 
 
-def test_whisper_frames_that_do_not_divide_the_positions_are_refused():
-    with pytest.raises(ValueError, match="num_frames 32 does not divide the 500 positions"):
+def test_whisper_frames_must_divide_positions():
+    with pytest.raises(ValueError, match=r"num_frames 32\b.*\b500\b"):
         WhisperAudioConfig(num_frames=32)
 
 
@@ -313,17 +311,15 @@ def test_whisper_frames_that_do_not_divide_the_positions_are_refused():
         ({"eos_token": "</s>", "pad_token": "<|pad|>"}, ["</s>", "!", "<|pad|>"], "</s>", "<|pad|>"),
     ],
 )
-def test_the_end_and_padding_tokens_are_mellows_or_the_decoders_own(
-    special: dict, vocabulary: list[str], end: str, padding: str, tmp_path: Path
-):
+def test_end_and_padding_tokens(special: dict, vocabulary: list[str], end: str, padding: str, tmp_path: Path):
     save_tokenizer(tmp_path, vocabulary, special)
     tokenizer = load_tokenizer(str(tmp_path))
     assert (tokenizer.eos_token, tokenizer.pad_token) == (end, padding)
 
 
-def test_a_tokenizer_without_any_end_token_is_refused(tmp_path: Path):
+def test_tokenizer_needs_an_end_token(tmp_path: Path):
     save_tokenizer(tmp_path, ["!"], {})
-    with pytest.raises(ValueError, match=r"<\|endoftext\|>; set eos_token"):
+    with pytest.raises(ValueError, match=r"<\|endoftext\|>.*eos_token"):
         load_tokenizer(str(tmp_path))
 
 
@@ -370,7 +366,7 @@ def run_losses(path: SimpleNamespace) -> list[float]:
 
 
 @pytest.mark.extended
-def test_named_parts_go_through_every_job(path: SimpleNamespace):
+def test_named_parts_in_every_job(path: SimpleNamespace):
     assert Manifest.read(path.run("features")).features == {"frames": [7, 256], "latent": [256]}
     losses = run_losses(path)
     assert len(losses) == path.result["total_steps"]
@@ -379,7 +375,7 @@ def test_named_parts_go_through_every_job(path: SimpleNamespace):
 
 
 @pytest.mark.slow
-def test_a_tagger_of_another_type_is_trained_and_encodes(path: SimpleNamespace):
+def test_other_tagger_trains_and_encodes(path: SimpleNamespace):
     preprocess(PreprocessConfig(**path.common, output=path.run("log-mel"), encoder_name="cnn14"))
     config = EncoderConfig(
         **path.shared, shards=path.run("log-mel"), labels=path.run("corpus/labels.json"), output=path.run("tagger"),
@@ -395,7 +391,7 @@ def test_a_tagger_of_another_type_is_trained_and_encodes(path: SimpleNamespace):
     np.testing.assert_allclose(FeatureStore.load(output).arrays["frames"], frames.numpy(), atol=5e-3, rtol=5e-3)
 
 
-def test_training_with_adapters_leaves_the_decoder_and_saves_both(path: SimpleNamespace):
+def test_training_adapters_keeps_the_decoder(path: SimpleNamespace):
     saved = load_file(Path(path.run("model")) / "model.safetensors")
     own = load_decoder(path.run("gpt2")).state_dict()
     layer = "transformer.h.0.attn.c_attn"
@@ -409,7 +405,7 @@ def test_training_with_adapters_leaves_the_decoder_and_saves_both(path: SimpleNa
 
 
 @pytest.mark.extended
-def test_a_run_with_adapters_goes_on_from_its_last_checkpoint(path: SimpleNamespace):
+def test_resume_with_adapters(path: SimpleNamespace):
     first = path.result["total_steps"]
     config = path.train.model_copy(update={"epochs": 0.7})
     result = finetune(config)
@@ -421,7 +417,7 @@ def test_a_run_with_adapters_goes_on_from_its_last_checkpoint(path: SimpleNamesp
     assert torch.equal(saved["language_model.transformer.wte.weight"], own["transformer.wte.weight"])
 
 
-def test_a_model_with_adapters_is_gone_on_from_and_a_plain_one_gets_them(path: SimpleNamespace):
+def test_init_from_with_and_without_adapters(path: SimpleNamespace):
     processor = load_processor(path.run("features/processor"))
     settings = path.train.model_copy(update={"encoder": None, "decoder": None, "init_from": path.run("model")})
     model = build_model(settings, processor)
@@ -431,15 +427,15 @@ def test_a_model_with_adapters_is_gone_on_from_and_a_plain_one_gets_them(path: S
     save_model(model.merge_lora(), processor, path.run("merged"))
     plain = build_model(settings.model_copy(update={"init_from": path.run("merged")}), processor)
     assert plain.config.lora == settings.lora.peft_fields()
-    with pytest.raises(ValueError, match="has the projection mlp, not linear"):
+    with pytest.raises(ValueError, match=r"projection.*\bmlp\b.*\blinear\b"):
         build_model(settings.model_copy(update={"projection": "linear"}), processor)
 
 
 def test_shards_of_another_encoder_are_refused(path: SimpleNamespace):
     processor = load_processor(path.run("features/processor"))
     for name, message in (
-        ("htsat", r"holds features .*'frames': \[7, 256\].*gives .*'frames': \[16, 64\]"),
-        ("whisper", r"\(feature_size 80 against 64, sampling_rate"),
+        ("htsat", r"'frames': \[7, 256\].*'frames': \[16, 64\]"),
+        ("whisper", r"\bfeature_size 80\b.*\b64\b.*\bsampling_rate\b"),
     ):
         save_pretrained(build_encoder(encoder_config("mellow-tiny", encoder=name)), path.run(name))
         with pytest.raises(ValueError, match=message):
@@ -447,15 +443,15 @@ def test_shards_of_another_encoder_are_refused(path: SimpleNamespace):
 
 
 @pytest.mark.parametrize("encoder", ["htsat", "cnn14"])
-def test_a_tagger_on_shards_of_another_front_end_is_refused(encoder: str, tmp_path: Path):
+def test_tagger_refuses_shards_of_another_front_end(encoder: str, tmp_path: Path):
     Manifest({}, {}, {"size": "mellow-tiny", "encoder_name": "htsat"}).write(str(tmp_path))
     folders = {"shards": str(tmp_path), "labels": "/l", "output": "/o", "storage": "/s", "run": "r"}
     config = EncoderConfig(**folders, encoder_name=encoder, size="mellow-tiny")
     assert build_tagger(config, ["tone"]).config.labels == ["tone"]
-    with pytest.raises(ValueError, match=rf"encoder {encoder} .*n_fft 1024 against 2048"):
+    with pytest.raises(ValueError, match=rf"encoder {encoder}\b.*\bn_fft 1024\b.*\b2048\b"):
         build_tagger(config.model_copy(update={"size": "mellow-v0"}), ["tone"])
 
 
-def test_a_front_end_names_what_differs():
+def test_front_end_differences():
     assert FrontEnd().differences(FrontEnd()) == ""
     assert FrontEnd().differences(FrontEnd(n_fft=512)) == "n_fft 1024 against 512"

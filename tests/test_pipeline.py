@@ -1,6 +1,7 @@
 """The whole path on a small corpus with real Ray and DeepSpeed: shards, encoder, features, training, evaluation."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,7 +140,7 @@ def test_prompts_are_stored_without_an_end_marker_where_the_job_says_so(path: Si
 
 def test_too_many_unusable_clips_stop_the_job(path: SimpleNamespace):
     config = PreprocessConfig(**path.common | {"max_failed_share": 0.01}, output=path.run("refused"))
-    with pytest.raises(ValueError, match=r"[123] of 32 clips are unusable .*raise max_failed_share"):
+    with pytest.raises(ValueError, match=r"\b[123] of 32\b.*max_failed_share"):
         preprocess(config)
     assert not storage.exists(path.run("refused/manifest.json"))
 
@@ -154,7 +155,7 @@ def test_the_same_input_gives_the_same_shards(path: SimpleNamespace):
 
 def test_a_folder_with_shards_of_another_configuration_is_refused(path: SimpleNamespace):
     config = PreprocessConfig(**path.common | {"clips_per_shard": 4}, output=path.run("log-mel"))
-    with pytest.raises(ValueError, match=r"another configuration \(differing: clips_per_shard\)"):
+    with pytest.raises(ValueError, match="clips_per_shard"):
         preprocess(config)
 
 
@@ -194,17 +195,17 @@ def test_an_encoder_of_two_workers_goes_on_from_its_checkpoint_as_if_never_stopp
 def test_a_clip_in_two_splits_is_refused(path: SimpleNamespace, tmp_path: Path):
     for split in SPLITS:
         write_records(str(tmp_path / f"{split}.json"), read_records(str(path.corpus / "test.json")))
-    with pytest.raises(ValueError, match=r"clip test/00000\d.flac stands in both train and val"):
+    with pytest.raises(ValueError, match=r"test/00000\d\.flac.*\btrain\b.*\bval\b"):
         preprocess(PreprocessConfig(**path.common | {"corpus": str(tmp_path)}, output=path.run("leak")))
 
 
 def test_shards_with_the_other_features_are_refused(path: SimpleNamespace):
-    with pytest.raises(ValueError, match=r"holds features: logmel, and features: encoder are needed"):
+    with pytest.raises(ValueError, match=r"logmel.*encoder"):
         evaluate(path.evaluate_config.model_copy(update={"shards": path.run("log-mel")}))
 
 
 def test_unfinished_shards_are_refused(path: SimpleNamespace):
-    with pytest.raises(FileNotFoundError, match=r"run jobs/preprocess\.py to its end first"):
+    with pytest.raises(FileNotFoundError, match=r"jobs/preprocess\.py"):
         FeatureStore.load(path.run("refused"))
 
 
@@ -233,7 +234,7 @@ def test_training_reports_loss_and_throughput_and_checkpoints(path: SimpleNamesp
 
 def test_the_trained_folder_has_a_model_card(path: SimpleNamespace):
     card = ModelCard.load(path.root / "model/README.md")
-    assert f"| prompt, in tokens | {load_processor(path.run('model')).prompt_length}, " in card.text
+    assert re.search(rf"\| prompt.*\| {load_processor(path.run('model')).prompt_length}\b", card.text)
 
 
 def test_the_trained_folder_loads_with_plain_transformers_and_keeps_its_encoder(path: SimpleNamespace):

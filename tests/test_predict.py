@@ -1,6 +1,7 @@
 """Predicting on Ray Data: folders and tables, failures as rows, and a job that goes on where it was killed."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,7 +126,7 @@ def test_a_job_that_was_killed_goes_on_and_leaves_the_answers_of_one_that_was_no
     assert 0 < len(done) < 25
     capsys.readouterr()
     report = predict(job)
-    assert f"questions: {8 * len(done)} of 200 are done already" in capsys.readouterr().out
+    assert f"{8 * len(done)} of 200" in capsys.readouterr().out
     assert report["rows"] == 200
     assert {name: (answers / f"{name}.parquet").stat().st_mtime_ns for name in done} == done
     for file in Path(whole.output, "answers").iterdir():
@@ -136,13 +137,13 @@ def test_a_finished_job_does_nothing_and_another_configuration_is_refused(whole,
     output = Path(whole.output)
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
     report = predict(whole.model_copy(update={"workers": 2}))
-    assert "is finished: nothing to do" in capsys.readouterr().out
+    assert "finished" in capsys.readouterr().out
     assert report == storage.read_json(str(output / "report.json"))
-    with pytest.raises(ValueError, match=r"holds predictions of another configuration \(differing: window\): set out"):
+    with pytest.raises(ValueError, match=r"\bwindow\b"):
         predict(whole.model_copy(update={"window": "each"}))
     storage.write_bytes(storage.join(whole.model, "weights.bin"), b"of another model")
     try:
-        with pytest.raises(ValueError, match=r"another configuration \(differing: the input itself\)"):
+        with pytest.raises(ValueError, match="input"):
             predict(whole)
     finally:
         Path(whole.model, "weights.bin").unlink()
@@ -214,10 +215,12 @@ def test_what_cannot_be_answered_is_a_row_with_its_reason(from_table):
     assert {number for number, row in rows.items() if row["error"]} == {4, 5, 6, 7, 8}
     assert all((row["answer"] is None) == (row["error"] is not None) for row in rows.values())
     assert rows[4]["error"] == "question_too_long"
-    assert rows[4]["detail"].endswith("the model reads 24: shorten it")
+    assert re.search(r"\b24\b", rows[4]["detail"])
     assert rows[5]["error"] == "not_audio"
-    assert (rows[6]["error"], rows[6]["detail"]) == ("too_long", "3.0 s long: the limit is 2 s")
-    assert (rows[7]["error"], rows[7]["detail"]) == ("missing", f"{clips}/gone.flac does not exist")
+    assert rows[6]["error"] == "too_long"
+    assert re.search(r"\b3\.0 s\b.*\b2 s\b", rows[6]["detail"])
+    assert rows[7]["error"] == "missing"
+    assert f"{clips}/gone.flac" in rows[7]["detail"]
     assert rows[8]["error"] == "not_audio"
     assert rows[8]["detail"].startswith(f"clip {clips}/broken.flac: ")
     report = storage.read_json(storage.join(from_table.output, "report.json"))
@@ -228,9 +231,7 @@ def test_what_cannot_be_answered_is_a_row_with_its_reason(from_table):
 def test_past_the_allowed_share_the_job_fails(from_table):
     Path(from_table.output, "report.json").unlink()
     reasons = "missing 1, not_audio 2, question_too_long 1, too_long 1"
-    with pytest.raises(
-        ValueError, match=rf"5 of 9 questions have no answer \({reasons}\).* max_failed_share \(now 0.5"
-    ):
+    with pytest.raises(ValueError, match=rf"\b5 of 9\b.*{reasons}.*max_failed_share.*\b0\.5\b"):
         predict(from_table.model_copy(update={"max_failed_share": 0.5}))
     assert predict(from_table)["failed"] == 5
 
@@ -295,11 +296,11 @@ def test_draws_differ_by_row_and_window_and_follow_from_the_seed():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "give `clips`, a folder, with `question` or `questions`; or `table`"),
-        ({"clips": "/c"}, "give `clips`, a folder, with `question`"),
-        ({"clips": "/c", "question": "?", "questions": ["?"]}, "`question` or `questions`, and not both"),
-        ({"table": "/t.csv", "question": "?"}, "`table` brings its own questions"),
-        ({"clips": "/c", "questions": ["?", " "]}, "a question is empty"),
+        ({}, "`clips`.*`question`.*`questions`.*`table`"),
+        ({"clips": "/c"}, "`clips`.*`question`"),
+        ({"clips": "/c", "question": "?", "questions": ["?"]}, "`question`.*`questions`"),
+        ({"table": "/t.csv", "question": "?"}, "`table`.*`question`.*`questions`"),
+        ({"clips": "/c", "questions": ["?", " "]}, "question"),
     ],
 )
 def test_what_is_asked_comes_from_one_place(fields, message):
@@ -310,18 +311,18 @@ def test_what_is_asked_comes_from_one_place(fields, message):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("t.csv", "clip,text\na,b\n", r"t.csv has no column question; it has clip, text"),
-        ("t.csv", "clip,question,answer\na,b,c\n", r"has a column 'answer' that answers or another column go by"),
-        ("t.csv", "clip,question\n", r"t.csv has no rows"),
-        ("t.csv", "clip,question\na,b,c\n", r"t.csv cannot be read as its name says"),
-        ("t.csv", 'clip,question,choices\na,b,yes\n', r"row 0 has 'yes' in choices: expected a list of texts"),
-        ("t.jsonl", '{"clip": "a", "question": "b"}\n{"clip": "a"}\n', r"row 1 has an empty question"),
-        ("t.jsonl", '{"clip": 5, "question": "b"}\n', r"row 0 has 5 in clip, which is no text"),
-        ("t.jsonl", "{\n", r"t.jsonl cannot be read as its name says"),
-        ("t.json", "{}", r"expected a list of objects, one a row"),
-        ("t.json", '[{"clip": "foo://a", "question": "b"}]', r"clip foo://a: Protocol not known: foo"),
-        ("t.parquet", "PAR", r"t.parquet cannot be read as its name says"),
-        ("t.xlsx", "", r"t.xlsx is not a .parquet, .csv, .json or .jsonl file"),
+        ("t.csv", "clip,text\na,b\n", r"t\.csv.*\bquestion\b.*\bclip, text\b"),
+        ("t.csv", "clip,question,answer\na,b,c\n", "column 'answer'"),
+        ("t.csv", "clip,question\n", r"t\.csv.*\brows\b"),
+        ("t.csv", "clip,question\na,b,c\n", r"t\.csv"),
+        ("t.csv", 'clip,question,choices\na,b,yes\n', "row 0.*'yes'.*choices"),
+        ("t.jsonl", '{"clip": "a", "question": "b"}\n{"clip": "a"}\n', "row 1.*question"),
+        ("t.jsonl", '{"clip": 5, "question": "b"}\n', "row 0.*5.*clip"),
+        ("t.jsonl", "{\n", r"t\.jsonl"),
+        ("t.json", "{}", r"t\.json.*\blist\b"),
+        ("t.json", '[{"clip": "foo://a", "question": "b"}]', "clip foo://a"),
+        ("t.parquet", "PAR", r"t\.parquet"),
+        ("t.xlsx", "", r"t\.xlsx.*\.parquet.*\.csv.*\.jsonl"),
     ],
 )  # fmt: skip
 def test_a_table_that_cannot_be_asked_is_refused_by_row_and_value(name, text, message, tmp_path):
@@ -332,7 +333,7 @@ def test_a_table_that_cannot_be_asked_is_refused_by_row_and_value(name, text, me
 
 def test_two_clips_have_no_windows_of_their_own_to_pair(tmp_path):
     storage.write_json(str(tmp_path / "t.json"), [{"clip": "a", "clip2": "b", "question": "?"}])
-    with pytest.raises(ValueError, match="clips a and b: window: pair is for one clip; take first or each"):
+    with pytest.raises(ValueError, match=r"\ba\b.*\bb\b.*window.*\bpair\b"):
         read_question_table(config("/m", "/o", table=str(tmp_path / "t.json"), clips="/c", window="pair"))
 
 
@@ -348,7 +349,7 @@ def test_a_csv_keeps_names_that_look_like_numbers_and_holds_choices_as_json(tmp_
 
 def test_a_folder_without_audio_or_that_is_absent_is_named(tmp_path):
     (tmp_path / "notes.txt").write_text("no sound")
-    with pytest.raises(ValueError, match=r"holds no .wav, .flac, .* file: check `clips`"):
+    with pytest.raises(ValueError, match=r"\.wav, \.flac.*`clips`"):
         read_question_table(config("/m", "/o", clips=str(tmp_path), question="?"))
-    with pytest.raises(FileNotFoundError, match=r"nothing: no folder with files"):
+    with pytest.raises(FileNotFoundError, match="nothing"):
         read_question_table(config("/m", "/o", clips=str(tmp_path / "nothing"), question="?"))

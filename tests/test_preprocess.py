@@ -104,7 +104,7 @@ def test_a_job_goes_on_with_what_is_not_done_and_a_finished_one_does_nothing(clu
     before_again = files_of(output)
     capsys.readouterr()
     preprocess(config(corpus, output))
-    assert "is finished: nothing to do" in capsys.readouterr().out
+    assert "finished" in capsys.readouterr().out
     assert files_of(output) == before_again
 
 
@@ -119,17 +119,17 @@ def test_another_configuration_or_input_gets_another_folder(cluster: None, corpu
     (tmp_path / "own").mkdir()
     preprocess(config(corpus, tmp_path / "own"))
     (tmp_path / "own/manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"another configuration \(differing: partner\): set output to .*own-"):
+    with pytest.raises(ValueError, match=r"partner.*own-"):
         preprocess(config(corpus, tmp_path / "own", partner="silence"))
     preprocess(config(corpus, tmp_path / "changed"))
     write_records(str(corpus / "val.json"), read_records(str(corpus / "val.json")) * 2)
-    with pytest.raises(ValueError, match=r"another configuration \(differing: the input itself\)"):
+    with pytest.raises(ValueError, match="input"):
         preprocess(config(corpus, tmp_path / "changed"))
 
 
 def test_a_recording_that_stands_in_two_splits_under_two_names_is_refused(cluster: None, tmp_path):
     write_questions(tmp_path / "corpus", {"train": {"a.flac": sound(0)}, "test": {"b.flac": sound(0)}})
-    with pytest.raises(ValueError, match=r"clips a.flac of train and b.flac of test are the same recording"):
+    with pytest.raises(ValueError, match=r"a\.flac.*\btrain\b.*b\.flac.*\btest\b"):
         preprocess(config(tmp_path / "corpus", tmp_path / "set"))
 
 
@@ -165,7 +165,7 @@ def test_every_reason_is_counted_and_missing_clips_are_reported_by_split_and_tas
     }  # fmt: skip
     assert manifest.counts["records"] == {"train": 2, "val": 1, "test": 0}
     assert manifest.counts["records_dropped"] == 8
-    with pytest.raises(ValueError, match=r"clips are unusable \(empty 1, missing 1\) so far, see .*raise max_failed"):
+    with pytest.raises(ValueError, match=r"empty 1, missing 1.*max_failed_share"):
         preprocess(config(tmp_path / "corpus", tmp_path / "strict", max_failed_share=0.1, **fields))
     assert not (tmp_path / "strict/clips").exists()  # it stopped before the first clip was decoded
 
@@ -176,7 +176,7 @@ def test_a_clip_that_changes_while_the_job_runs_stops_it(cluster: None, corpus, 
     for name in ("manifest.json", "receipts/clips/000000.json"):
         (tmp_path / "set" / name).unlink()
     (corpus / "audio/0.flac").write_bytes(sound(99))
-    with pytest.raises(Exception, match=r"has changed since stock was taken of it"):
+    with pytest.raises(Exception, match=r"0\.flac.*changed"):
         preprocess(settings)
 
 
@@ -190,7 +190,7 @@ def test_waveforms_are_stored_whole_at_the_models_rate(cluster: None, tmp_path):
     assert waveform.dtype == np.float32
     assert len(waveform) == 12 * RATE
     np.testing.assert_allclose(waveform, decode(data, RATE), atol=2**-15)
-    with pytest.raises(ValueError, match="hold no waveforms"):
+    with pytest.raises(ValueError, match="waveform"):
         preprocess(config(tmp_path / "corpus", tmp_path / "mel"))
         FeatureStore.load(str(tmp_path / "mel")).waveform(0)
 
@@ -233,7 +233,7 @@ def test_records_are_filtered_and_limited_and_tasks_have_folders_of_their_own(cl
     assert manifest.counts["clips"] == 1
     assert read_shard_records(str(tmp_path / "val"), "val")["filepath1"].to_pylist() == ["held-out.flac"]
     fields = {"audio_root": {"audiocaps": str(tmp_path / "audiocaps")}}
-    with pytest.raises(ValueError, match="audio_root has no folder for taskname 'clothov21'"):
+    with pytest.raises(ValueError, match=r"audio_root.*'clothov21'"):
         preprocess(config(tmp_path / "corpus", tmp_path / "none", **fields))
 
 
@@ -313,7 +313,7 @@ def test_rows_that_repeat_a_clip_keep_all_their_questions(cluster: None, tmp_pat
     asked = read_shard_records(str(tmp_path / "set"), "train").to_pylist()
     assert sorted((row["input"], row["filepath1"]) for row in asked) == [(f"{n}?", f"{n % 3}.flac") for n in range(7)]
     pq.write_table(rows(2), tmp_path / "corpus/test-0.parquet")
-    with pytest.raises(ValueError, match=r"clip 2.flac stands in both test and train: keep it in one"):
+    with pytest.raises(ValueError, match=r"2\.flac.*\btest\b.*\btrain\b"):
         preprocess(config(tmp_path / "corpus", tmp_path / "two", source="parquet"))
 
 

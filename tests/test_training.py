@@ -170,11 +170,9 @@ def test_a_checkpoint_of_two_workers_goes_on_with_another_number(made, whole, st
 
 def test_resizes_past_those_that_are_tested_are_refused(made, whole):
     cut_back(made, "whole", "refused", step=5)
-    with pytest.raises(
-        ValueError, match=r"stands at step 5 with 2 workers; going on with 9 is not tested, but up to 8"
-    ):
+    with pytest.raises(ValueError, match=r"step 5\b.*\b2\b.*\b9\b.*\b8\b"):
         trained(configured(made, "refused", scaling={"workers": 9}))
-    with pytest.raises(ValueError, match=r"goes on with 2 to 16 workers is tested with 8 at most: leave min_workers"):
+    with pytest.raises(ValueError, match=r"\b2\b.*\b16\b.*\b8\b.*min_workers"):
         trained(configured(made, "elastic-16", scaling={"workers": 16, "min_workers": 2}))
 
 
@@ -274,7 +272,7 @@ def test_a_complete_run_is_published_where_it_was_not_yet(made, whole):
 
 def test_a_run_does_not_go_on_under_other_values(made, whole):
     config = configured(made, "whole", seed=1)
-    with pytest.raises(ValueError, match=r"was begun with other values \(seed 0 -> 1\): choose another"):
+    with pytest.raises(ValueError, match="seed 0 -> 1"):
         finetune(config)
     # Nor on shards that were written anew in the place of its own.
     shutil.copytree(made.root / "features", made.root / "anew")
@@ -284,7 +282,7 @@ def test_a_run_does_not_go_on_under_other_values(made, whole):
     manifest = Manifest.read(config.shards)
     manifest.files["clips/000000.parquet"] = "0" * 64
     manifest.write(config.shards)
-    with pytest.raises(ValueError, match=r"other values \(content_of_shards '\w+' -> '\w+'\)"):
+    with pytest.raises(ValueError, match=r"content_of_shards '\w+' -> '\w+'"):
         begin(str(made.root / "pinned/run"), config)
 
 
@@ -292,7 +290,7 @@ def test_shards_of_an_encoder_with_other_weights_are_refused(made):
     torch.manual_seed(1)
     save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")).eval(), str(made.root / "another"))
     config = configured(made, "another-encoder", encoder=str(made.root / "another"))
-    with pytest.raises(ValueError, match=r"written by an encoder with other weights than .*/another has: run jobs/pre"):
+    with pytest.raises(ValueError, match=r"/another\b.*jobs/preprocess\.py"):
         build_model(config, load_processor(storage.join(config.shards, "processor")))
 
 
@@ -302,7 +300,7 @@ def test_validation_without_questions_is_refused(made):
     folders = {"corpus": str(made.root / "unvalidated"), "output": str(made.root / "no-val")}
     encoder = {"features": "encoder", "encoder": str(made.root / "encoder"), "size": "mellow-tiny"}
     preprocess(PreprocessConfig(**folders, **encoder))
-    with pytest.raises(ValueError, match=r"no questions in its val split, and validate_every is 5: put some there"):
+    with pytest.raises(ValueError, match=r"\bval\b.*validate_every.*\b5\b"):
         finetune(configured(made, "unvalidated-run", shards=str(made.root / "no-val"), validate_every=5))
 
 
@@ -355,7 +353,7 @@ def test_a_model_is_published_only_as_it_was_trained(made, whole, tmp_path):
     check_published(str(tmp_path / "model"), model, [], [], like=model.frame_embedding.weight)
     with torch.no_grad():
         model.frame_embedding.weight[0, 0] += 1e-3
-    with pytest.raises(RuntimeError, match=r"is not published: frame_embedding\.weight differs from what was trained"):
+    with pytest.raises(RuntimeError, match=r"frame_embedding\.weight"):
         check_published(str(tmp_path / "model"), model, [], [], like=model.frame_embedding.weight)
 
 
@@ -375,16 +373,14 @@ def test_a_model_is_trained_further_on_shards_made_with_its_own_encoder_and_toke
     values |= {"corpus": str(tmp_path / "other"), "encoder": str(made.root / "encoder"), "size": "mellow-tiny"}
     preprocess(PreprocessConfig(**values, output=str(tmp_path / "wrong")))
     processor = load_processor(str(tmp_path / "wrong/processor"))
-    with pytest.raises(
-        ValueError, match=r"was written with another tokenizer than that of .*/whole/model: run jobs/pre"
-    ):
+    with pytest.raises(ValueError, match=r"tokenizer.*/whole/model\b.*jobs/preprocess\.py"):
         build_model(config, processor)
 
 
 @pytest.mark.extended
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(made):
     config = configured(made, "diverging", learning_rate=1e30, scaling={"workers": 1, "max_failures": 0}, epochs=0.5)
-    with pytest.raises(Exception, match=r"step \d+: the loss is nan; lower learning_rate"):
+    with pytest.raises(Exception, match=r"step \d+\b.*\bnan\b.*learning_rate"):
         trained(config)
 
 
