@@ -15,8 +15,9 @@ from .encoders import (
     load_encoder_config,
 )
 from .feature_extraction_mellow import MellowFeatureExtractor
+from .loss import pad_labels
 from .modeling_mellow import MellowForConditionalGeneration
-from .processing_mellow import MellowProcessor, pad_labels
+from .processing_mellow import MellowProcessor
 from .projections import PROJECTIONS
 
 for _config, _encoder in ENCODERS.values():

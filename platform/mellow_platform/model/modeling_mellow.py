@@ -12,6 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .configuration_mellow import MellowConfig
 from .encoders import build_encoder
 from .lora import add_adapters, freeze_all_but_adapters, merge_adapters
+from .loss import answer_loss, loss_mask
 from .packing import ATTENTION, Packing
 from .projections import projection_class
 
@@ -153,7 +154,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: prompts [questions, prompt], each with at least one token.
             input_features, audio_frames, audio_latent: clip pairs as in `audio_prefix`.
-            labels: answers [questions, answer]; -100 is ignored.
+            labels: answers [questions, answer], padded with `loss.IGNORED_LABEL`.
             attention_mask: [questions, prompt], 0 to hide padding of prompts. By default padding is visible, as the
                 published weights expect.
             pair_index: clip pair of each question [questions]; by default question i has pair i.
@@ -168,7 +169,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         tokens, read = input_ids, attention_mask.bool()
         if labels is not None:
             # No label follows the last one, so its token is not an input.
-            labelled = labels >= 0
+            labelled = loss_mask(labels)
             follows = labelled.flip(1).cumsum(1).flip(1)[:, 1:] > 0
             answers = labels[:, :-1].masked_fill(~labelled[:, :-1], self.config.pad_token_id)
             tokens, read = torch.cat([tokens, answers], dim=1), torch.cat([read, follows], dim=1)
@@ -190,8 +191,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # The output layer is a fifth of a position's cost: compute it only for positions that predict a label.
         places = packing.ends[:, None] + torch.arange(labels.shape[1], device=labels.device)
         logits, known = head(hidden[places[labelled]]), labels[labelled]
-        loss = nn.functional.cross_entropy(logits.float(), known, reduction="sum")
-        loss = loss / (len(known) if num_items_in_batch is None else num_items_in_batch)
+        loss = answer_loss(logits, known, num_items_in_batch)
         if self.training:
             return CausalLMOutputWithPast(loss=loss)
         whole = logits.new_zeros(*labels.shape, logits.shape[-1])

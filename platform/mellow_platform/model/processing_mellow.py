@@ -9,6 +9,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from mellow_platform.data.partners import Partner, second_clip
+from mellow_platform.model.loss import pad_labels
 
 
 class MellowProcessor(ProcessorMixin):
@@ -120,11 +121,3 @@ class MellowProcessor(ProcessorMixin):
     def decode_answers(self, tokens: torch.Tensor) -> list[str]:
         """Return the texts of the generated tokens [batch, new]."""
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-
-
-def pad_labels(answers: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return answers as labels [batch, longest], padded with -100, which the loss ignores."""
-    labels = torch.full((len(answers), max(map(len, answers))), -100)
-    for row, ids in zip(labels, answers, strict=True):
-        row[: len(ids)] = torch.as_tensor(ids)
-    return labels

@@ -19,6 +19,8 @@ from mellow_platform.training.example_order import cached, epoch_order, random_g
 from mellow_platform.training.step_plan import Arrays
 from mellow_platform.training.train_config import PartnerDraws
 
+# The same as in model/loss.py, whose package would load transformers in every task that collates.
+IGNORED_LABEL = -100
 # What `forward` calls the arrays that shards hold of a clip.
 NETWORK_NAMES = {"log_mel": "input_features", "frames": "audio_frames", "latent": "audio_latent"}
 
@@ -252,7 +254,7 @@ class AnswerExamples:
         pairs = self.pairs(seed, epoch, numbers)
         arrays = {
             "input_ids": self.prompts.padded(numbers, self.pad_token, self.prompt_length),
-            "labels": self.answers.padded(numbers, -100),
+            "labels": self.answers.padded(numbers, IGNORED_LABEL),
         }
         if self.prompt_length is None:
             lengths = self.prompts.offsets[numbers + 1] - self.prompts.offsets[numbers]
