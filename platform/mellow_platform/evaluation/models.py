@@ -22,6 +22,7 @@ from mellow_platform.data.clip_reader import ClipAddress, read_clips
 from mellow_platform.data.tables import read_table
 from mellow_platform.evaluation.dataset import BenchmarkItem
 from mellow_platform.inference.engine import Engine
+from mellow_platform.inference.engine_protocol import InferenceEngine
 from mellow_platform.inference.predict_job import decode_or_reason
 from mellow_platform.inference.request import Answer, Clip, ClipFeatures, Request
 from mellow_platform.inference.windows import windows
@@ -87,7 +88,7 @@ class MellowFolder:
 
     def __init__(self, config: EvaluateConfig, store: FeatureStore | None, among: Sequence[str]):
         self.config, self.store = config, store
-        self.engine = Engine.load(
+        self.engine: InferenceEngine = Engine.load(
             config.model,
             dtype=config.dtype,
             slots=config.batch_size,
@@ -95,7 +96,6 @@ class MellowFolder:
             max_waiting=config.batch_size,
             cpu_threads=1,
         )
-        self.extractor = self.engine.processor.feature_extractor
         self.mean = self._mean(among) if "text_only" in config.conditions else None
         self.noise: dict[str, ClipFeatures] = {}  # by clip: drawn and encoded once, asked about many times
 
@@ -114,7 +114,7 @@ class MellowFolder:
         return [reply or self._reply(next(answers)) for reply in replies]
 
     def _reply(self, answer: Answer) -> Reply:
-        length = self.engine.processor.prompt_length
+        length = self.engine.prompt_length
         cut = [f"prompt cut to {length} tokens"] if answer.prompt_tokens > length else []
         cut += [f"answer cut to {self.config.max_new_tokens} tokens"] if answer.finish_reason == "length" else []
         return Reply(answer.text, answer.seconds, detail=", ".join(cut) or None)
@@ -124,20 +124,20 @@ class MellowFolder:
             assert self.mean
             return dict.fromkeys(clips, self.mean)
         if condition == "noise":
-            samples = self.extractor.clip_samples
+            samples = self.engine.clip_samples
             for clip in sorted(clips - self.noise.keys()):
                 self.noise[clip] = self.engine.encode([noise_for(clip, samples)])[0]
             return {clip: self.noise[clip] for clip in clips}
         places = {clip: self.store.rows[clip] for clip in clips if clip in self.store.rows} if self.store else {}
         heard: dict[str, Clip | AudioError] = {clip: self._stored(place) for clip, place in places.items()}
         limits = Limits(**self.config.limits.model_dump())
-        rate = self.extractor.sampling_rate
+        rate = self.engine.sampling_rate
         for address, data in read_clips(
             [ClipAddress(clip, "", clip) for clip in sorted(clips - places.keys())], limits
         ):
             waveform = decode_or_reason(data, rate, limits)
             if not isinstance(waveform, AudioError):
-                waveform = windows([waveform], self.extractor.clip_samples, rate, "first")[0].clips[0]
+                waveform = windows([waveform], self.engine.clip_samples, rate, "first")[0].clips[0]
             heard[address.uri] = waveform
         return heard
 
@@ -145,7 +145,7 @@ class MellowFolder:
         heard = [clip for clip in self._heard(set(clips), "audio").values() if not isinstance(clip, AudioError)]
         features = [clip if isinstance(clip, ClipFeatures) else self.engine.encode([clip])[0] for clip in heard]
         if not features:  # nothing can be heard under the condition audio either
-            return self.engine.encode([np.zeros(self.extractor.clip_samples, np.float32)])[0]
+            return self.engine.encode([np.zeros(self.engine.clip_samples, np.float32)])[0]
         frames, latent = ([getattr(clip, name) for clip in features] for name in ("frames", "latent"))
         return ClipFeatures(_mean_of(frames), _mean_of(latent))
 

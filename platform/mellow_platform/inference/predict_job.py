@@ -3,7 +3,7 @@
 The folder gets
 
     configuration.json     what is asked, of which model; written first
-    answers/*.parquet      a row an answer, in the order of the question table; each file is a fixed range of the questions
+    answers/*.parquet      a row per answer, in the order of the question table; each file is a fixed range of questions
     receipts/answers/      one JSON file a part, written after it: the part is done
     report.json            written last
 
@@ -38,6 +38,7 @@ from mellow_platform.data import shards
 from mellow_platform.data.audio import AudioError, Limits, decode
 from mellow_platform.data.clip_reader import ClipAddress, read_clips
 from mellow_platform.inference.engine import Engine
+from mellow_platform.inference.engine_protocol import InferenceEngine
 from mellow_platform.inference.question_table import TEXT_COLUMNS, QuestionTable, read_question_table
 from mellow_platform.inference.request import Request
 from mellow_platform.inference.windows import windows
@@ -284,7 +285,7 @@ class AnswerGroups:
 
     def __init__(self, config: PredictConfig):
         self.config = config
-        self.engine = Engine.load(
+        self.engine: InferenceEngine = Engine.load(
             config.model,
             dtype=config.dtype,
             slots=config.batch_size,
@@ -326,7 +327,7 @@ class AnswerGroups:
         """Return why a question cannot be asked, if so."""
         if group["error"]:
             return {"error": group["error"], "detail": group["detail"]}
-        tokens, limit = self.engine.prompt_tokens(question), self.engine.processor.prompt_length
+        tokens, limit = self.engine.prompt_tokens(question), self.engine.prompt_length
         if tokens > limit:
             detail = f"the question takes {tokens} tokens, the model reads {limit}: shorten it"
             return {"error": "question_too_long", "detail": detail}
