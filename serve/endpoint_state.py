@@ -37,7 +37,7 @@ class EndpointState:
         Raises:
             RequestError: the model is not served.
         """
-        name = model or next(iter(self.backends))
+        name = next(iter(self.backends)) if model is None else model
         if name not in self.backends:
             message = f"model {name!r} is not served; served models: {', '.join(map(repr, self.backends))}"
             raise RequestError(message, "model", 404, "model_not_found")

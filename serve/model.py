@@ -48,14 +48,12 @@ class ModelArguments(BaseModel):
         description="model folder; default: environment variable MELLOW_MODEL",
     )
     gate: GateSection = Field(GateSection(), description="questions that a replica must answer first; default: none")
-    dtype: Dtype | None = Field(None, description="default: float32 on CPU (or int8), bfloat16 on a GPU")
+    dtype: Dtype | None = Field(None, description="precision; default: float32 on CPU, bfloat16 on GPU; int8: CPU only")
     slots: int = Field(16, ge=1, description="answers that a replica writes at the same time")
     max_new_tokens: int = Field(300, ge=1, description="longest answer, in tokens; it sets the memory of a slot")
-    max_waiting: int = Field(256, ge=0, description="requests that wait for a slot of a replica; then 429")
+    max_waiting: int = Field(256, ge=1, description="requests that wait for a slot of a replica; then 429")
     clip_cache_bytes: int = Field(64 << 20, ge=0, description="size of the cache of encoded clips, in bytes")
-    prefix_cache_bytes: int = Field(
-        256 << 20, ge=0, description="size of the cache of clips' keys and values, in bytes"
-    )
+    prefix_cache_bytes: int = Field(256 << 20, ge=0, description="size of the cache of keys and values, in bytes")
     cpu_threads: int | None = Field(None, ge=1, description="threads for computation; default: torch's number")
     step_seconds: float = Field(20.0, gt=0, description="longest step of an engine, in seconds; then a new replica")
     gpus: float = Field(
@@ -71,7 +69,7 @@ class ModelArguments(BaseModel):
         return self
 
 
-# A second attempt, in case loading failed because of a passing fault of the storage.
+# Tried twice, in case the storage fails for a moment.
 @serve.deployment(name=MODEL, max_constructor_retry_count=2)
 class Model:
     """A model replica."""

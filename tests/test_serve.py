@@ -398,9 +398,10 @@ def test_error_of_a_chat_request_names_field(
     assert all(value in body["message"] for value in values), body["message"]
 
 
-def test_unknown_model_is_not_found(client: openai.OpenAI):
-    with pytest.raises(openai.NotFoundError, match=r"'whisper'.* 'mellow'"):
-        ask(client, text_part(), clip(), model="whisper")
+@pytest.mark.parametrize("name", ["whisper", ""])
+def test_unknown_model_is_not_found(client: openai.OpenAI, name: str):
+    with pytest.raises(openai.NotFoundError, match=rf"'{name}'.* 'mellow'"):
+        ask(client, text_part(), clip(), model=name)
 
 
 @pytest.mark.parametrize(

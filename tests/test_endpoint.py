@@ -1,7 +1,8 @@
-"""Limits in the Serve configuration: each field of the endpoint's and the model's arguments takes effect."""
+"""The endpoint and a model replica in this process: each limit of the configuration, and a change of front end."""
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -205,6 +206,7 @@ def test_queue_of_a_model_is_limited(folder: str):
         refusal = answer(model, count=3)
     assert isinstance(refusal, Refusal)
     assert (refusal.param, refusal.code) == ("model", "queue_full")
+    asyncio.run(model.check_health())  # waits for a step, which drops cancelled requests
     assert len(answer(model, count=2)) == 2
 
 
@@ -223,3 +225,49 @@ def test_step_of_a_model_is_limited(folder: str):
     asyncio.run(model.check_health())
     with hanging(model), pytest.raises(TimeoutError):
         asyncio.run(model.check_health())
+
+
+class LocalReplica:
+    """Handle of a model whose replica is in this process."""
+
+    def __init__(self, replica: Any, method: str = "", arguments: tuple[Any, ...] = ()):
+        self.replica, self.method, self.arguments = replica, method, arguments
+
+    def options(self, method_name: str, **_: Any) -> "LocalReplica":
+        return LocalReplica(self.replica, method_name)
+
+    def remote(self, *arguments: Any) -> "LocalReplica":
+        return LocalReplica(self.replica, self.method, arguments)
+
+    def __await__(self) -> Any:
+        return getattr(self.replica, self.method)(*self.arguments).__await__()
+
+    def __aiter__(self) -> Any:
+        return getattr(self.replica, self.method)(*self.arguments)
+
+    def cancel(self) -> None:
+        """Called after every response."""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_clips_are_decoded_again_for_a_new_front_end(monkeypatch: pytest.MonkeyPatch, folder: str, stream: bool):
+    handle = LocalReplica(replica(folder))
+    monkeypatch.setattr(backend, "DeploymentHandle", lambda *_: handle)
+    endpoint = state()
+    endpoint.serve(["m"])
+    app = create_app(endpoint, None, False)
+
+    async def ask(front_end: ClipFormat) -> list[str]:
+        parts: list[Any] = [("file", ("clip.wav", SOUND)), ("question", (None, "what?"))]
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://endpoint") as client:
+            endpoint.backend("m")._front_end = front_end
+            body = json.loads(question(SOUND, "what?", model="m", stream=stream))
+            chat = await client.post("/v1/chat/completions", json=body)
+            endpoint.backend("m")._front_end = front_end
+            form = await client.post("/v1/audio/questions", files=parts)
+        assert (chat.status_code, form.status_code) == (200, 200)
+        return [re.sub(r"chatcmpl-\w+|.created.: ?\d+", "", response.text) for response in (chat, form)]
+
+    assert asyncio.run(ask(ClipFormat(16_000, 8_000))) == asyncio.run(ask(FORMAT))
+    assert endpoint.backend("m")._front_end == FORMAT
