@@ -104,10 +104,10 @@ def http() -> str:
 def openapi() -> dict[str, Any]:
     """Return the OpenAPI schema that the endpoint serves at /openapi.json."""
     from serve.api import create_app
-    from serve.middleware import RequestLimits
+    from serve.limits import RequestLimits
 
-    endpoint: Any = SimpleNamespace(limits=RequestLimits(), keys=None, allow_anonymous=False, metrics=None)
-    return create_app(endpoint).openapi()
+    endpoint: Any = SimpleNamespace(limits=RequestLimits(), metrics=None)
+    return create_app(endpoint, keys=None, allow_anonymous=False).openapi()
 
 
 def figures() -> str:

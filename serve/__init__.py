@@ -1,1 +1,1 @@
-"""The Ray Serve applications: the HTTP endpoint, and the models that it asks."""
+"""The Ray Serve applications: the HTTP endpoint and the models that it calls."""

@@ -1,294 +1,235 @@
-"""The endpoint's HTTP routes: questions in OpenAI's shape and as forms, models, probes, and the page."""
+"""The endpoint's HTTP routes: questions as chat completions and as forms, models, probes, and the page."""
 
 import asyncio
 import json
-import random
-from collections.abc import AsyncGenerator, AsyncIterator
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, File, Form, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, FastAPI, Form, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from mellow_platform.inference import request as engine
 from serve.audio_input import DecodedQuestion
-from serve.backend import FrontEndChanged
-from serve.messages import WrittenAnswer
+from serve.endpoint_state import EndpointState
+from serve.errors import ErrorBody, RequestError, deadline_exceeded, internal_error
+from serve.keys import KeyFile
+from serve.messages import AnswerEvent
 from serve.middleware import AdmissionMiddleware
 from serve.schema import (
-    MAX_CHOICES,
-    MAX_CLIPS,
-    SEED_LIMIT,
     ChatRequest,
-    ClipSource,
     Completion,
     CompletionWriter,
-    ErrorBody,
     QuestionAnswer,
     QuestionForm,
-    RequestError,
     ServedList,
     question_answer,
 )
 
-if TYPE_CHECKING:
-    from serve.ingress import Endpoint
-
 PAGE = Path(__file__).parent / "page"
-# The page needs nothing from elsewhere, and nothing else may be slipped into it.
+# The page loads nothing from other hosts, so injected content cannot either.
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; media-src 'self' blob:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "the request is at fault; `param` names the field"},
+    400: {"model": ErrorBody, "description": "malformed request; `param` names the field at fault"},
     401: {"model": ErrorBody, "description": "no valid API key"},
-    404: {"model": ErrorBody, "description": "no such model"},
+    404: {"model": ErrorBody, "description": "the model is not served"},
     408: {"model": ErrorBody, "description": "the body took too long to arrive"},
     413: {"model": ErrorBody, "description": "the body is too large"},
-    429: {"model": ErrorBody, "description": "too many requests wait; Retry-After says when to come back"},
+    429: {"model": ErrorBody, "description": "a request queue is full; Retry-After says when to retry"},
     503: {"model": ErrorBody, "description": "the model is not available"},
-    504: {"model": ErrorBody, "description": "no answer within the time that is allowed"},
+    504: {"model": ErrorBody, "description": "no answer within the time limit"},
 }
-STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "with `stream`: chunks"}
+STREAM = {
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "description": "a completion; with `stream`, its chunks as server-sent events",
+}
+logger = logging.getLogger("ray.serve")
+router = APIRouter()
 
 
-def create_app(endpoint: "Endpoint") -> FastAPI:
-    """Return the application that answers for `endpoint`."""
-    app = FastAPI(title="Mellow", description="Ask questions about one or two sounds.", version="1")
-    app.add_exception_handler(RequestError, _refuse)
-    app.add_exception_handler(RequestValidationError, _refuse_malformed)
-    app.add_exception_handler(HTTPException, _refuse_route)
-    app.add_exception_handler(Exception, _fail)
-    app.add_middleware(
-        AdmissionMiddleware,
-        limits=endpoint.limits,
-        keys=endpoint.keys,
-        allow_anonymous=endpoint.allow_anonymous,
-        metrics=endpoint.metrics,
-    )
-
-    @app.post("/v1/chat/completions", response_model=Completion, responses=ERRORS | {200: STREAM})
-    async def chat(request: ChatRequest) -> Response:
-        """Answer a question about one or two clips."""
-        backend = endpoint.backend(request.model)
-        text, sources = request.question()
-        answers = request.n or 1
-        seed = request.seed if request.seed is not None else random.randrange(SEED_LIMIT)
-
-        def drawn(question: DecodedQuestion) -> list[engine.Request]:
-            return [
-                engine.Request(
-                    text,
-                    heard.clips,
-                    max_new_tokens=request.new_tokens,
-                    temperature=request.temperature or 0.0,
-                    top_p=request.top_p or 1.0,
-                    seed=(seed + number) % SEED_LIMIT,
-                    stop=request.stops,
-                    logprobs=bool(request.logprobs),
-                )
-                for heard in question.heard
-                for number in range(answers)
-            ]
-
-        deadline = asyncio.get_running_loop().time() + endpoint.limits.answer_seconds
-        async with _until(deadline, endpoint):
-            # Decoded again where a model took over, in between, that hears clips of another shape.
-            while True:
-                question = await endpoint.clips.read(sources, await backend.front_end(), request.window)
-                if (choices := len(question.heard) * answers) > (limit := endpoint.limits.max_answers):
-                    raise RequestError(
-                        f"{choices} answers to {len(question.heard)} windows: at most {limit} at once",
-                        "window" if answers == 1 else "n",
-                    )
-                writer = CompletionWriter(request.model, question.heard, answers)
-                try:
-                    if not request.stream:
-                        return JSONResponse(writer.whole(await backend.answer(question, drawn(question))))
-                    batches = backend.stream(question, drawn(question))
-                    # What is refused is refused with a status, which is sent before the stream begins.
-                    first = await anext(batches)
-                    break
-                except FrontEndChanged:
-                    continue
-        usage = bool(request.stream_options and request.stream_options.include_usage)
-        chunks = _chunks(endpoint, writer, first, batches, usage, deadline)
-        return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-
-    @app.post("/v1/audio/questions", response_model=QuestionAnswer, responses=ERRORS)
-    async def question(
-        request: Request,
-        file: Annotated[list[UploadFile], File(description="one or two clips")],
-        question: Annotated[str, Form(description="what to answer")],
-        choices: Annotated[list[str], Form(description="given answers to choose among", max_length=MAX_CHOICES)] = [],  # noqa: B006
-        model: Annotated[str | None, Form(description="default: the first that is served")] = None,
-        max_tokens: Annotated[int | None, Form()] = None,
-        temperature: Annotated[float | None, Form(description="0, the default: the most likely token")] = None,
-        top_p: Annotated[float | None, Form()] = None,
-        seed: Annotated[int | None, Form(description="the same seed draws the same answer")] = None,
-        stop: Annotated[list[str] | None, Form(description="the answer ends before any of these")] = None,
-        window: Annotated[str | None, Form(description="what is heard of a long recording: first or pair")] = None,
-    ) -> Response:
-        """Answer a question about the sounds in one or two files, or rank given answers to it."""
-        form = await _form(request)
-        backend = endpoint.backend(form.model or endpoint.first_model())
-        if len(file) > MAX_CLIPS:
-            raise RequestError(f"{len(file)} files: send one or two", "file")
-        sources = [ClipSource(await part.read(), None, f"file[{number}]") for number, part in enumerate(file)]
-        deadline = asyncio.get_running_loop().time() + endpoint.limits.answer_seconds
-        async with _until(deadline, endpoint):
-            while True:
-                asked = await endpoint.clips.read(sources, await backend.front_end(), form.window)
-                (heard,) = asked.heard
-                call = engine.Request(
-                    form.question,
-                    heard.clips,
-                    max_new_tokens=form.max_tokens,
-                    temperature=form.temperature,
-                    top_p=form.top_p,
-                    seed=form.seed if form.seed is not None else random.randrange(SEED_LIMIT),
-                    stop=tuple(form.stop),
-                )
-                try:
-                    answer = (
-                        await backend.choose(asked, call, form.choices)
-                        if form.choices
-                        else (await backend.answer(asked, [call]))[0]
-                    )
-                except FrontEndChanged:
-                    continue
-                return JSONResponse(question_answer(backend.model, answer, heard))
-
-    @app.get("/v1/models", response_model=ServedList, responses={401: ERRORS[401], 429: ERRORS[429]})
-    async def models() -> Response:
-        """List the models that are served."""
-        data = [
-            {"id": name, "object": "model", "created": endpoint.created, "owned_by": "mellow-platform"}
-            for name in endpoint.backends
-        ]
-        return JSONResponse({"object": "list", "data": data})
-
-    @app.get("/healthz")
-    async def healthz() -> dict[str, str]:
-        """Tell that the endpoint is alive."""
-        return {"status": "ok"}
-
-    @app.get("/readyz", responses={503: {"model": ErrorBody}})
-    async def readyz() -> dict[str, str]:
-        """Tell that a model answered."""
-        await endpoint.check_ready()
-        return {"status": "ready"}
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
-
-    app.mount("/page", StaticFiles(directory=PAGE), name="page")
-    return app
+async def _state(request: Request) -> EndpointState:
+    return request.app.state.endpoint
 
 
-async def _form(request: Request) -> QuestionForm:
-    """Return the checked fields of a form, of which only those may stand twice that are lists."""
-    fields = await request.form()
-    lists = ("choices", "stop")
-    values: dict[str, Any] = {name: fields.getlist(name) for name in lists if name in fields}
-    for name in fields:
-        if name in ("file", *lists):
-            continue
-        if len(fields.getlist(name)) > 1:
-            raise RequestError(f"{name} stands in the form {len(fields.getlist(name))} times: send it once", name)
-        if fields[name] != "":
-            values[name] = fields[name]
-    try:
-        return QuestionForm(**values)
-    except ValidationError as error:
-        raise RequestValidationError(error.errors()) from error
+State = Annotated[EndpointState, Depends(_state)]
 
 
-async def _chunks(
-    endpoint: "Endpoint",
-    writer: CompletionWriter,
-    first: list[tuple[int, Any]],
-    batches: AsyncGenerator[list[tuple[int, Any]]],
-    usage: bool,
-    deadline: float,
-) -> AsyncIterator[bytes]:
-    """Yield a stream's events; whatever ends it early is an event too."""
-    answers: dict[int, WrittenAnswer] = {}
-
-    def written(batch: list[tuple[int, Any]]) -> bytes:
-        answers.update((number, event) for number, event in batch if isinstance(event, WrittenAnswer))
-        return b"".join(
-            _event(writer.last(number, event) if isinstance(event, WrittenAnswer) else writer.piece(number, event))
-            for number, event in batch
-        )
-
-    try:
-        async with aclosing(batches), asyncio.timeout_at(deadline):
-            opening = b"".join(_event(writer.first(number)) for number in range(writer.choices))
-            yield opening + written(first)
-            async for batch in batches:
-                yield written(batch)
-        if usage:
-            yield _event(writer.usage([answers[number] for number in range(writer.choices)]))
-        yield b"data: [DONE]\n\n"
-    except TimeoutError:
-        yield _event(_too_late(endpoint).body())
-    except RequestError as error:
-        yield _event(error.body())
-    except Exception as error:
-        endpoint.log_failure(error)
-        yield _event(_failure().body())
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(data)}\n\n".encode()
+def _deadline(endpoint: EndpointState) -> float:
+    return asyncio.get_running_loop().time() + endpoint.limits.answer_seconds
 
 
 @asynccontextmanager
-async def _until(deadline: float, endpoint: "Endpoint") -> AsyncIterator[None]:
+async def _until(deadline: float, endpoint: EndpointState) -> AsyncIterator[None]:
+    """Cancel the block at the deadline and raise RequestError."""
     try:
         async with asyncio.timeout_at(deadline):
             yield
     except TimeoutError as error:
-        raise _too_late(endpoint) from error
+        raise deadline_exceeded(endpoint.limits.answer_seconds) from error
 
 
-def _too_late(endpoint: "Endpoint") -> RequestError:
-    seconds = endpoint.limits.answer_seconds
-    return RequestError(f"no answer within {seconds:g} s: try again, with fewer max_tokens", None, 504, "deadline")
+@router.post("/v1/chat/completions", response_model=Completion, responses=ERRORS | {200: STREAM})
+async def chat(request: ChatRequest, endpoint: State) -> Response:
+    """Answer a question about one or two clips."""
+    backend = endpoint.backend(request.model)
+    text, sources = request.question()
+    deadline, answers_each = _deadline(endpoint), request.n or 1
+
+    async def answer(question: DecodedQuestion) -> Response:
+        requests = request.engine_requests(text, question.windows, answers_each, request.logprobs)
+        if len(requests) > (limit := endpoint.limits.max_answers):
+            raise RequestError(
+                f"{len(requests)} answers to {len(question.windows)} windows; the limit is {limit} answers",
+                "window" if answers_each == 1 else "n",
+            )
+        writer = CompletionWriter(request.model, question.windows, answers_each)
+        if not request.stream:
+            return JSONResponse(writer.whole(await backend.answer(question, requests)))
+        batches = backend.stream(question, requests)
+        # The status is sent before the stream begins, so a refusal must come first.
+        first = await anext(batches)
+        usage = bool(request.stream_options and request.stream_options.include_usage)
+        events = _events(endpoint, writer, first, batches, usage, deadline)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    async with _until(deadline, endpoint):
+        return await endpoint.ask(backend, sources, request.window, answer)
 
 
-def _failure() -> RequestError:
-    return RequestError("the answer failed inside the server; its log has the reason", None, 500, "internal_error")
+async def _check_form(request: Request) -> None:
+    """Raise RequestError if a form repeats a field that is not a list: FastAPI would use the last value."""
+    form = await request.form()
+    for name in form:
+        if name not in ("file", "choices", "stop") and (times := len(form.getlist(name))) > 1:
+            raise RequestError(f"form field {name!r} is repeated {times} times; send it once", name)
 
 
-async def _refuse(request: Request, error: Exception) -> Response:
+@router.post(
+    "/v1/audio/questions", response_model=QuestionAnswer, responses=ERRORS, dependencies=[Depends(_check_form)]
+)
+async def question(form: Annotated[QuestionForm, Form(media_type="multipart/form-data")], endpoint: State) -> Response:
+    """Answer a question about one or two audio files, or rank the answers to choose from."""
+    backend = endpoint.backend(form.model)
+    sources = await form.sources()
+
+    async def answer(decoded: DecodedQuestion) -> Response:
+        (window,) = decoded.windows
+        (request,) = form.engine_requests(form.question, decoded.windows)
+        if form.choices:
+            chosen = await backend.choose(decoded, request, form.choices)
+            return JSONResponse(question_answer(backend.model, chosen, window))
+        (written,) = await backend.answer(decoded, [request])
+        return JSONResponse(question_answer(backend.model, written, window))
+
+    async with _until(_deadline(endpoint), endpoint):
+        return await endpoint.ask(backend, sources, form.window, answer)
+
+
+@router.get("/v1/models", responses={401: ERRORS[401], 429: ERRORS[429]})
+async def models(endpoint: State) -> ServedList:
+    """List the models that are served."""
+    return {
+        "object": "list",
+        "data": [
+            {"id": name, "object": "model", "created": endpoint.created, "owned_by": "mellow-platform"}
+            for name in endpoint.backends
+        ],
+    }
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """Report that the endpoint runs."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz", responses={503: {"model": ErrorBody}})
+async def readyz(endpoint: State) -> dict[str, str]:
+    """Report whether a model answers."""
+    await endpoint.check_ready()
+    return {"status": "ready"}
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> Response:
+    return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
+
+
+async def _events(
+    endpoint: EndpointState,
+    writer: CompletionWriter,
+    first: list[AnswerEvent],
+    batches: AsyncGenerator[list[AnswerEvent]],
+    usage: bool,
+    deadline: float,
+) -> AsyncIterator[bytes]:
+    """Yield the events of a stream; an error during the stream is its last event."""
+    try:
+        async with aclosing(batches), _until(deadline, endpoint):
+            yield _event(*writer.opening(), *map(writer.chunk, first))
+            async for batch in batches:
+                yield _event(*map(writer.chunk, batch))
+        if usage:
+            yield _event(writer.closing())
+        yield b"data: [DONE]\n\n"
+    except RequestError as error:
+        yield _event(error.body())
+    except Exception as error:
+        logger.error("an answer failed", exc_info=error)
+        yield _event(internal_error().body())
+
+
+def _event(*data: Mapping[str, Any]) -> bytes:
+    return b"".join(f"data: {json.dumps(item)}\n\n".encode() for item in data)
+
+
+async def _send_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    return JSONResponse(error.body(), error.status, headers=error.headers)
+    return error.response()
 
 
-async def _fail(request: Request, error: Exception) -> Response:
-    """The reason is in the log, where Serve writes it with the request's id."""
-    return await _refuse(request, _failure())
-
-
-async def _refuse_malformed(request: Request, error: Exception) -> Response:
+async def _send_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    return await _refuse(request, RequestError(f"{where or 'body'}: {first['msg']}", where or None))
+    field = ".".join(str(part) for part in first["loc"] if part != "body")
+    return await _send_error(request, RequestError(f"{field or 'body'}: {first['msg']}", field or None))
 
 
-async def _refuse_route(request: Request, error: Exception) -> Response:
+async def _send_route_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     refused = RequestError(f"{request.method} {request.url.path}: {error.detail}", None, error.status_code)
     refused.headers |= error.headers or {}
-    return await _refuse(request, refused)
+    return await _send_error(request, refused)
+
+
+async def _send_internal_error(request: Request, error: Exception) -> Response:
+    """Serve logs the exception with the request's id."""
+    return await _send_error(request, internal_error())
+
+
+def create_app(endpoint: EndpointState, keys: KeyFile | None, allow_anonymous: bool) -> FastAPI:
+    """Return the endpoint's application."""
+    app = FastAPI(title="Mellow", description="Ask questions about one or two sounds.", version="1")
+    app.state.endpoint = endpoint
+    app.include_router(router)
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    app.add_exception_handler(RequestError, _send_error)
+    app.add_exception_handler(RequestValidationError, _send_validation_error)
+    app.add_exception_handler(HTTPException, _send_route_error)
+    app.add_exception_handler(Exception, _send_internal_error)
+    app.add_middleware(
+        AdmissionMiddleware,
+        limits=endpoint.limits,
+        keys=keys,
+        allow_anonymous=allow_anonymous,
+        metrics=endpoint.metrics,
+    )
+    return app

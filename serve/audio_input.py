@@ -1,4 +1,4 @@
-"""From the files of a request to the clips that a model hears: fetched, decoded and resampled within limits."""
+"""Audio files of a request to clips for the model: fetched, decoded, resampled and cut into windows, within limits."""
 
 import asyncio
 import concurrent.futures
@@ -14,8 +14,9 @@ from pydantic import Field
 from mellow_platform.data.audio import AudioError, decode
 from mellow_platform.data.audio_limits import AudioLimits, MaxBytes, MaxChannels, MaxRate, MaxSamples, MinRate
 from mellow_platform.inference.windows import Window, windows
+from serve.errors import RequestError
 from serve.messages import ClipFormat
-from serve.schema import ClipSource, RequestError
+from serve.schema import ClipSource
 
 
 class ClipLimits(AudioLimits):
@@ -26,19 +27,19 @@ class ClipLimits(AudioLimits):
     max_channels: MaxChannels = 8
     min_rate: MinRate = 4_000
     max_rate: MaxRate = 192_000
-    url_hosts: list[str] = Field([], description="hosts that clips may be fetched from; none: URLs are refused")
-    url_seconds: float = Field(10.0, gt=0, description="a host that takes longer to send a clip is given up")
-    decoders: int = Field(2, ge=1, description="clips decoded at once by a replica; each holds max_samples in memory")
+    url_hosts: list[str] = Field([], description="hosts that clips are fetched from; default: none, URLs are refused")
+    url_seconds: float = Field(10.0, gt=0, description="longest time to fetch a clip, in seconds")
+    decoders: int = Field(2, ge=1, description="files that a replica decodes at once; each takes max_samples of memory")
 
 
 @dataclass(frozen=True)
 class DecodedQuestion:
-    """What a model hears of a request's recordings, and a hash of their files: equal for equal ones, whoever sent them.
+    """Windows of a request's recordings, and a key that is equal for equal audio files and window rules.
 
-    It finds the replica, which looks the clips up by what is heard; to hash that here, too, would take longer.
+    The key chooses the replica. It hashes the files and not the clips, as the replica's cache does: clips are larger.
     """
 
-    heard: list[Window]
+    windows: list[Window]
     key: str
 
 
@@ -50,16 +51,16 @@ class ClipReader:
         self._pool = concurrent.futures.ThreadPoolExecutor(limits.decoders, thread_name_prefix="decode")
 
     async def read(self, sources: Sequence[ClipSource], front_end: ClipFormat, rule: str) -> DecodedQuestion:
-        """Return what is heard of one or two recordings, by the window rule.
+        """Return the windows of one or two recordings by a window rule.
 
         Raises:
-            RequestError: a clip cannot be fetched, decoded, or is past a limit; or the rule does not fit.
+            RequestError: a clip cannot be fetched or decoded, or is past a limit; or the rule is for one recording.
         """
         files = await asyncio.gather(*(self._file(source) for source in sources))
-        hearing = asyncio.get_running_loop().run_in_executor(self._pool, self._hear, files, sources, front_end, rule)
-        return await hearing
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, self._decode_question, files, sources, front_end, rule)
 
-    def _hear(
+    def _decode_question(
         self, files: Sequence[bytes], sources: Sequence[ClipSource], front_end: ClipFormat, rule: str
     ) -> DecodedQuestion:
         recordings = [
@@ -67,13 +68,13 @@ class ClipReader:
             for number, (file, source) in enumerate(zip(files, sources, strict=True))
         ]
         try:
-            heard = windows(recordings, front_end.clip_samples, front_end.sampling_rate, rule)
+            cut = windows(recordings, front_end.clip_samples, front_end.sampling_rate, rule)
         except ValueError as error:
             raise RequestError(str(error), "window") from error
         digest = hashlib.sha256(rule.encode())
         for file in files:
             digest.update(file)
-        return DecodedQuestion(heard, digest.hexdigest())
+        return DecodedQuestion(cut, digest.hexdigest())
 
     def _decode(self, file: bytes, source: ClipSource, number: int, rate: int) -> np.ndarray:
         try:
@@ -82,37 +83,33 @@ class ClipReader:
             raise RequestError(f"clip {number}: {error}", source.param, code=error.reason) from error
 
     async def _file(self, source: ClipSource) -> bytes:
-        return source.data if source.data is not None else await self._fetch(str(source.url), source.param)
-
-    async def _fetch(self, url: str, param: str) -> bytes:
-        """Return the file at a URL whose host is one of those that are allowed."""
+        """Return the file of a request, or the file at its URL if the host is allowed."""
+        if source.data is not None:
+            return source.data
+        url, param = str(source.url), source.param
         try:
             parts = urlsplit(url)
             host = parts.hostname
         except ValueError as error:
             raise RequestError(f"not a URL: {error}", param) from error
         if parts.scheme not in ("http", "https") or host not in self._limits.url_hosts:
-            raise RequestError(
-                "clips are not fetched from this address: send the file itself as input_audio",
-                param,
-                code="url_refused",
-            )
+            message = "the URL's host is not in url_hosts; send the audio file as input_audio"
+            raise RequestError(message, param, code="url_refused")
         limit, found = self._limits.max_bytes, bytearray()
         timeout = aiohttp.ClientTimeout(total=self._limits.url_seconds)
         try:
-            # A redirect could lead to a host that is not allowed.
+            # A redirect could lead to a host that is not allowed, so it is an error.
             async with (
                 aiohttp.ClientSession(timeout=timeout) as session,
                 session.get(url, allow_redirects=False) as response,
             ):
                 if response.status != 200:
-                    raise RequestError(f"the clip's host answered {response.status}", param, code="url_failed")
+                    raise RequestError(f"the URL's host answered {response.status}", param, code="url_failed")
                 async for block in response.content.iter_chunked(1 << 16):
                     found += block
                     if len(found) > limit:
                         raise RequestError(f"the file at the URL has more than {limit} bytes", param, code="too_large")
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise RequestError(
-                f"the clip cannot be fetched: {type(error).__name__}", param, code="url_failed"
-            ) from error
+            message = f"the URL cannot be fetched: {type(error).__name__}"
+            raise RequestError(message, param, code="url_failed") from error
         return bytes(found)

@@ -1,16 +1,16 @@
-"""What the endpoint and a model's replicas say to each other, beside the engine's own `Request`."""
+"""Messages between the endpoint and a model's replicas, besides the engine's `Request`."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from mellow_platform.inference.request import ChoiceScore
 
-MODEL = "Model"  # deployment of every model's application; the application has the model's name
+MODEL = "Model"  # deployment in every model's application; the application is named after the model
 
 
 @dataclass(frozen=True)
 class ClipFormat:
-    """What a model hears: clips of `clip_samples` samples at `sampling_rate` Hz."""
+    """Clips that a model takes as input: `clip_samples` samples at `sampling_rate` Hz."""
 
     sampling_rate: int
     clip_samples: int
@@ -18,8 +18,7 @@ class ClipFormat:
 
 @dataclass(frozen=True)
 class Piece:
-    """A token as it is written: its id, the text that it completes, and, where log-probabilities were asked for, its
-    own and what it spells alone."""
+    """A token: id, its own text, the text that it completes, log-probability. Own text only with log-probability."""
 
     token: int
     spelled: str
@@ -29,7 +28,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class WrittenAnswer:
-    """A whole answer. `pieces` are its tokens without the end marker, where log-probabilities were asked for."""
+    """A whole answer. `pieces` are its tokens without the end marker, if log-probabilities were requested."""
 
     text: str
     finish_reason: Literal["stop", "length"]
@@ -38,9 +37,12 @@ class WrittenAnswer:
     pieces: tuple[Piece, ...] = ()
 
 
+AnswerEvent = tuple[int, Piece | WrittenAnswer]  # number of the request; its next token, or at the end its answer
+
+
 @dataclass(frozen=True)
 class ChosenAnswer:
-    """Given answers, the likeliest first."""
+    """Offered answers, the most likely first."""
 
     scores: tuple[ChoiceScore, ...]
     prompt_tokens: int
@@ -48,12 +50,9 @@ class ChosenAnswer:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A request that a model does not answer, and why; `param` is the field at fault, as the client named it."""
+    """A request that a replica refused; `param` is the field at fault in the client's request."""
 
     message: str
     param: str
-    code: str
+    code: Literal["front_end_changed", "queue_full", "context_length_exceeded", "replica_lost"] | None
     status: int = 400
-
-
-FRONT_END_CHANGED = "front_end_changed"  # a new version with another front end took over: decode again and repeat

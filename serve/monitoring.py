@@ -1,6 +1,6 @@
-"""What Prometheus sees of the endpoint and of the models' replicas, through Ray's metrics.
+"""Prometheus metrics of the endpoint and of the models' replicas, through Ray.
 
-Ray adds `ray_` to every name, and tags for application, deployment and replica.
+Ray prefixes every name with `ray_` and adds tags for application, deployment and replica.
 """
 
 from ray.serve import metrics
@@ -11,7 +11,7 @@ SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
 
 
 class EndpointMetrics:
-    """Requests as clients see them."""
+    """Metrics of an endpoint replica: requests and retries."""
 
     def __init__(self) -> None:
         self._requests = metrics.Counter(
@@ -19,14 +19,14 @@ class EndpointMetrics:
         )
         self._seconds = metrics.Histogram(
             "mellow_request_seconds",
-            description="from the first byte of a request to the last of its answer",
+            description="seconds from the first byte of a request to the last byte of its response",
             boundaries=SECONDS,
             tag_keys=("route",),
         )
-        self._in_flight = metrics.Gauge("mellow_in_flight", description="requests being answered now")
+        self._in_flight = metrics.Gauge("mellow_in_flight", description="requests that are being answered")
         self._in_flight_now = 0
         self._retries = metrics.Counter(
-            "mellow_retries", description="calls repeated on another replica, by model", tag_keys=("model",)
+            "mellow_retries", description="calls retried on another replica, by model", tag_keys=("model",)
         )
 
     def in_flight(self, count: int) -> None:
@@ -34,7 +34,7 @@ class EndpointMetrics:
         self.refresh()
 
     def refresh(self) -> None:
-        """Set what Prometheus would lose sight of: Ray drops a gauge that was not set for two of its intervals."""
+        """Set the gauge again: Ray drops a gauge that was not set for two report intervals."""
         self._in_flight.set(self._in_flight_now)
 
     def request(self, route: str, status: int, seconds: float) -> None:
@@ -46,23 +46,23 @@ class EndpointMetrics:
 
 
 class ModelMetrics:
-    """What a replica's engine does."""
+    """Metrics of a model replica: tokens, batch, queue and caches of its engine."""
 
     def __init__(self) -> None:
         self._first_token = metrics.Histogram(
             "mellow_first_token_seconds",
-            description="from a request's arrival at its replica to the first token",
+            description="seconds from a request's arrival at the replica to its first token",
             boundaries=SECONDS,
         )
         self._tokens = metrics.Counter(
-            "mellow_tokens", description="tokens read of questions and written of answers", tag_keys=("kind",)
+            "mellow_tokens", description="tokens of prompts and completions", tag_keys=("kind",)
         )
-        self._batch = metrics.Gauge("mellow_batch_size", description="answers being written at once")
+        self._batch = metrics.Gauge("mellow_batch_size", description="answers that are being written")
         self._queue = metrics.Gauge("mellow_queue", description="requests that wait for a slot")
         self._cache = metrics.Counter(
-            "mellow_cache", description="look-ups of clips and prefixes", tag_keys=("cache", "outcome")
+            "mellow_cache", description="cache look-ups, by cache and outcome", tag_keys=("cache", "outcome")
         )
-        self._cache_bytes = metrics.Gauge("mellow_cache_bytes", description="held in a cache", tag_keys=("cache",))
+        self._cache_bytes = metrics.Gauge("mellow_cache_bytes", description="bytes in a cache", tag_keys=("cache",))
         self._counted: dict[str, int] = {}
 
     def answered(self, answer: Answer, first_token_seconds: float, stats: dict[str, int]) -> None:
@@ -72,7 +72,7 @@ class ModelMetrics:
         self.watch(stats)
 
     def watch(self, stats: dict[str, int]) -> None:
-        """Report an engine's `stats` as they are now."""
+        """Report an engine's current `stats`."""
         self._batch.set(stats["active"])
         self._queue.set(stats["waiting"])
         for cache in ("clip", "prefix"):

@@ -1,8 +1,8 @@
-"""Traces of requests by OpenTelemetry, from the proxy to the replica that answers; an option of serve/config.yaml.
+"""OpenTelemetry traces of requests, from the proxy to the model's replica; an option of serve/config.yaml.
 
 pip install 'mellow-platform[otel]'       # and OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4318 on every node
 
-Proxies load this too, so the nodes have to have the code: the image has it, and `mellow cluster up --local` gives it.
+Proxies import this module too, so the code must be on the nodes, as in the image and with `mellow cluster up --local`.
 """
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -11,5 +11,5 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 
 def exporter() -> list[SpanProcessor]:
-    """Return what sends spans to the collector that the standard OTEL_EXPORTER_OTLP_* variables name."""
+    """Return the span processor for the collector in the standard OTEL_EXPORTER_OTLP_* variables."""
     return [BatchSpanProcessor(OTLPSpanExporter())]

@@ -1,4 +1,4 @@
-"""A served tiny model for benchmarks and fuzzing: a cluster of its own on this machine, and what runs on it."""
+"""A served tiny model for benchmarks and fuzzing, on a local cluster."""
 
 import base64
 import contextlib
@@ -19,15 +19,15 @@ from tests.conftest import REPOSITORY
 from tests.tiny_model import write_tiny_model
 
 RATE = 32_000
-Change = Callable[[dict[str, Any], dict[str, Any]], None]  # of the endpoint's and the model's application
+Change = Callable[[dict[str, Any], dict[str, Any]], None]  # edits the endpoint's and the model's application
 
 
 class ServedModel(contextlib.AbstractContextManager):
-    """serve/config.yaml with a random tiny model named `mellow`; ends with the `with` block.
+    """serve/config.yaml deployed with a random tiny model named `mellow`, until the end of the `with` block.
 
     Args:
-        folder: for the model and the cluster's log.
-        change: alters the two applications before they are deployed.
+        folder: folder for the model and the cluster's log.
+        change: edits the two applications before they are deployed; default: no change.
         cpus: logical CPUs of the cluster.
     """
 
@@ -62,7 +62,7 @@ class ServedModel(contextlib.AbstractContextManager):
         return replicas_of(serve_details(self._ray.dashboard), application)
 
     def processes(self) -> dict[int, psutil.Process]:
-        """Return the processes that requests go through, by id: the proxy and all replicas."""
+        """Return the processes that handle requests, by id: the proxy and all replicas."""
         raylet = psutil.Process(self.replicas("endpoint")[0]["pid"]).parent()
         assert raylet
         titles = {child: child.cmdline()[:1] for child in raylet.children()}
@@ -71,7 +71,7 @@ class ServedModel(contextlib.AbstractContextManager):
 
 
 def serve_details(dashboard: str) -> dict[str, Any]:
-    """Return what Serve says of itself on a cluster: controller, proxies, applications with their replicas."""
+    """Return the status of Serve on a cluster: controller, proxies, applications with their replicas."""
     headers = {"Authorization": f"Bearer {read_token()}"}
     response = httpx.get(f"{dashboard}/api/serve/applications/", headers=headers, timeout=30)
     response.raise_for_status()

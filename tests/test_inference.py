@@ -1,7 +1,8 @@
-"""The engine: the same numbers as the model, whatever the batch and the caches; queue, cancellation, sampling."""
+"""The engine: equal to the model in any batch and with any cache; queue, cancellation, sampling, protocol."""
 
 import asyncio
 import copy
+import inspect
 import itertools
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from transformers import (
 from mellow_platform.inference.answer_text import AnswerText
 from mellow_platform.inference.cached_decoder import CachedDecoder
 from mellow_platform.inference.engine import Engine
+from mellow_platform.inference.engine_protocol import InferenceEngine
 from mellow_platform.inference.linear import pack
 from mellow_platform.inference.lru import TensorLRU
 from mellow_platform.inference.request import Answer, Cancelled, ClipFeatures, EngineClosed, QueueFull, Request
@@ -62,7 +64,7 @@ def processor() -> MellowProcessor:
 
 @pytest.fixture(scope="module")
 def model() -> MellowForConditionalGeneration:
-    """The model in its own straightforward form, without engine, cache or batch."""
+    """The model without engine, cache or batch."""
     return build_model()
 
 
@@ -153,7 +155,7 @@ DECODERS = {
 
 @pytest.mark.parametrize("build", DECODERS.values(), ids=DECODERS.keys())
 @torch.inference_mode()
-def test_cached_decoding_gives_the_logits_of_the_whole_sequence(build):
+def test_cached_logits_equal_uncached(build):
     reference = build()
     tokens = torch.randint(0, 101, (3, 20))
     logits = reference(tokens).logits
@@ -175,7 +177,7 @@ def test_cached_decoding_gives_the_logits_of_the_whole_sequence(build):
 
 
 @torch.inference_mode()
-def test_the_step_that_cuda_graphs_replay_is_a_plain_step():
+def test_cuda_graph_step_equals_plain_step():
     decoder = CachedDecoder(small_llama(), "float32")
     cache, lengths = decoder.new_cache(3, 32), [5, 11, 8]
     for slot, length in enumerate(lengths):
@@ -185,27 +187,27 @@ def test_the_step_that_cuda_graphs_replay_is_a_plain_step():
     torch.testing.assert_close(static, plain, atol=2e-5, rtol=1e-5)
 
 
-def test_the_decoder_takes_the_weights_over_and_does_not_keep_them_twice():
+def test_decoder_does_not_copy_weights():
     model = small_llama()
     CachedDecoder(model, "float32")
     assert all(parameter.is_meta for parameter in model.model.layers.parameters())
 
 
-def test_a_family_that_the_engine_does_not_run_is_named():
+def test_unsupported_decoder_family_is_refused():
     model = small_llama()
     model.config.model_type = "mamba"
     with pytest.raises(ValueError, match="'mamba' model; the engine runs llama, mistral, qwen2, gpt2"):
         CachedDecoder(model, "float32")
 
 
-def test_a_cache_longer_than_the_decoders_positions_is_refused():
+def test_cache_past_decoder_positions_is_refused():
     with pytest.raises(ValueError, match="100 positions a sequence: the decoder has 64; lower max_new_tokens"):
         CachedDecoder(small_llama(), "float32").new_cache(1, 100)
 
 
 @pytest.mark.parametrize("encoder", ["htsat", "cnn14", "whisper"])
 @pytest.mark.parametrize("projection", ["mellow", "linear", "mlp", "transformer"])
-def test_every_encoder_and_projection_is_answered_with(encoder: str, projection: str, clips):
+def test_every_encoder_and_projection(encoder: str, projection: str, clips):
     extractor = MellowFeatureExtractor.from_size("mellow-tiny", encoder=encoder)
     processor = MellowProcessor(extractor, build_processor().tokenizer, prompt_length=24, partner="silence")
     config = MellowConfig.from_size(
@@ -227,7 +229,7 @@ def test_every_encoder_and_projection_is_answered_with(encoder: str, projection:
 
 
 @torch.inference_mode()
-def test_int8_rows_depend_on_themselves_alone_and_stay_close_to_float32():
+def test_int8_linear_is_batch_invariant_and_close_to_float32():
     torch.manual_seed(0)
     weight, bias, x = torch.randn(64, 96), torch.randn(64), torch.randn(7, 96)
     x[:, 5] *= 40  # an outlier channel, as language models have
@@ -242,37 +244,37 @@ def test_int8_rows_depend_on_themselves_alone_and_stay_close_to_float32():
     assert torch.equal(linear(torch.zeros(1, 96))[0], bias)
 
 
-def test_an_unknown_precision_is_refused():
+def test_unknown_dtype_is_refused():
     with pytest.raises(ValueError, match="dtype 'int3' is not one of float32, int8, bfloat16"):
         pack(torch.zeros(2, 2), None, "int3")
 
 
-def test_answers_alone_are_those_of_the_uncached_model(engine: Engine, requests, expected):
+def test_single_answers_equal_uncached_model(engine: Engine, requests, expected):
     check([engine.generate([request])[0] for request in requests], expected)
 
 
-def test_answers_in_a_batch_are_those_of_the_uncached_model(engine: Engine, requests, expected):
+def test_batched_answers_equal_uncached_model(engine: Engine, requests, expected):
     check(engine.generate(requests), expected)
     check(engine.generate(requests), expected)  # all caches warm
 
 
-def test_answers_are_those_of_generate(engine: Engine, model, processor, requests):
+def test_answers_equal_generate(engine: Engine, model, processor, requests):
     request = requests[5]
     inputs = read(processor, request)
     tokens = model.generate(**inputs, max_new_tokens=request.max_new_tokens)[0].tolist()
     answer = engine.generate([request])[0]
     assert list(answer.tokens) == tokens
-    # An unfinished character at the end is left out, where decoding it gives a replacement character.
+    # The engine leaves out an incomplete character at the end; the tokenizer writes a replacement character.
     assert answer.text == processor.decode_answers(torch.tensor([tokens]))[0].rstrip("\ufffd ")
     assert answer.prompt_tokens == len(processor.token_ids(request.text))
 
 
-def test_fewer_slots_than_requests_give_the_same_answers(requests, expected):
+def test_fewer_slots_than_requests(requests, expected):
     with Engine(build_model(), build_processor(), slots=3, max_waiting=2) as engine:
         check(engine.generate(requests), expected)
 
 
-def test_int8_answers_are_bit_for_bit_the_same_in_any_batch(requests):
+def test_int8_answers_are_batch_invariant(requests):
     with Engine(build_model(), build_processor(), dtype="int8") as engine:
         alone = [engine.generate([request])[0] for request in requests]
         # Not approximately: integer sums are exact, and everything between them looks at one sequence at a time.
@@ -280,7 +282,7 @@ def test_int8_answers_are_bit_for_bit_the_same_in_any_batch(requests):
             assert (together.tokens, together.logprobs) == (answer.tokens, answer.logprobs)
 
 
-def test_stored_features_and_the_waveform_they_came_from_give_one_answer(engine: Engine, clips):
+def test_stored_features_score_as_waveform(engine: Engine, clips):
     stored = engine.encode(clips[:2])
     for features, clip in zip(stored, clips, strict=False):
         assert features.frames.dtype == np.float16
@@ -289,7 +291,7 @@ def test_stored_features_and_the_waveform_they_came_from_give_one_answer(engine:
         assert from_stored.logprob == pytest.approx(from_waveform.logprob, abs=2e-2)
 
 
-def test_a_clip_is_encoded_once_and_a_pair_is_read_once(engine: Engine, clips):
+def test_clip_and_prefix_caches(engine: Engine, clips):
     one, two = clips[:2]
     engine.generate([Request(text, (one, two), 2) for text in TEXTS])
     assert (engine.stats["clip_misses"], engine.stats["prefix_misses"]) == (2, 1)
@@ -300,7 +302,7 @@ def test_a_clip_is_encoded_once_and_a_pair_is_read_once(engine: Engine, clips):
     assert (engine.stats["clip_misses"], engine.stats["prefix_misses"]) == (2, 2)
 
 
-def test_a_cache_keeps_to_its_bytes_and_forgets_the_least_recently_used():
+def test_lru_cache_evicts_by_bytes():
     cache = TensorLRU(100)
     for name in "abc":
         cache.put(name, torch.zeros(10))
@@ -311,7 +313,7 @@ def test_a_cache_keeps_to_its_bytes_and_forgets_the_least_recently_used():
     assert (len(cache), cache.bytes) == (2, 80)
 
 
-def test_engines_with_caches_too_small_for_anything_still_answer(requests, expected):
+def test_caches_of_zero_bytes(requests, expected):
     with Engine(build_model(), build_processor(), clip_cache_bytes=0, prefix_cache_bytes=0) as engine:
         check(engine.generate(requests[:4]), expected[:4])
         assert engine.stats["prefix_bytes"] == 0
@@ -322,7 +324,7 @@ def long_request(engine: Engine, clip: np.ndarray) -> Request:
     return Request(TEXTS[0], (clip,), engine.max_new_tokens, temperature=10.0, seed=3)
 
 
-def test_a_long_answer_does_not_hold_up_a_short_one(engine: Engine, clips):
+def test_long_answer_does_not_delay_short_one(engine: Engine, clips):
     long = engine.submit(long_request(engine, clips[0]))
     next(iter(long))
     short = engine.submit(Request(TEXTS[1], (clips[0],), 2))
@@ -331,12 +333,12 @@ def test_a_long_answer_does_not_hold_up_a_short_one(engine: Engine, clips):
     assert len(long.result().tokens) > 20
 
 
-def test_a_full_queue_refuses_and_a_cancelled_answer_makes_room_at_once(clips):
+def test_full_queue_refuses_until_cancel(clips):
     with Engine(build_model(), build_processor(), slots=1, max_waiting=1) as engine:
         long = engine.submit(long_request(engine, clips[0]))
         next(iter(long))
         waiting = engine.submit(Request(TEXTS[1], (clips[0],), 2))
-        with pytest.raises(QueueFull, match="1 requests wait already"):
+        with pytest.raises(QueueFull, match="1 requests wait"):
             engine.submit(Request(TEXTS[2], (clips[0],), 2))
         long.cancel()
         waiting.result()
@@ -345,7 +347,7 @@ def test_a_full_queue_refuses_and_a_cancelled_answer_makes_room_at_once(clips):
         assert engine.stats["active"] == 0
 
 
-def test_a_request_cancelled_while_it_waits_is_never_computed(clips):
+def test_cancelled_waiting_request_is_not_computed(clips):
     with Engine(build_model(), build_processor(), slots=1) as engine:
         long = engine.submit(long_request(engine, clips[0]))
         next(iter(long))
@@ -361,26 +363,24 @@ def test_a_request_cancelled_while_it_waits_is_never_computed(clips):
         assert engine.stats["clip_misses"] == 1
 
 
-def test_one_request_that_fails_disturbs_no_other(engine: Engine, requests, expected):
+def test_failed_request_does_not_affect_others(engine: Engine, requests, expected):
     broken = ClipFeatures(np.zeros((3, 5), np.float16), np.zeros(7, np.float16))
     streams = [engine.submit(request) for request in (requests[0], Request(TEXTS[0], (broken,)), requests[1])]
-    with pytest.raises(
-        ValueError, match=r"features of shapes \(3, 5\) and \(7,\): the model reads \(16, 64\) and \(128,\)"
-    ):
+    with pytest.raises(ValueError, match=r"\(3, 5\) and \(7,\).* \(16, 64\) and \(128,\)"):
         streams[1].result()
     check([streams[0].result(), streams[2].result()], expected[:2])
 
 
-def test_clips_with_nan_are_refused_before_they_reach_the_cache(engine: Engine, clips):
+def test_clips_with_nan_are_refused(engine: Engine, clips):
     features = ClipFeatures(np.full((16, 64), np.nan, np.float16), np.zeros(128, np.float16))
     spoilt, loud = clips[0].copy(), clips[0].copy()
     spoilt[100], loud[100] = np.inf, 1e20
     for second in (features, spoilt, loud):
-        with pytest.raises(ValueError, match="clip 1 holds NaN, infinity or a value past"):
+        with pytest.raises(ValueError, match=r"clip 1 .*NaN.*1e\+10"):
             engine.submit(Request(TEXTS[0], (clips[0], second)))
 
 
-def test_a_sampler_that_fails_ends_its_own_answer_only(requests, expected):
+def test_failed_sampler_ends_its_answer_only(requests, expected):
     model = build_model()
     with Engine(model, build_processor()) as engine:
         engine._decoder.parts.head = lambda hidden: torch.full((*hidden.shape[:-1], 300), torch.nan)
@@ -390,7 +390,7 @@ def test_a_sampler_that_fails_ends_its_own_answer_only(requests, expected):
         assert engine.generate([Request(TEXTS[0], requests[0].clips, 3)])[0].finish_reason in ("stop", "length")
 
 
-def test_a_closed_engine_says_so_to_those_who_wait_and_those_who_come(clips):
+def test_closed_engine_refuses_waiting_and_new_requests(clips):
     engine = Engine(build_model(), build_processor())
     stream = engine.submit(long_request(engine, clips[0]))
     next(iter(stream))
@@ -401,7 +401,7 @@ def test_a_closed_engine_says_so_to_those_who_wait_and_those_who_come(clips):
         engine.submit(Request(TEXTS[0], (clips[0],)))
 
 
-def test_a_score_that_nobody_waits_for_any_more_is_left_out_and_the_next_is_made(clips):
+def test_cancelled_score_is_skipped(clips):
     with Engine(build_model(), build_processor()) as engine:
         over = threading.Event()
         hanging = engine._call(over.wait)
@@ -413,7 +413,7 @@ def test_a_score_that_nobody_waits_for_any_more_is_left_out_and_the_next_is_made
         assert waited.result() == engine.score(request, CHOICES)
 
 
-def test_answers_are_written_while_others_ask_for_scores_without_pause(clips):
+def test_calls_do_not_block_answers(clips):
     with Engine(build_model(), build_processor()) as engine:
         stream = engine.submit(long_request(engine, clips[0]))
         calls = [engine._call(lambda: None) for _ in range(200)]
@@ -422,13 +422,13 @@ def test_answers_are_written_while_others_ask_for_scores_without_pause(clips):
         stream.cancel()
 
 
-def test_a_temperature_next_to_zero_takes_the_most_likely_token(clips):
+def test_tiny_temperature_is_greedy(clips):
     with Engine(build_model(), build_processor()) as engine:
         greedy, cold = (Request(TEXTS[0], (clips[0],), 8, temperature=value, seed=0) for value in (0.0, 1e-40))
         assert engine.generate([cold])[0].text == engine.generate([greedy])[0].text
 
 
-def test_a_check_goes_through_the_loop_and_tells_when_it_hangs(clips):
+def test_check_detects_hanging_loop(clips):
     engine = Engine(build_model(), build_processor())
     engine.check(timeout=10)
     stream = engine.submit(long_request(engine, clips[0]))
@@ -452,7 +452,7 @@ def test_a_check_goes_through_the_loop_and_tells_when_it_hangs(clips):
         engine.check(timeout=10)
 
 
-def test_streams_are_read_by_many_coroutines_at_once(engine: Engine, requests, expected):
+def test_concurrent_async_streams(engine: Engine, requests, expected):
     async def read(request: Request) -> list[int]:
         return [token.id async for token in engine.submit(request)]
 
@@ -462,13 +462,13 @@ def test_streams_are_read_by_many_coroutines_at_once(engine: Engine, requests, e
     assert asyncio.run(read_all()) == [tokens for tokens, _ in expected]
 
 
-def test_pieces_of_a_stream_add_up_to_the_answer(engine: Engine, clips):
+def test_stream_pieces_join_to_answer(engine: Engine, clips):
     stream = engine.submit(Request(TEXTS[0], (clips[0],), 60, temperature=2.0, seed=1))
     pieces = [token.text for token in stream]
     assert "".join(pieces) == stream.result().text
 
 
-def test_drawn_answers_follow_their_seed(engine: Engine, clips):
+def test_drawn_answers_follow_seed(engine: Engine, clips):
     def draw(seed: int | None, **options) -> tuple[int, ...]:
         options = {"temperature": 2.0} | options
         return engine.generate([Request(TEXTS[0], (clips[0],), 20, seed=seed, **options)])[0].tokens
@@ -480,7 +480,7 @@ def test_drawn_answers_follow_their_seed(engine: Engine, clips):
     assert draw(1, top_p=1e-6) == draw(1, temperature=1e-3) == greedy
 
 
-def test_tokens_are_drawn_with_the_probabilities_of_the_model():
+def test_draws_follow_probabilities():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     request = Request("?", (np.zeros(1),), temperature=0.7, top_p=0.95, seed=0, logprobs=True)
     sampler = Sampler(request, "cpu")
@@ -494,7 +494,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_model():
     assert logprob == pytest.approx(float(logits.log_softmax(0)[token]))
 
 
-def test_a_stop_string_ends_the_answer_before_it(engine: Engine, clips):
+def test_answer_ends_before_stop_string(engine: Engine, clips):
     request = Request(TEXTS[0], (clips[0],), 60, temperature=2.0, seed=1)
     whole = engine.generate([request])[0].text
     stop = whole[10:13]
@@ -503,7 +503,7 @@ def test_a_stop_string_ends_the_answer_before_it(engine: Engine, clips):
     assert stopped.finish_reason == "stop"
 
 
-def test_text_is_released_when_it_is_certain(processor: MellowProcessor):
+def test_incomplete_text_is_withheld(processor: MellowProcessor):
     tokenizer = processor.tokenizer
     ids = tokenizer("a naïve 音 end of it")["input_ids"]
     text = AnswerText(tokenizer, ())
@@ -526,7 +526,7 @@ def test_text_is_released_when_it_is_certain(processor: MellowProcessor):
 
 
 @torch.no_grad()
-def test_choices_are_ranked_by_the_log_probability_of_the_model(engine: Engine, model, processor, clips):
+def test_scores_are_log_probabilities(engine: Engine, model, processor, clips):
     request = Request(TEXTS[0], (clips[0], clips[1]))
     scores = engine.score(request, CHOICES)
     inputs = read(processor, request)
@@ -536,18 +536,18 @@ def test_choices_are_ranked_by_the_log_probability_of_the_model(engine: Engine, 
         assert score.logprob == pytest.approx(float(logprobs.gather(1, ids[0, :, None]).sum()), abs=1e-4)
     assert [score.logprob for score in scores] == sorted((score.logprob for score in scores), reverse=True)
     assert sum(score.probability for score in scores) == pytest.approx(1)
-    with pytest.raises(ValueError, match="no choices"):
+    with pytest.raises(ValueError, match="choices"):
         engine.score(request, [])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"clips": ()}, "the request has 0 clips: give one or two"),
+        ({"clips": ()}, "0 clips"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"stop": ("",)}, "a stop string is empty"),
+        ({"stop": ("",)}, "stop string"),
     ],
 )
 def test_requests_out_of_range_are_refused(options: dict, message: str):
@@ -555,12 +555,12 @@ def test_requests_out_of_range_are_refused(options: dict, message: str):
         Request(**{"text": "?", "clips": (np.zeros(1),)} | options)
 
 
-def test_more_tokens_than_the_engine_has_room_for_are_refused(engine: Engine, clips):
-    with pytest.raises(ValueError, match="max_new_tokens is 301: this engine has room for 300"):
+def test_too_many_new_tokens_are_refused(engine: Engine, clips):
+    with pytest.raises(ValueError, match=r"max_new_tokens is 301.* 300"):
         engine.submit(Request("?", (clips[0],), 301))
 
 
-def test_windows_of_a_recording_say_what_was_heard():
+def test_windows_of_recordings():
     recording = np.arange(25, dtype=np.float32)
     (first,) = windows([recording], 10, 1, "first")
     assert first.seconds == ((0.0, 10.0),)
@@ -584,6 +584,18 @@ def test_windows_of_a_recording_say_what_was_heard():
         ([], "first", "0 recordings"),
     ],
 )
-def test_windows_that_cannot_be_made_are_refused(recordings: list[np.ndarray], rule: str, message: str):
+def test_invalid_windows_are_refused(recordings: list[np.ndarray], rule: str, message: str):
     with pytest.raises(ValueError, match=message):
         windows(recordings, 10, 1, rule)
+
+
+def test_engine_implements_the_protocol(engine: Engine):
+    implementation: InferenceEngine = engine  # checked by mypy
+    assert isinstance(implementation, InferenceEngine)
+    methods = {name: method for name, method in vars(InferenceEngine).items() if inspect.isfunction(method)}
+    for name in methods.keys() - {"__init__", "__subclasshook__"}:
+        parameters = [list(inspect.signature(getattr(kind, name)).parameters) for kind in (InferenceEngine, Engine)]
+        assert parameters[0] == parameters[1], name
+    extractor = build_processor().feature_extractor
+    assert (engine.sampling_rate, engine.clip_samples) == (extractor.sampling_rate, extractor.clip_samples)
+    assert engine.token_text(build_processor().tokenizer.eos_token_id) is None

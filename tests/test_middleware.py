@@ -1,4 +1,4 @@
-"""Who is let in: keys in a file, and requests of other machines where there are none."""
+"""Admission to the endpoint: API keys in a file, and the address of a client if there are no keys."""
 
 import asyncio
 import hashlib
@@ -12,7 +12,8 @@ import pytest
 
 from serve import keys
 from serve.keys import KeyFile
-from serve.middleware import AdmissionMiddleware, RequestLimits
+from serve.limits import RequestLimits
+from serve.middleware import AdmissionMiddleware
 from serve.monitoring import EndpointMetrics
 from tests.conftest import REPOSITORY
 
@@ -21,13 +22,13 @@ def line(name: str, key: str) -> str:
     return f"{name} {hashlib.sha256(key.encode()).hexdigest()}\n"
 
 
-def test_a_made_key_lets_its_holder_in_and_its_line_does_not_tell_it(tmp_path: Path):
+def test_key_file_stores_hashes(tmp_path: Path):
     made = subprocess.run(
         [sys.executable, "-m", "serve.keys", "alice"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     key = made.stderr.rsplit(" ", 1)[1].strip()
     file = tmp_path / "keys.txt"
-    file.write_text(f"# who may ask\n\n{made.stdout}{line('bob', 'his')}")
+    file.write_text(f"# a comment\n\n{made.stdout}{line('bob', 'his')}")
     assert key not in made.stdout
     assert KeyFile(str(file)).holder(key) == "alice"
     assert KeyFile(str(file)).holder("his") == "bob"
@@ -37,32 +38,32 @@ def test_a_made_key_lets_its_holder_in_and_its_line_does_not_tell_it(tmp_path: P
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("alice secret\n", "line 1: expected a name and the SHA-256"),
-        ("\n" + line("a", "x") + "bob\n", "line 3"),
-        ("# none\n", "no key"),
+        ("alice secret\n", r"keys\.txt, line 1:"),
+        ("\n" + line("a", "x") + "bob\n", r"keys\.txt, line 3:"),
+        ("# none\n", r"keys\.txt contains no key"),
     ],
 )
-def test_a_damaged_key_file_is_named_with_its_line(tmp_path: Path, text: str, message: str):
+def test_error_of_a_key_file_names_line(tmp_path: Path, text: str, message: str):
     (tmp_path / "keys.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         KeyFile(str(tmp_path / "keys.txt"))
 
 
-def test_keys_come_and_go_while_the_endpoint_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_key_file_is_reloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(keys, "RELOAD_SECONDS", 0.0)
     file = tmp_path / "keys.txt"
     file.write_text(line("alice", "hers"))
     known = KeyFile(str(file))
     file.write_text(line("bob", "his"))
     assert (known.holder("hers"), known.holder("his")) == (None, "bob")
-    file.write_text("half a li")  # while it is edited, those who were let in still are
+    file.write_text("half a li")  # while the file is edited, the previous keys stay valid
     assert known.holder("his") == "bob"
-    file.write_text("# nobody any more\n")
+    file.write_text("# no keys\n")
     assert known.holder("his") is None
 
 
 async def status_for(client: str, allow_anonymous: bool, path: str = "/v1/models") -> int:
-    """Return the status that a request from an address gets of an endpoint without keys."""
+    """Return the status of a request from an address to an endpoint without keys."""
     sent: list[Any] = []
 
     async def application(scope: Any, receive: Any, send: Any) -> None:
@@ -96,5 +97,5 @@ async def status_for(client: str, allow_anonymous: bool, path: str = "/v1/models
         ("192.0.2.7", False, "/prefix/v1/models", 401),
     ],
 )
-def test_without_keys_only_this_machine_is_answered(client: str, allow_anonymous: bool, path: str, status: int):
+def test_without_keys_only_loopback_is_answered(client: str, allow_anonymous: bool, path: str, status: int):
     assert asyncio.run(status_for(client, allow_anonymous, path)) == status

@@ -1,4 +1,4 @@
-"""What is seen of the endpoint from outside: the dashboard shows metrics that exist, traces reach a collector."""
+"""Monitoring of the endpoint: metrics of the dashboard, and traces."""
 
 import http.server
 import json
@@ -17,7 +17,7 @@ SUFFIXES = {"Counter": ("_total",), "Gauge": ("",), "Histogram": ("_bucket", "_s
 
 
 def exported() -> dict[str, set[str]]:
-    """Return what Prometheus sees of our metrics, with the labels that they have besides Ray's."""
+    """Return the names of our metrics in Prometheus, with their labels."""
     found = {}
     for metrics in (EndpointMetrics(), ModelMetrics()):
         for metric in vars(metrics).values():
@@ -28,7 +28,7 @@ def exported() -> dict[str, set[str]]:
     return found
 
 
-def test_the_dashboard_asks_for_metrics_and_labels_that_exist():
+def test_dashboard_uses_existing_metrics_and_labels():
     dashboard = json.loads((REPOSITORY / "infra/grafana/mellow.json").read_text())
     known, shown = exported(), set()
     for panel in dashboard["panels"]:
@@ -43,10 +43,10 @@ def test_the_dashboard_asks_for_metrics_and_labels_that_exist():
     every = {
         name.removesuffix("_total").removesuffix("_bucket") for name in known if not name.endswith(("_sum", "_count"))
     }
-    assert shown == every  # nothing is measured that nobody sees
+    assert shown == every  # the dashboard shows every metric
 
 
-def test_spans_reach_the_collector_that_the_environment_names(monkeypatch: pytest.MonkeyPatch):
+def test_spans_reach_collector(monkeypatch: pytest.MonkeyPatch):
     received: list[tuple[str, bytes]] = []
 
     class Collector(http.server.BaseHTTPRequestHandler):
@@ -76,7 +76,7 @@ def test_spans_reach_the_collector_that_the_environment_names(monkeypatch: pytes
     assert b"a question about a sound" in received[0][1]
 
 
-def test_the_tracing_section_of_the_serve_configuration_is_valid_when_it_is_switched_on():
+def test_tracing_section_is_valid():
     text = (REPOSITORY / "serve/config.yaml").read_text()
     switched_on = re.sub(r"(?m)^# (tracing_config:|  (?:enabled|exporter_import_path|sampling_ratio):)", r"\1", text)
     tracing = ServeDeploySchema(**yaml.safe_load(switched_on)).tracing_config

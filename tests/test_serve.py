@@ -1,4 +1,4 @@
-"""Submitted jobs and the endpoint they deploy: a cluster of its own, `ray job submit`, and real HTTP."""
+"""Submitted jobs and the endpoint that they deploy: a local cluster, `ray job submit`, and HTTP requests."""
 
 import base64
 import functools
@@ -40,7 +40,7 @@ Reading = TypeVar("Reading")
 
 @pytest.fixture(scope="module")
 def client(endpoint: str) -> openai.OpenAI:
-    """The official client of the endpoint."""
+    """OpenAI's client, connected to the endpoint."""
     return openai.OpenAI(base_url=f"{endpoint}/v1", api_key="none", max_retries=0)
 
 
@@ -67,7 +67,7 @@ def many_channels() -> dict[str, Any]:
 
 
 def loud() -> dict[str, Any]:
-    """A clip of float samples, one of which no file has that was recorded."""
+    """A clip of float samples with one that is too large for a recording."""
     samples = np.zeros(RATE, np.float32)
     samples[5] = 1e20
     file = io.BytesIO()
@@ -86,7 +86,7 @@ def ask(client: openai.OpenAI, *parts: dict[str, Any], **options: Any) -> Any:
 
 
 @pytest.mark.extended
-def test_a_submitted_corpus_job_writes_the_corpus(demo: LocalRay):
+def test_submitted_job_writes_corpus(demo: LocalRay):
     arguments = ["--train-clips", "3", "--val-clips", "1", "--test-clips", "2", "--rounds", "1"]
     printed = demo.submit("make_corpus", "--output", demo.uri("corpus"), *arguments)
     assert set(printed["questions"]) == {"train", "val", "test"}
@@ -94,7 +94,7 @@ def test_a_submitted_corpus_job_writes_the_corpus(demo: LocalRay):
 
 
 @pytest.mark.extended
-def test_workers_run_the_submitted_code_and_not_the_installed_one(demo: LocalRay, tmp_path: Path):
+def test_workers_run_submitted_code(demo: LocalRay, tmp_path: Path):
     for part in ("platform", "infra"):
         shutil.copytree(REPOSITORY / part, tmp_path / part, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     (tmp_path / "platform/mellow_platform/__init__.py").write_text('"""Changed."""\nMARK = "of the submitted copy"\n')
@@ -114,20 +114,20 @@ def test_workers_run_the_submitted_code_and_not_the_installed_one(demo: LocalRay
     assert json.dumps(["of the submitted copy"] * 2) in result.stdout, result.stdout + result.stderr
 
 
-def test_a_taken_port_is_refused_with_its_option(demo: LocalRay, tmp_path: Path):
+def test_error_of_a_used_port_names_option(demo: LocalRay, tmp_path: Path):
     second = LocalRay(tmp_path, cpus=2, dashboard_port=demo.dashboard_port)
     with pytest.raises(OSError, match=rf"{demo.dashboard_port} is in use.* --dashboard-port"), second.running():
         pass
 
 
-def test_a_failed_job_raises_its_last_words_and_names_its_log(demo: LocalRay):
+def test_job_error_names_log(demo: LocalRay):
     with pytest.raises(JobError, match="--trainclips is not an option; did you mean --train-clips") as error:
         demo.submit("make_corpus", "--output", demo.uri("x"), "--trainclips", "3")
     assert demo.uri("make_corpus.log") in str(error.value)
 
 
 @pytest.mark.parametrize("container", ["WAV", "FLAC", "OGG", "MP3"])
-def test_a_question_about_a_clip_is_answered_in_openais_shape(client: openai.OpenAI, container: str):
+def test_chat_completion_has_openai_shape(client: openai.OpenAI, container: str):
     completion = ask(client, text_part(), clip(container))
     assert completion.object == "chat.completion"
     assert completion.choices[0].message.role == "assistant"
@@ -137,7 +137,7 @@ def test_a_question_about_a_clip_is_answered_in_openais_shape(client: openai.Ope
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
 
-def test_two_clips_are_answered_and_their_order_counts(client: openai.OpenAI):
+def test_order_of_two_clips_matters(client: openai.OpenAI):
     one, two = clip(seed=1), audio_part(encode(np.zeros(RATE, np.float32), RATE, "WAV"))
     options = {"temperature": 1.0, "seed": 0, "max_tokens": 40}  # untrained, it repeats itself when it is greedy
     pairs = ((one, two), (two, one))
@@ -145,7 +145,7 @@ def test_two_clips_are_answered_and_their_order_counts(client: openai.OpenAI):
     assert first != second
 
 
-def test_requests_at_once_get_the_answers_of_requests_alone(client: openai.OpenAI):
+def test_concurrent_requests_get_same_answers(client: openai.OpenAI):
     parts = [clip(seed=seed) for seed in range(6)]
     alone = [ask(client, text_part(), part).choices[0].message.content for part in parts]
     with ThreadPoolExecutor(6) as pool:
@@ -153,7 +153,7 @@ def test_requests_at_once_get_the_answers_of_requests_alone(client: openai.OpenA
     assert together == alone
 
 
-def test_drawn_answers_follow_their_seed_and_end_before_a_stop_string(client: openai.OpenAI):
+def test_seed_and_stop_string(client: openai.OpenAI):
     def draw(seed: int, **options: Any) -> Any:
         parts = (text_part(), clip())
         return ask(client, *parts, temperature=2.0, top_p=0.9, seed=seed, max_tokens=40, **options).choices[0]
@@ -167,7 +167,7 @@ def test_drawn_answers_follow_their_seed_and_end_before_a_stop_string(client: op
     assert stopped.finish_reason == "stop"
 
 
-def test_a_long_recording_is_answered_by_windows_that_are_named(client: openai.OpenAI):
+def test_window_rules(client: openai.OpenAI):
     recording = clip(seconds=25.0)
 
     def heard(rule: str) -> list[Any]:
@@ -179,7 +179,7 @@ def test_a_long_recording_is_answered_by_windows_that_are_named(client: openai.O
     assert heard("pair") == [[(0.0, 10.0), (15.0, 25.0)]]
 
 
-def test_a_stream_is_the_whole_answer_token_by_token(client: openai.OpenAI):
+def test_stream_equals_whole_answer(client: openai.OpenAI):
     options = {"max_tokens": 20, "temperature": 1.0, "seed": 5}
     whole = ask(client, text_part(), clip(), **options)
     usage = {"include_usage": True}
@@ -194,7 +194,7 @@ def test_a_stream_is_the_whole_answer_token_by_token(client: openai.OpenAI):
     assert chunks[-1].usage == whole.usage
 
 
-def test_several_answers_are_drawn_apart_and_the_question_counts_once(client: openai.OpenAI):
+def test_n_answers_count_prompt_once(client: openai.OpenAI):
     options = {"max_tokens": 12, "temperature": 1.5, "seed": 7}
     one = ask(client, text_part(), clip(), **options)
     three = ask(client, text_part(), clip(), **options, n=3)
@@ -209,7 +209,7 @@ def test_several_answers_are_drawn_apart_and_the_question_counts_once(client: op
     assert list(streamed.values()) == answers
 
 
-def test_log_probabilities_come_with_every_token(client: openai.OpenAI):
+def test_logprobs_of_every_token(client: openai.OpenAI):
     choice = ask(client, text_part(), clip(), logprobs=True).choices[0]
     tokens = choice.logprobs.content
     assert 0 < len(tokens) <= 8
@@ -231,7 +231,7 @@ def sound(seed: int = 0) -> bytes:
     return base64.b64decode(clip(seed=seed)["input_audio"]["data"])
 
 
-def test_a_form_is_answered_as_the_chat_is(client: openai.OpenAI, endpoint: str):
+def test_form_answer_equals_chat_answer(client: openai.OpenAI, endpoint: str):
     body = post_form(endpoint, ("file", sound()), ("question", "what is heard?"), ("max_tokens", "8")).json()
     assert body["answer"] == ask(client, text_part(), clip()).choices[0].message.content
     assert body["model"] == "mellow"
@@ -240,7 +240,7 @@ def test_a_form_is_answered_as_the_chat_is(client: openai.OpenAI, endpoint: str)
     assert len(two["heard"]) == 2
 
 
-def test_a_form_with_a_field_that_is_no_text_is_refused_with_its_name_escaped(endpoint: str):
+def test_error_of_a_form_escapes_field_name(endpoint: str):
     parts = [("file", sound()), ("question", b"what is heard?"), ("\\ud800", b"1"), ("\\ud800", b"2")]
     lines = [f'--x\r\nContent-Disposition: form-data; name="{name}"' for name, _ in parts]
     lines[0] += '; filename="a.wav"'
@@ -251,7 +251,7 @@ def test_a_form_with_a_field_that_is_no_text_is_refused_with_its_name_escaped(en
     assert response.json()["error"]["param"] == "\\ud800"
 
 
-def test_given_choices_come_back_with_probabilities_the_likeliest_first(endpoint: str):
+def test_form_ranks_choices(endpoint: str):
     choices = ["tone", "noise burst", "a loud tone"]
     fields = [("file", sound()), ("question", "which of these is heard?"), *(("choices", choice) for choice in choices)]
     body = post_form(endpoint, *fields).json()
@@ -263,7 +263,7 @@ def test_given_choices_come_back_with_probabilities_the_likeliest_first(endpoint
     assert body["finish_reason"] == "choice"
 
 
-def test_mellow_ask_prints_the_same_for_the_endpoint_and_its_folder(
+def test_mellow_ask_prints_same_for_endpoint_and_folder(
     demo: LocalRay, endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     file = tmp_path / "long.wav"
@@ -277,27 +277,35 @@ def test_mellow_ask_prints_the_same_for_the_endpoint_and_its_folder(
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "message"),
+    ("fields", "param"),
     [
-        ([("question", "what is heard?")], "file", "required"),
-        ([("file", b"RIFF"), ("question", "what is heard?")], "file[0]", "clip 0: not decodable"),
-        ([("file", b"x")] * 3 + [("question", "what is heard?")], "file", "3 files: send one or two"),
-        ([("file", b"x"), ("question", "  ")], "question", "is empty"),
-        ([("file", b"x"), ("question", "what?"), ("choices", "")], "choices.0", "at least 1 character"),
-        ([("file", b"x"), ("question", "what?"), ("question", "why?")], "question", "2 times: send it once"),
-        ([("file", b"x"), ("question", "what?"), ("colour", "red")], "colour", "not permitted"),
-        ([("file", b"x"), ("question", "what?"), ("seed", str(2**70))], "seed", "less than"),
+        ([("question", "what is heard?")], "file"),
+        ([("file", b"RIFF"), ("question", "what is heard?")], "file[0]"),
+        ([("file", b"x")] * 3 + [("question", "what is heard?")], "file"),
+        ([("file", b"x"), ("question", "")], "question"),
+        ([("file", b"x"), ("question", "  ")], "question"),
+        ([("file", b"x"), ("question", "what?"), ("choices", "")], "choices.0"),
+        ([("file", b"x"), ("question", "what?"), ("question", "why?")], "question"),
+        ([("file", b"x"), ("question", "what?"), ("seed", "1"), ("seed", "")], "seed"),
+        ([("file", b"x"), ("question", "what?"), ("colour", "red")], "colour"),
+        ([("file", b"x"), ("question", "what?"), ("seed", str(2**70))], "seed"),
     ],
 )
-def test_a_bad_form_is_refused_with_the_field_named(endpoint: str, fields: list, param: str, message: str):
+def test_error_of_a_form_names_field(endpoint: str, fields: list, param: str):
     response = post_form(endpoint, *fields)
     error = response.json()["error"]
-    assert response.status_code == 400
-    assert error["param"] == param
-    assert message in error["message"]
+    assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
 
 
-def test_models_probes_and_schema_are_served(client: openai.OpenAI, endpoint: str):
+def test_empty_form_fields_are_ignored(endpoint: str):
+    fields = [("file", sound()), ("question", "what is heard?")]
+    empty = [(name, "") for name in ("model", "max_tokens", "seed", "window", "colour")]
+    whole, with_empty = post_form(endpoint, *fields).json(), post_form(endpoint, *fields, *empty).json()
+    assert with_empty == whole
+    assert whole["answer"]
+
+
+def test_models_probes_and_schema(client: openai.OpenAI, endpoint: str):
     assert [model.id for model in client.models.list().data] == ["mellow"]
     assert httpx.get(f"{endpoint}/healthz").json() == {"status": "ok"}
     assert httpx.get(f"{endpoint}/readyz").json() == {"status": "ready"}
@@ -313,7 +321,7 @@ def readme_blocks(language: str, holds: str) -> list[str]:
     return [block for block in blocks if holds in block]
 
 
-def test_the_readmes_curl_commands_and_client_are_answered(endpoint: str, tmp_path: Path):
+def test_readme_requests(endpoint: str, tmp_path: Path):
     (tmp_path / "clip.flac").write_bytes(encode(np.zeros(RATE, np.float32), RATE, "FLAC"))
     commands, (program,) = readme_blocks("sh", "curl http")[0], readme_blocks("python", "OpenAI(")
 
@@ -332,61 +340,69 @@ def test_the_readmes_curl_commands_and_client_are_answered(endpoint: str, tmp_pa
     assert ran.stdout
 
 
-def test_a_url_is_refused_where_no_host_is_allowed(client: openai.OpenAI):
+def test_url_is_refused_by_default(client: openai.OpenAI):
     part = {"type": "audio_url", "audio_url": {"url": "http://169.254.169.254/latest/meta-data"}}
-    with pytest.raises(openai.BadRequestError, match="not fetched from this address"):
+    with pytest.raises(openai.BadRequestError) as error:
         ask(client, text_part(), part)
+    assert (error.value.param, error.value.code) == ("audio_url[0].url", "url_refused")
 
 
 @pytest.mark.parametrize(
-    ("parts", "options", "message"),
+    ("parts", "options", "param", "values"),
     [
-        ([clip()], {}, "no text"),
-        ([text_part()], {}, "0 clips: send one or two"),
-        ([text_part(), clip(), clip(), clip()], {}, "3 clips: send one or two"),
-        ([text_part(), audio_part(b"")], {}, "clip 0: the file has 0 bytes"),
-        ([text_part(), audio_part(b"not audio at all")], {}, "clip 0: not decodable as wav, flac, ogg or mp3"),
-        ([text_part(), clip(), audio_part(b"RIFF")], {}, "clip 1: not decodable"),
+        ([clip()], {}, "messages.0.content", ["text"]),
+        ([text_part()], {}, "messages.0.content", ["0 clips"]),
+        ([text_part(), clip(), clip(), clip()], {}, "messages.0.content", ["3 clips"]),
+        ([text_part(), audio_part(b"")], {}, "input_audio[0].data", ["0 bytes"]),
+        ([text_part(), audio_part(b"not audio at all")], {}, "input_audio[0].data", ["wav", "flac", "ogg", "mp3"]),
+        ([text_part(), clip(), audio_part(b"RIFF")], {}, "input_audio[1].data", ["clip 1"]),
         (
             [text_part(), {"type": "input_audio", "input_audio": {"data": "%%%", "format": "wav"}}],
             {},
-            "clip 0 is not base64",
+            "input_audio[0].data",
+            ["base64"],
         ),
-        ([text_part("what? " * 100), clip()], {}, "the model reads 24: shorten it"),
-        ([text_part(), clip()], {"temperature": 2.5}, "temperature"),
-        ([text_part(), clip()], {"top_p": 0.0}, "top_p"),
-        ([text_part(), clip()], {"stop": [""]}, "stop"),
-        ([text_part(), clip(), clip()], {"extra_body": {"window": "pair"}}, "makes two clips of one recording"),
-        ([text_part(), clip()], {"stream": "soon"}, "stream"),
-        ([text_part(), clip()], {"n": 0}, "n: "),
-        ([text_part(), clip()], {"seed": 2**64}, "seed"),
-        ([text_part(), clip()], {"presence_penalty": 1}, "presence_penalty"),
-        ([text_part(), long_header()], {}, "s long: the limit is 600 s"),
-        ([text_part(), many_channels()], {}, "9 channels at 32000 Hz: expected 1 to 8"),
-        ([text_part(), loud()], {}, "the samples hold NaN, infinity or a value past 1e+10"),
+        ([text_part("what? " * 100), clip()], {}, "question", ["601 tokens", "24"]),
+        ([text_part(), clip()], {"temperature": 2.5}, "temperature", ["2"]),
+        ([text_part(), clip()], {"top_p": 0.0}, "top_p", ["0"]),
+        ([text_part(), clip()], {"stop": [""]}, "stop.list.0", ["1 character"]),
+        ([text_part(), clip(), clip()], {"extra_body": {"window": "pair"}}, "window", ["pair"]),
+        ([text_part(), clip()], {"stream": "soon"}, "stream", ["boolean"]),
+        ([text_part(), clip()], {"n": 0}, "n", ["1"]),
+        ([text_part(), clip()], {"seed": 2**64}, "seed", [str(2**63)]),
+        ([text_part(), clip()], {"presence_penalty": 1}, "presence_penalty", ["presence_penalty"]),
+        ([text_part(), long_header()], {}, "input_audio[0].data", ["7200", "600 s"]),
+        ([text_part(), many_channels()], {}, "input_audio[0].data", ["9 channels"]),
+        ([text_part(), loud()], {}, "input_audio[0].data", ["NaN", "1e+10"]),
         (
             [text_part(), clip("FLAC", seconds=90)],
             {"n": 8, "extra_body": {"window": "each"}},
-            "72 answers to 9 windows: at most 64 at once",
+            "n",
+            ["72 answers", "9 windows", "64"],
         ),
-        ([text_part(), clip()], {"max_tokens": 0}, "max_tokens"),
-        ([text_part(), {"type": "image_url", "image_url": {"url": "x"}}], {}, "messages.0.content"),
+        ([text_part(), clip()], {"max_tokens": 0}, "max_tokens", ["1"]),
+        (
+            [text_part(), {"type": "image_url", "image_url": {"url": "x"}}],
+            {},
+            "messages.0.content.list.1",
+            ["image_url"],
+        ),
     ],
 )
-def test_a_bad_request_is_refused_with_the_fault_named(
-    client: openai.OpenAI, parts: list[dict[str, Any]], options: dict[str, Any], message: str
+def test_error_of_a_chat_request_names_field(
+    client: openai.OpenAI, parts: list[dict[str, Any]], options: dict[str, Any], param: str, values: list[str]
 ):
     with pytest.raises(openai.BadRequestError) as error:
         ask(client, *parts, **options)
     body: Any = error.value.body
-    assert message in body["message"]
-    assert body["type"] == "invalid_request_error"
-    assert body["param"]
+    assert (body["type"], body["param"]) == ("invalid_request_error", param)
+    assert all(value in body["message"] for value in values), body["message"]
 
 
-def test_an_unknown_model_is_not_found(client: openai.OpenAI):
-    with pytest.raises(openai.NotFoundError, match="'whisper' is not served here; 'mellow' is"):
-        ask(client, text_part(), clip(), model="whisper")
+@pytest.mark.parametrize("name", ["whisper", ""])
+def test_unknown_model_is_not_found(client: openai.OpenAI, name: str):
+    with pytest.raises(openai.NotFoundError, match=rf"'{name}'.* 'mellow'"):
+        ask(client, text_part(), clip(), model=name)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +417,7 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI):
         b'{"model": "mellow", "messages": [{"role": "user", "content": "what?"}], "\\ud800": 1}',
     ],
 )
-def test_a_body_that_is_no_request_is_refused_in_openais_shape(endpoint: str, body: bytes):
+def test_malformed_body_is_refused_in_openai_shape(endpoint: str, body: bytes):
     headers = {"Content-Type": "application/json"}
     response = httpx.post(f"{endpoint}/v1/chat/completions", content=body, headers=headers)
     assert response.status_code == 400
@@ -410,7 +426,7 @@ def test_a_body_that_is_no_request_is_refused_in_openais_shape(endpoint: str, bo
 
 
 def metric(demo: LocalRay, name: str, **tags: str) -> dict[str, float]:
-    """Return what Prometheus would see of a metric by replica, of those whose tags are these."""
+    """Return a metric's value in Prometheus by replica, summed over the time series that have the tags."""
     found: dict[str, float] = {}
     for line in httpx.get(f"http://127.0.0.1:{demo.metrics_port}/metrics").text.splitlines():
         if line.startswith(f"ray_{name}{{"):
@@ -428,7 +444,7 @@ def eventually(check: Callable[[], bool], seconds: float = 30.0) -> bool:
 
 
 def settled(read: Callable[[], Reading], seconds: float = 12.0) -> Reading:
-    """Return what is read once it has been the same for so long: reports of earlier requests have all arrived."""
+    """Return the reading that has not changed for `seconds`: the metrics of earlier requests have arrived."""
     last, since = read(), time.monotonic()
     while time.monotonic() < since + seconds:
         time.sleep(0.5)
@@ -437,7 +453,7 @@ def settled(read: Callable[[], Reading], seconds: float = 12.0) -> Reading:
     return last
 
 
-def test_prometheus_sees_requests_tokens_first_tokens_caches_and_queue(demo: LocalRay, client: openai.OpenAI):
+def test_prometheus_metrics(demo: LocalRay, client: openai.OpenAI):
     def counts() -> list[float]:
         names = (
             "mellow_requests_total",
@@ -455,7 +471,7 @@ def test_prometheus_sees_requests_tokens_first_tokens_caches_and_queue(demo: Loc
 
 
 @pytest.mark.extended
-def test_clients_that_go_away_free_their_slots(demo: LocalRay, client: openai.OpenAI):
+def test_disconnected_clients_free_slots(demo: LocalRay, client: openai.OpenAI):
     busy = {"max_tokens": 300, "temperature": 2.0, "stream": True}
 
     def leave(seed: int) -> None:
@@ -476,7 +492,7 @@ def deploy(demo: LocalRay, *arguments: str) -> dict[str, Any]:
 
 
 def known_answers(demo: LocalRay, client: openai.OpenAI, folder: Path, answer: str | None = None) -> list[str]:
-    """Write a gate: what the served model says of two clips, or a given answer; return the options that name it."""
+    """Write a gate with the served model's answers to two clips, or one given answer; return its options."""
     records = []
     for seed in range(2):
         (folder / f"{seed}.wav").write_bytes(sound(seed))
@@ -487,9 +503,7 @@ def known_answers(demo: LocalRay, client: openai.OpenAI, folder: Path, answer: s
 
 
 @pytest.mark.extended
-def test_a_version_takes_over_without_a_failed_request_and_one_that_fails_the_gate_never_answers(
-    demo: LocalRay, client: openai.OpenAI, tmp_path: Path
-):
+def test_new_version_without_failed_requests_and_with_gate(demo: LocalRay, client: openai.OpenAI, tmp_path: Path):
     folders = {name: tmp_path / name for name in ("right", "wrong")}
     for folder in folders.values():
         folder.mkdir()
@@ -527,7 +541,7 @@ def test_a_version_takes_over_without_a_failed_request_and_one_that_fails_the_ga
 
 
 @pytest.mark.extended
-def test_the_endpoint_is_judged_as_the_folder_that_it_serves_is(demo: LocalRay, client: openai.OpenAI, tmp_path: Path):
+def test_evaluation_of_endpoint_equals_folder(demo: LocalRay, client: openai.OpenAI, tmp_path: Path):
     records = []
     for seed in range(3):
         (tmp_path / f"{seed}.wav").write_bytes(sound(seed))
@@ -548,7 +562,7 @@ def test_the_endpoint_is_judged_as_the_folder_that_it_serves_is(demo: LocalRay, 
 
 
 @pytest.mark.extended
-def test_another_name_is_served_beside(demo: LocalRay, client: openai.OpenAI):
+def test_two_models(demo: LocalRay, client: openai.OpenAI):
     write_tiny_model(demo.uri("other"), seed=2)
     deploy(demo, "--model", demo.uri("other"), "--name", "other")
     assert [model.id for model in client.models.list().data] == ["mellow", "other"]
@@ -559,7 +573,7 @@ def test_another_name_is_served_beside(demo: LocalRay, client: openai.OpenAI):
 
 
 @pytest.mark.extended
-def test_a_model_that_nobody_asks_has_no_replica_and_wakes_for_a_question(demo: LocalRay, client: openai.OpenAI):
+def test_idle_model_scales_to_zero(demo: LocalRay, client: openai.OpenAI):
     config = yaml.safe_load((REPOSITORY / "serve/config.yaml").read_text())
     scaling = config["applications"][1]["deployments"][0]["autoscaling_config"]
     scaling |= {"min_replicas": 0, "downscale_delay_s": 1, "look_back_period_s": 11}
@@ -572,9 +586,9 @@ def test_a_model_that_nobody_asks_has_no_replica_and_wakes_for_a_question(demo: 
 
 @pytest.fixture(scope="module")
 def strict(demo: LocalRay, endpoint: str) -> str:
-    """The same endpoint with small limits and keys, and two replicas of its model; what follows is asked of it."""
+    """The same endpoint with small limits, API keys and two replicas of its model; later tests use it."""
     keys = Path(demo.uri("keys.txt"))
-    keys.write_text(f"# who may ask\nalice {hashlib.sha256(b'open sesame').hexdigest()}\n")
+    keys.write_text(f"# API keys\nalice {hashlib.sha256(b'open sesame').hexdigest()}\n")
     config = yaml.safe_load((REPOSITORY / "serve/config.yaml").read_text())
     application, model = config["applications"]
     application["args"] = {
@@ -593,26 +607,27 @@ def alice(strict: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{strict}/v1", api_key="open sesame", max_retries=0)
 
 
-def test_only_a_known_key_is_let_in(strict: str, alice: openai.OpenAI, client: openai.OpenAI):
+def test_api_key_is_required(strict: str, alice: openai.OpenAI, client: openai.OpenAI):
     assert ask(alice, text_part(), clip()).choices
-    with pytest.raises(openai.AuthenticationError, match="no valid API key"):
+    with pytest.raises(openai.AuthenticationError) as error:
         ask(client, text_part(), clip())
+    assert error.value.code == "invalid_api_key"
     assert httpx.get(f"{strict}/v1/models").status_code == 401
     assert httpx.get(f"{strict}/healthz").status_code == 200
 
 
-def test_a_body_past_its_size_is_refused_before_it_is_read(strict: str, alice: openai.OpenAI):
-    with pytest.raises(openai.APIStatusError, match="more than 200000 bytes") as error:
+def test_too_large_body_is_refused(strict: str, alice: openai.OpenAI):
+    with pytest.raises(openai.APIStatusError, match="200000 bytes") as error:
         ask(alice, text_part(), clip(seconds=5))
     assert error.value.status_code == 413
 
 
-def test_a_clip_past_its_length_is_refused(alice: openai.OpenAI):
-    with pytest.raises(openai.BadRequestError, match=r"clip 0: 2\.0 s long: the limit is 1\.5 s"):
+def test_too_long_clip_is_refused(alice: openai.OpenAI):
+    with pytest.raises(openai.BadRequestError, match=r"clip 0: 2\.0 s .* 1\.5 s"):
         ask(alice, text_part(), clip(seconds=2))
 
 
-def test_a_client_that_sends_slowly_is_given_up(strict: str):
+def test_slow_body_is_refused(strict: str):
     host, port = strict.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer open sesame\r\n"
@@ -620,7 +635,7 @@ def test_a_client_that_sends_slowly_is_given_up(strict: str):
         assert connection.recv(4096).startswith(b"HTTP/1.1 408")
 
 
-def test_what_takes_too_long_ends_with_a_504_or_an_error_event(alice: openai.OpenAI):
+def test_deadline_ends_answers_and_streams(alice: openai.OpenAI):
     # Answers that seldom end before their length: 64 at once are some 17,000 tokens, more than a second's.
     busy = {"max_tokens": 300, "temperature": 0.3, "n": 8}
 
@@ -648,7 +663,7 @@ def test_what_takes_too_long_ends_with_a_504_or_an_error_event(alice: openai.Ope
     assert set(events) <= {None, "deadline"}
 
 
-def test_a_url_is_fetched_from_a_host_that_is_allowed_and_no_further(alice: openai.OpenAI, tmp_path: Path):
+def test_url_is_fetched_from_allowed_host_only(alice: openai.OpenAI, tmp_path: Path):
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path == "/away":
@@ -669,18 +684,18 @@ def test_a_url_is_fetched_from_a_host_that_is_allowed_and_no_further(alice: open
 
         expected = ask(alice, text_part(), clip()).choices[0].message.content
         assert from_url("clip.wav").choices[0].message.content == expected
-        with pytest.raises(openai.BadRequestError, match="host answered 404"):
+        with pytest.raises(openai.BadRequestError, match="404"):
             from_url("none.wav")
-        with pytest.raises(openai.BadRequestError, match="host answered 302"):
+        with pytest.raises(openai.BadRequestError, match="302"):
             from_url("away")
-        with pytest.raises(openai.BadRequestError, match="not fetched"):
+        with pytest.raises(openai.BadRequestError, match="url_hosts"):
             ask(alice, text_part(), {"type": "audio_url", "audio_url": {"url": "http://localhost/clip.wav"}})
     finally:
         server.shutdown()
 
 
 @pytest.mark.extended
-def test_the_same_clips_go_to_the_replica_that_has_them_cached(demo: LocalRay, alice: openai.OpenAI):
+def test_same_clips_go_to_same_replica(demo: LocalRay, alice: openai.OpenAI):
     def misses() -> float:
         return sum(metric(demo, "mellow_cache_total", cache="prefix", outcome="miss", application="mellow").values())
 

@@ -1,12 +1,12 @@
-"""Send the endpoint malformed requests until so many were refused, and count what it should never do.
+"""Send malformed requests to the endpoint until enough were refused, and count faults.
 
 python tests/fuzz/http.py                           # ten thousand, a few minutes on two cores
 python tests/fuzz/http.py --requests 500 --seed 1   # a short one, other requests
 
-A third are made from the OpenAPI schema by schemathesis, with fields that break it; a third are good requests with one
-thing broken, from a field to the framing of HTTP; a third bring hostile audio: cut off, empty, with forged headers,
-flipped bits, or no audio at all. Prints how each kind was answered; the endpoint passes if there was no 500 and no 502,
-no request without an end, no replica was restarted, and memory grew by no more than 5 % in the second half.
+A third of the requests break the OpenAPI schema (by schemathesis); a third are valid requests with one fault, from a
+field to the framing of HTTP; a third have hostile audio: truncated, empty, with forged headers or flipped bits, or not
+audio. Prints the statuses by kind of request. The endpoint passes if there is no 500 and no 502, every request ends, no
+replica restarts, and memory grows by at most 5 % in the second half.
 """
 
 import sys
@@ -40,7 +40,7 @@ from mellow_platform.data.audio import encode
 from tests.serve_app import ServedModel, clip, question
 
 AT_ONCE = 8
-# 503 and 504 with these codes are limits that were set, not faults.
+# 503 and 504 with these codes are limits, not faults.
 LIMITS = {"deadline", "queue_full"}
 JUNK: list[Any] = [
     None, True, -1, 0, 2**63, 2**64, 1e308, -1e308, 1e-40, "", " ", "x", "x" * 10_000, "\x00", "\u202e", [], [[]],
@@ -52,7 +52,7 @@ Send = Callable[[], httpx.Response | None]
 
 
 class Fuzz:
-    """Makes requests from a seed and sends them; every kind yields senders for ever."""
+    """Makes requests from a seed; each method returns a function that sends one request."""
 
     def __init__(self, url: str, seed: int):
         self._rng = random.Random(seed)
@@ -72,7 +72,7 @@ class Fuzz:
     def _post(self, body: bytes, path: str = "/v1/chat/completions", kind: str = "application/json") -> httpx.Response:
         return self._client.post(path, content=body, headers={"Content-Type": kind})
 
-    # Good requests with one thing broken.
+    # Valid requests with one fault.
 
     def broken_field(self) -> Send:
         body = json.loads(question(self._sound, max_tokens=1))
@@ -157,7 +157,7 @@ class Fuzz:
         return lambda: self._raw(raw)
 
     def _raw(self, data: bytes) -> httpx.Response | None:
-        """Send bytes, end the connection's sending side, and return what comes back, if it is an answer."""
+        """Send bytes, close the sending side, and return the response, or None without a valid response."""
         with socket.create_connection(self._address, timeout=60) as connection:
             try:
                 connection.sendall(data)
@@ -171,7 +171,7 @@ class Fuzz:
             return None
         return httpx.Response(int(answer[9:12]), content=answer.partition(b"\r\n\r\n")[2])
 
-    # Good requests with hostile audio.
+    # Valid requests with hostile audio.
 
     def hostile_audio(self) -> Send:
         sounds, second = self._hostile_sound(), self._rng.random() < 0.2
@@ -211,7 +211,7 @@ class Fuzz:
         return bytes(data)
 
     def _wav(self, channels: int, rate: int, bits: int) -> bytes:
-        """A WAV whose header says what its 100 bytes of data are not."""
+        """A WAV whose header does not fit its 100 bytes of data."""
         block = max(1, channels * bits // 8)
         form = struct.pack("<HHIIHH", 1, channels, rate, rate * block % 2**32, block % 2**16, bits)
         data = b"fmt " + struct.pack("<I", 16) + form + b"data" + struct.pack("<I", 100) + bytes(100)
@@ -225,14 +225,14 @@ class Fuzz:
         return b"RIFF" + struct.pack("<I", 4 + len(data)) + b"WAVE" + data
 
     def _nested_wav(self) -> bytes:
-        """A WAV whose samples stand within another chunk, and that ends in the beginning of a second format."""
+        """A WAV whose samples are inside another chunk, and that ends with the start of a second format chunk."""
         data = b"data" + struct.pack("<I", 800) + bytes(800)
         form = b"fmt " + struct.pack("<IHHIIHH", 16, 1, 1, 8000, 16000, 2, 16)
         chunks = form + b"LIST" + struct.pack("<I", len(data)) + data + b"fmt " + struct.pack("<I", 16)
         return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
 
     def _hours(self) -> bytes:
-        """A FLAC whose header claims hours, of which there is a second."""
+        """A FLAC of one second whose header claims hours."""
         data = bytearray(self._containers["flac"])
         frames = 8000 * self._rng.randint(601, 2_000_000)
         data[21] = (data[21] & 0xF0) | (frames >> 32)
@@ -242,7 +242,7 @@ class Fuzz:
     # Requests that break the schema.
 
     def against_schema(self, count: int, seed: int) -> list[Send]:
-        """Return senders of requests that schemathesis makes to break the OpenAPI schema."""
+        """Return senders of schemathesis' requests that break the OpenAPI schema."""
         loaded = schemathesis.openapi.from_dict(self.schema)
         senders: list[Send] = []
         for path in ("/v1/chat/completions", "/v1/audio/questions"):
@@ -259,7 +259,7 @@ class Fuzz:
             @hypothesis.given(strategy)
             def collect(case: schemathesis.Case) -> None:
                 try:
-                    # What it makes is meant for requests, which lays it out; what that refuses reaches no server.
+                    # The case is in the form of the package requests; a case that requests refuses is skipped.
                     made = requests.Request(**case.as_transport_kwargs(base_url=str(self._client.base_url))).prepare()
                     body = made.body.encode() if isinstance(made.body, str) else made.body
                     if not isinstance(body, bytes | None) or not made.method:
@@ -276,7 +276,9 @@ class Fuzz:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=10_000, help="that have to be refused, at least")
+    parser.add_argument(
+        "--requests", type=int, default=10_000, help="number of refused requests to reach (default: 10000)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ServedModel(Path(folder)) as served:
@@ -288,11 +290,11 @@ def main() -> None:
 
 
 def run(served: ServedModel, enough: int, seed: int) -> dict[str, Any]:
-    """Send requests until so many were refused; return the counts."""
+    """Send requests until `enough` were refused; return the counts."""
     fuzz = Fuzz(served.url, seed)
     rng = random.Random(seed)
     kinds = [fuzz.broken_field, fuzz.broken_json, fuzz.broken_form, fuzz.broken_route, fuzz.broken_framing]
-    # A part may be answered after all, such as a clip whose flipped bit is not heard.
+    # Some requests are valid by chance, such as a clip with a harmless flipped bit.
     stock = fuzz.against_schema(enough // 3, seed)
     print(f"{len(stock)} requests that break the schema")
 
@@ -311,7 +313,7 @@ def run(served: ServedModel, enough: int, seed: int) -> dict[str, Any]:
         except (httpx.TimeoutException, TimeoutError) as error:
             faults.append(f"{kind}: {error!r}")
             return False
-        except httpx.HTTPError as error:  # the connection was closed on what is no HTTP
+        except httpx.HTTPError as error:  # the server closed the connection because of malformed HTTP
             statuses.setdefault(kind, Counter())[type(error).__name__] += 1
             return True
         status: int | str = "closed" if response is None else response.status_code
@@ -351,7 +353,7 @@ def run(served: ServedModel, enough: int, seed: int) -> dict[str, Any]:
         "refused": refused,
         "status_5xx": len(faults),
         "restarts": len(before.keys() ^ after.keys()),
-        # After each quarter; in the first, caches and thread pools fill.
+        # After each quarter. Caches and thread pools fill in the first.
         "memory_mib": [round(memory[len(memory) * quarter // 4 - 1], 1) for quarter in range(1, 5)],
         "still_answers": good.status_code == 200,
     }

@@ -18,6 +18,7 @@ from mellow_platform.data.audio_limits import AudioLimits
 from mellow_platform.data.clip_reader import ClipAddress, read_clips
 from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.inference.engine import Engine
+from mellow_platform.inference.engine_protocol import InferenceEngine
 from mellow_platform.inference.request import Answer, Clip, ClipFeatures, Request
 from mellow_platform.inference.windows import windows
 from mellow_platform.preprocessing.feature_store import FeatureStore
@@ -81,10 +82,9 @@ class LocalModel:
 
     def __init__(self, config: EvaluateConfig, store: FeatureStore | None, sample: Sequence[str]):
         self.config, self.store = config, store
-        self.engine = Engine.load_for_batches(
+        self.engine: InferenceEngine = Engine.load_for_batches(
             config.model, dtype=config.dtype, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens
         )
-        self.extractor = self.engine.processor.feature_extractor
         self.mean = self._mean(sample) if "text_only" in config.conditions else None
         self.noise: dict[str, ClipFeatures] = {}  # by clip; encoded once for all its questions
 
@@ -103,7 +103,7 @@ class LocalModel:
         return [reply or self._reply(next(answers)) for reply in replies]
 
     def _reply(self, answer: Answer) -> Reply:
-        length = self.engine.processor.prompt_length
+        length = self.engine.prompt_length
         cuts = [f"prompt cut to {length} tokens"] if answer.prompt_tokens > length else []
         cuts += [f"answer cut to {self.config.max_new_tokens} tokens"] if answer.finish_reason == "length" else []
         return Reply(answer.text, answer.seconds, detail=", ".join(cuts) or None)
@@ -114,19 +114,19 @@ class LocalModel:
             assert self.mean
             return dict.fromkeys(clips, self.mean)
         if condition == "noise":
-            samples = self.extractor.clip_samples
+            samples = self.engine.clip_samples
             for clip in sorted(clips - self.noise.keys()):
                 self.noise[clip] = self.engine.encode([noise_for(clip, samples)])[0]
             return {clip: self.noise[clip] for clip in clips}
         stored = {clip: self.store.rows[clip] for clip in clips if clip in self.store.rows} if self.store else {}
         inputs: dict[str, Clip | AudioError] = {clip: self._stored_features(row) for clip, row in stored.items()}
         limits = self.config.limits
-        rate = self.extractor.sampling_rate
+        rate = self.engine.sampling_rate
         addresses = [ClipAddress(clip, "", clip) for clip in sorted(clips - stored.keys())]
         for address, data in read_clips(addresses, limits):
             waveform = try_decode(data, rate, limits)
             if not isinstance(waveform, AudioError):
-                waveform = windows([waveform], self.extractor.clip_samples, rate, "first")[0].clips[0]
+                waveform = windows([waveform], self.engine.clip_samples, rate, "first")[0].clips[0]
             inputs[address.uri] = waveform
         return inputs
 
@@ -134,7 +134,7 @@ class LocalModel:
         inputs = [clip for clip in self._inputs(set(clips), "audio").values() if not isinstance(clip, AudioError)]
         features = [clip if isinstance(clip, ClipFeatures) else self.engine.encode([clip])[0] for clip in inputs]
         if not features:  # no clip is readable under the condition audio either
-            return self.engine.encode([np.zeros(self.extractor.clip_samples, np.float32)])[0]
+            return self.engine.encode([np.zeros(self.engine.clip_samples, np.float32)])[0]
         frames, latent = ([getattr(clip, name) for clip in features] for name in ("frames", "latent"))
         return ClipFeatures(_mean_array(frames), _mean_array(latent))
 

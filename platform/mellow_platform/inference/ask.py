@@ -17,13 +17,12 @@ import numpy as np
 
 from mellow_platform import storage
 from mellow_platform.data.audio import AudioError, decode
+from mellow_platform.inference.engine_protocol import InferenceEngine
 from mellow_platform.inference.request import Request, Stream
 from mellow_platform.inference.windows import windows
 
 if TYPE_CHECKING:
     import openai
-
-    from mellow_platform.inference.engine import Engine
 
 FOLDER = "runs/demo/model"  # which `make demo` writes
 URL = "http://127.0.0.1:8000/v1"  # where `make demo KEEP=1` and jobs/deploy.py serve
@@ -157,9 +156,8 @@ def ask_folder(question: ClipQuestion, files: Sequence[bytes], folder: str) -> I
         ValueError: the folder has no Mellow.
     """
     with _load(folder, SLOTS if question.window == "each" else 1) as engine:
-        extractor = engine.processor.feature_extractor
-        recordings = _decode(question, files, extractor.sampling_rate)
-        heard = windows(recordings, extractor.clip_samples, extractor.sampling_rate, question.window)
+        recordings = _decode(question, files, engine.sampling_rate)
+        heard = windows(recordings, engine.clip_samples, engine.sampling_rate, question.window)
         requests = [question.request(window.clips) for window in heard]
         names = [_seconds(window.seconds) if len(heard) > 1 else "" for window in heard]
         if question.choices:
@@ -173,7 +171,7 @@ def ask_folder(question: ClipQuestion, files: Sequence[bytes], folder: str) -> I
             yield answer
 
 
-def _load(folder: str, slots: int) -> "Engine":
+def _load(folder: str, slots: int) -> InferenceEngine:
     try:
         if not storage.exists(storage.join(folder, "config.json")):
             raise FileNotFoundError("it has no config.json" if storage.exists(folder) else "it does not exist")

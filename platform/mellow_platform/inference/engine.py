@@ -1,10 +1,9 @@
-"""The engine that evaluation and serving share: continuous batching over a key-value cache of preallocated slots.
+"""The inference engine: continuous batching over a key-value cache of preallocated slots.
 
-Requests join and leave between two tokens. What is the same for many requests is computed once: a clip's audio tokens
+Requests join and leave the batch between two tokens. Two caches hold results that requests share: a clip's audio tokens
 (by content), and the keys and values of `[audio 1][separator][audio 2][separator]` (by both clips).
 
-Callers use `submit`, `generate`, `score`, `encode` and `close`, and see nothing of slots or caches; another engine only
-has to offer the same.
+Callers use the methods of `InferenceEngine` (engine_protocol.py), which another engine can implement.
 """
 
 import threading
@@ -45,8 +44,8 @@ from mellow_platform.inference.sampling import Sampler
 from mellow_platform.model import MellowForConditionalGeneration, MellowProcessor
 from mellow_platform.model.folder import load_model
 
-# Positions that may be read in between two tokens of the answers being written: about one new question on new clips.
-# More would let many arrivals hold up what others are reading; the rest of a queue goes on after the next token.
+# Positions of new requests that are read between two tokens: about one question about uncached clips. With more, many
+# arrivals would delay the answers that are being written. The rest of the queue follows after the next token.
 POSITIONS_A_STEP = 512
 
 Result = TypeVar("Result")
@@ -54,7 +53,7 @@ Result = TypeVar("Result")
 
 @dataclass(eq=False)
 class _Sequence:
-    """A request between its arrival and its answer."""
+    """A request from its arrival to its answer."""
 
     request: Request
     clips: tuple[Clip, Clip]
@@ -70,17 +69,18 @@ class _Sequence:
 
 
 class Engine:
-    """Answers questions with a Mellow model.
+    """Answers questions with a Mellow model; implements `InferenceEngine`.
 
     Args:
-        model: its decoder's weights are taken over (see `CachedDecoder`): do not use it afterwards.
-        processor: of the model.
-        dtype: `float32` or `int8` on CPU, `bfloat16` on a GPU; by default the device's own.
-        slots: answers written at once.
-        max_new_tokens: the most that a request may ask for; slots are as long as that takes.
-        max_waiting: requests that wait for a slot before `submit` refuses.
-        clip_cache_bytes, prefix_cache_bytes: bounds of the two caches.
-        cpu_threads: threads to compute with; by default torch's own.
+        model: the model; the engine changes its weights (see `CachedDecoder`), so do not use it afterwards.
+        processor: the model's processor.
+        dtype: `float32` or `int8` on CPU, `bfloat16` on a GPU; default: `float32` on CPU, `bfloat16` on a GPU.
+        slots: answers that are written at the same time.
+        max_new_tokens: largest `max_new_tokens` of a request; it sets the length of a slot.
+        max_waiting: requests that wait for a slot; `submit` refuses further ones.
+        clip_cache_bytes: size of the cache of audio tokens.
+        prefix_cache_bytes: size of the cache of keys and values.
+        cpu_threads: threads for computation; default: torch's number.
     """
 
     def __init__(
@@ -121,10 +121,10 @@ class Engine:
 
     @classmethod
     def load(cls, model_uri: str, *, dtype: str | None = None, **options) -> "Engine":
-        """Load the model folder `model_uri`, onto the GPU where there is one; `options` are the constructor's.
+        """Load the model folder `model_uri`, onto the GPU if there is one; `options` are the constructor's.
 
         Raises:
-            FileNotFoundError: nothing is there.
+            FileNotFoundError: the folder does not exist.
         """
         model, processor = load_model(model_uri)
         if torch.cuda.is_available() and dtype != "int8":
@@ -146,15 +146,30 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Stop; whatever is unanswered ends with `EngineClosed`."""
+        """Stop the engine; unanswered requests end with `EngineClosed`."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
 
     @property
+    def sampling_rate(self) -> int:
+        """Sampling rate of waveforms, in Hz."""
+        return self.processor.feature_extractor.sampling_rate
+
+    @property
+    def clip_samples(self) -> int:
+        """Length of a clip in samples."""
+        return self.processor.feature_extractor.clip_samples
+
+    @property
+    def prompt_length(self) -> int:
+        """Length that a question is cut to, in tokens."""
+        return self.processor.prompt_length
+
+    @property
     def stats(self) -> dict[str, int]:
-        """Counts to watch: requests active and waiting, hits and misses of the caches, and bytes in them."""
+        """Current counts: active and waiting requests, and hits, misses and bytes of each cache."""
         return {
             "active": len(self._active),
             "waiting": len(self._waiting),
@@ -167,38 +182,42 @@ class Engine:
         }
 
     def check(self, timeout: float) -> None:
-        """Make sure that the loop which writes answers goes round.
+        """Check that the engine's loop completes a step within `timeout` seconds.
 
         Raises:
-            TimeoutError: it did not get to the end of a step within `timeout` seconds.
-            EngineClosed: it was closed, or broke down.
+            TimeoutError: it did not.
+            EngineClosed: the engine was closed or failed.
         """
         self._call(lambda: None, ahead=True).result(timeout)
 
     def prompt_tokens(self, text: str) -> int:
-        """Return how many tokens the question `text` takes."""
+        """Return the number of tokens of a question, end marker included."""
         return len(self.processor.question_ids(text))
+
+    def token_text(self, token: int) -> str | None:
+        """Return the text of one token id, or None for the end marker."""
+        return None if token == self._end_token else self.processor.tokenizer.decode([token])
 
     def submit(self, request: Request) -> Stream:
         """Queue a request; its tokens arrive in the stream.
 
         Raises:
-            QueueFull: `max_waiting` requests wait already.
-            ValueError: more tokens are asked for than the engine has room for, or a clip is no waveform, or not finite.
-            EngineClosed: it was closed.
+            QueueFull: `max_waiting` requests wait.
+            ValueError: the request's `max_new_tokens` is past the engine's, or a clip is not a waveform or not finite.
+            EngineClosed: the engine was closed or failed.
         """
         sequence = self._prepare(request)
         with self._changed:
             self._check_open()
             if len(self._waiting) >= self.max_waiting:
-                raise QueueFull(f"{len(self._waiting)} requests wait already: try again later")
+                raise QueueFull(f"{len(self._waiting)} requests wait for a slot, the limit is {self.max_waiting}")
             return self._enqueue(sequence)
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer all requests; waits where the queue is full.
+        """Answer all requests; wait while the queue is full.
 
         Raises:
-            Exception: of the first request that failed.
+            Exception: that of the first request that failed.
         """
         streams = []
         for request in requests:
@@ -210,23 +229,23 @@ class Engine:
         return [stream.result() for stream in streams]
 
     def score(self, request: Request, choices: Sequence[str]) -> list[ChoiceScore]:
-        """Rank given answers to a request by their log-probability, the likeliest first.
+        """Rank choices as answers to a request by their log-probability, the most likely first.
 
         Clips and prompt are read once, then all choices in one batch.
 
         Raises:
-            ValueError: no choices.
+            ValueError: there are no choices.
         """
         return self.submit_score(request, choices).result()
 
     def submit_score(self, request: Request, choices: Sequence[str]) -> Future[list[ChoiceScore]]:
-        """Queue a request to `score`; cancelled before its turn, it is left out.
+        """Queue a request to `score`; it is skipped if the future is cancelled before its turn.
 
         Raises:
-            ValueError: no choices.
+            ValueError: there are no choices.
         """
         if not choices:
-            raise ValueError("no choices to score: give at least one")
+            raise ValueError("no choices to score; pass at least one")
         sequence = self._prepare(request)
         answers = [self.processor.answer_ids(choice) for choice in choices]
 
@@ -239,23 +258,21 @@ class Engine:
         return self._call(ranked)
 
     def encode(self, waveforms: Sequence[np.ndarray]) -> list[ClipFeatures]:
-        """Return what the encoder makes of waveforms [samples], in fp16 as shards store it."""
+        """Return the encoder's features of waveforms [samples], in fp16 as shards store them."""
         fitted = [self.processor.feature_extractor.spectrogram.fit(waveform) for waveform in waveforms]
         encoded = self._call(lambda: [self._encode(waveform) for waveform in fitted]).result()
         return [ClipFeatures(*(part[0].half().cpu().numpy() for part in parts)) for parts in encoded]
 
     def _prepare(self, request: Request) -> _Sequence:
         if request.max_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"max_new_tokens is {request.max_new_tokens}: this engine has room for {self.max_new_tokens}"
-            )
+            raise ValueError(f"max_new_tokens is {request.max_new_tokens}; the engine's limit is {self.max_new_tokens}")
         fit = self.processor.feature_extractor.spectrogram.fit
         clips = [fit(clip) if isinstance(clip, np.ndarray) else clip for clip in request.clips]
         for number, clip in enumerate(clips):
-            # In the cache, they would spoil whatever is answered from the same slot later on.
+            # In the key-value cache they would spoil later answers from the same slot.
             if not all(map(is_bounded, parts_of(clip))):
                 raise ValueError(
-                    f"clip {number} holds NaN, infinity or a value past {LOUDEST:g}: check how it was decoded or stored"
+                    f"clip {number} contains NaN, infinity or a value past {LOUDEST:g}; check its decoding or storage"
                 )
         pair: tuple[Clip, Clip] = (clips[0], second_clip(clips, self.processor.partner, self._silence))
         first = content_key(pair[0])
@@ -270,19 +287,19 @@ class Engine:
         )
 
     def _enqueue(self, sequence: _Sequence) -> Stream:
-        """Let a sequence wait for a slot; the caller holds the lock."""
+        """Append a sequence to the queue; the caller holds the lock."""
         self._waiting.append(sequence)
         self._changed.notify_all()
         return sequence.stream
 
     def _check_open(self) -> None:
         if self._broken:
-            raise EngineClosed("the engine broke down") from self._broken
+            raise EngineClosed("the engine failed") from self._broken
         if self._closed:
             raise EngineClosed("the engine was closed")
 
     def _call(self, function: Callable[[], Result], ahead: bool = False) -> Future[Result]:
-        """Run `function` in the engine's thread, between two tokens; `ahead` of others that wait for it."""
+        """Run `function` in the engine's thread between two tokens, `ahead` of other waiting calls or after them."""
         future: Future[Result] = Future()
         with self._changed:
             self._check_open()
@@ -290,17 +307,17 @@ class Engine:
             self._changed.notify_all()
         return future
 
-    # What follows runs in the engine's thread.
+    # The methods below run in the engine's thread.
 
     def _run(
         self, model: MellowForConditionalGeneration, slots: int, cpu_threads: int | None, ready: Future[None]
     ) -> None:
         if cpu_threads:
-            torch.set_num_threads(cpu_threads)  # counts for the thread that calls it
+            torch.set_num_threads(cpu_threads)  # applies to the calling thread
         with torch.inference_mode():
             try:
-                # Here, too, and not by the caller: every thread that computes has helpers of its own, and OpenMP lets
-                # them wait awake only while they are no more than cores. A token takes 1.6 times as long otherwise.
+                # Not in the caller's thread: each thread that computes has its own OpenMP threads, and these spin while
+                # they wait only if they are no more than the cores. A token takes 1.6 times as long otherwise.
                 self._take_over(model, slots)
             except Exception as error:
                 self._closed = True
@@ -311,14 +328,14 @@ class Engine:
             self._serve()
 
     def _take_over(self, model: MellowForConditionalGeneration, slots: int) -> None:
-        """Put the model into the form that is computed with."""
+        """Convert the model's weights for inference and allocate the key-value cache."""
         self._decoder = CachedDecoder(model.merge_lora().language_model, self.dtype)
-        # What is left of the model encodes clips; it needs no decoder any more.
+        # The rest of the model encodes clips without a decoder.
         del model.language_model
-        # The encoder runs once a clip, and int8's second row costs it more time than int8 saves.
+        # The encoder runs once per clip, and int8's second row costs it more time than int8 saves.
         pack_linears(model.audio_encoder, "bfloat16" if self.dtype == "bfloat16" else "float32")
-        # What is small and left is copied, which lets go of the files that the model was loaded from: they are mapped
-        # into memory, and one tensor of a file keeps all of it there.
+        # The model's files are mapped into memory, and one tensor keeps its whole file there. Copies of the small
+        # tensors that remain release the files.
         model._apply(torch.clone)
         self._model = model
         length = self._prefix_length + self.processor.prompt_length + self.max_new_tokens
@@ -343,7 +360,7 @@ class Engine:
                 self._active.clear()
                 self._waiting.clear()
                 self._changed.notify_all()
-            closed = EngineClosed("the engine broke down" if self._broken else "the engine was closed")
+            closed = EngineClosed("the engine failed" if self._broken else "the engine was closed")
             closed.__cause__ = self._broken
             for sequence in left:
                 sequence.stream.put(closed)
@@ -357,9 +374,9 @@ class Engine:
             return not self._closed
 
     def _step(self) -> None:
-        """Let go of what was cancelled, let in what waits, and write the next token of every answer."""
+        """Drop cancelled requests, run one call, admit waiting requests, and write a token of every answer."""
         self._drop_cancelled()
-        if self._calls:  # one, or those who call without pause would keep answers from being written
+        if self._calls:  # only one per step, or a caller that never pauses would block all answers
             function, future = self._calls.popleft()
             if future.set_running_or_notify_cancel():
                 try:
@@ -370,7 +387,7 @@ class Engine:
         while read < POSITIONS_A_STEP and len(self._active) < self._cache.slots and (sequence := self._next()):
             try:
                 read += self._begin(sequence)
-            except Exception as error:  # of this request alone
+            except Exception as error:  # concerns only this request
                 sequence.stream.put(error)
         if self._active:
             self._decode()
@@ -387,7 +404,7 @@ class Engine:
             self._changed.notify_all()
 
     def _next(self) -> _Sequence | None:
-        """Take the request that has waited longest."""
+        """Remove the request that has waited longest from the queue and return it."""
         with self._changed:
             sequence = self._waiting.popleft() if self._waiting else None
             self._changed.notify_all()
@@ -405,8 +422,8 @@ class Engine:
     def _read(self, sequence: _Sequence, cache: KeyValueCache, slot: int) -> tuple[torch.Tensor, int]:
         """Read clips and prompt into a slot; return the last position's hidden state and the positions computed.
 
-        Prefix and prompt are read apart, one sequence at a time, whether the prefix is cached or not: so the same
-        numbers come out warm and cold, alone and in company.
+        Prefix and prompt are computed separately, one sequence at a time, also if the prefix is not cached. So the
+        results are the same with and without the cache, and in any batch.
         """
         read = len(sequence.prompt)
         prefix = self._prefixes.get(sequence.keys)
@@ -438,7 +455,7 @@ class Engine:
         """Return a clip's embeddings [tokens, hidden].
 
         Raises:
-            ValueError: stored features are those of another encoder.
+            ValueError: stored features come from another encoder.
         """
         if isinstance(clip, np.ndarray):
             frames, latent = self._encode(clip)
@@ -447,16 +464,16 @@ class Engine:
             known = ((audio.num_frames, audio.frame_size), (audio.hidden_size,))
             if (clip.frames.shape, clip.latent.shape) != known:
                 raise ValueError(
-                    f"features of shapes {clip.frames.shape} and {clip.latent.shape}: "
-                    f"the model reads {known[0]} and {known[1]}"
+                    f"features of shapes {clip.frames.shape} and {clip.latent.shape}; "
+                    f"the model expects {known[0]} and {known[1]}"
                 )
-            # Copied: what comes out of Ray's object store cannot be written to, of which torch warns.
+            # Copied, because arrays from Ray's object store are read-only and torch warns about them.
             parts = (torch.tensor(part)[None].to(self.device) for part in (clip.frames, clip.latent))
             frames, latent = (part.to(self._model.dtype) for part in parts)
         return self._model.audio_tokens(frames, latent)[0]
 
     def _encode(self, waveform: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return frames [1, F, classes] and latent [1, H] of a fitted waveform."""
+        """Return frames [1, F, classes] and latent [1, H] of a waveform [clip_samples]."""
         spectrogram = self.processor.feature_extractor.spectrogram(waveform[None])
         encoded = self._model.audio_encoder(spectrogram.to(self.device, self._model.dtype))
         return encoded.frames, encoded.latent
@@ -473,11 +490,11 @@ class Engine:
             self._push(slot, logits[slot], likeliest[slot])
 
     def _push(self, slot: int, logits: torch.Tensor, likeliest: int) -> None:
-        """Choose the next token of the answer in `slot`, deliver it, and free the slot where it was the last."""
+        """Choose the next token of the answer in `slot`, deliver it, and free the slot if it was the last."""
         sequence = self._active[slot]
         try:
             token, logprob = sequence.sampler.choose(logits, likeliest)
-        except Exception as error:  # of this request alone
+        except Exception as error:  # concerns only this request
             sequence.stream.put(error)
             self._release(slot)
             return
@@ -504,7 +521,7 @@ class Engine:
             self._release(slot)
 
     def _release(self, slot: int) -> None:
-        """Free a slot; the last active sequence moves into it, so that active slots stay together."""
+        """Free a slot; the last active sequence moves into it, so that the active slots are the first ones."""
         last = self._active.pop()
         if slot < len(self._active):
             self._cache.move(len(self._active), slot, last.length)
@@ -526,7 +543,7 @@ class Engine:
         if longest > 1:
             known = self._decoder.embed(tokens[:, :-1])
             states = torch.cat([states, self._decoder(known, cache, [sequence.length] * len(answers))], dim=1)
-        # One answer at a time: the logits of 26 long ones would take gigabytes.
+        # One answer at a time: the logits of 26 long answers would take gigabytes.
         return [
             float(self._decoder.logits(row[: len(ids)]).log_softmax(dim=-1).gather(1, known[: len(ids), None]).sum())
             for row, known, ids in zip(states, tokens, answers, strict=True)

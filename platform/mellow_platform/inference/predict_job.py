@@ -24,6 +24,7 @@ from mellow_platform.data.audio import AudioError, try_decode
 from mellow_platform.data.audio_limits import AudioLimits
 from mellow_platform.data.clip_reader import ClipAddress, read_clips
 from mellow_platform.inference.engine import Engine
+from mellow_platform.inference.engine_protocol import InferenceEngine
 from mellow_platform.inference.predict_config import PredictConfig
 from mellow_platform.inference.question_table import TEXT_COLUMNS, QuestionTable, read_question_table
 from mellow_platform.inference.request import Request
@@ -229,7 +230,7 @@ class AnswerGroups:
 
     def __init__(self, config: PredictConfig):
         self.config = config
-        self.engine = Engine.load_for_batches(
+        self.engine: InferenceEngine = Engine.load_for_batches(
             config.model, dtype=config.dtype, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens
         )
 
@@ -266,7 +267,7 @@ class AnswerGroups:
         """Return why a question cannot be asked, if so."""
         if group["error"]:
             return {"error": group["error"], "detail": group["detail"]}
-        tokens, limit = self.engine.prompt_tokens(question), self.engine.processor.prompt_length
+        tokens, limit = self.engine.prompt_tokens(question), self.engine.prompt_length
         if tokens > limit:
             detail = f"the question takes {tokens} tokens, the model reads {limit}: shorten it"
             return {"error": "question_too_long", "detail": detail}

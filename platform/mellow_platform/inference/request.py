@@ -1,4 +1,4 @@
-"""What is asked of an engine, and what comes back: requests, tokens as they are written, answers."""
+"""Requests to an inference engine and its responses: streams of tokens, answers, scores."""
 
 import asyncio
 import hashlib
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class ClipFeatures:
-    """What the frozen encoder makes of a clip: frames [F, classes] and latent [H]."""
+    """Features of a clip from the frozen encoder: frames [F, classes] and latent [H]."""
 
     frames: np.ndarray
     latent: np.ndarray
@@ -27,17 +27,17 @@ class Request:
     """A question about one or two clips.
 
     Attributes:
-        text: the question.
-        clips: one or two.
-        max_new_tokens: length an answer is cut to.
-        temperature: 0 takes the most likely token; above 0 tokens are drawn.
-        top_p: drawn from the most likely tokens that together have this probability.
-        seed: the same seed draws the same answer; None draws anew.
-        stop: the answer ends before the first of these strings.
-        logprobs: report the log-probability of every token.
+        text: text of the question.
+        clips: one or two clips.
+        max_new_tokens: length that the answer is cut to, in tokens.
+        temperature: randomness of the tokens; 0 takes the most likely token.
+        top_p: tokens are drawn from the most likely ones that together have this probability.
+        seed: seed of drawn tokens; None for a random seed.
+        stop: strings that the answer ends before.
+        logprobs: return the log-probability of every token.
 
     Raises:
-        ValueError: a value out of range, named.
+        ValueError: a field is out of range.
     """
 
     text: str
@@ -51,21 +51,23 @@ class Request:
 
     def __post_init__(self) -> None:
         if len(self.clips) not in (1, 2):
-            raise ValueError(f"the request has {len(self.clips)} clips: give one or two")
+            raise ValueError(f"the request has {len(self.clips)} clips; expected one or two")
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}: give 1 or more")
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more")
         if not 0 <= self.temperature <= 10:
-            raise ValueError(f"temperature is {self.temperature}: give 0 (greedy) to 10")
+            raise ValueError(f"temperature is {self.temperature}; expected 0 (greedy) to 10")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: give more than 0, at most 1")
+            raise ValueError(f"top_p is {self.top_p}; expected more than 0, at most 1")
         if not all(self.stop):
-            raise ValueError("a stop string is empty: leave it out")
+            raise ValueError("a stop string is empty; remove it")
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an answer and the text that it completes: empty while a character, or a possible stop string or
-    trailing space, is not yet decided."""
+    """A token of an answer and the text that it completes.
+
+    The text is empty while a character is incomplete, or while it may become a stop string or trailing space.
+    """
 
     id: int
     text: str
@@ -77,11 +79,12 @@ class Answer:
     """A whole answer.
 
     Attributes:
-        tokens: as written, the end marker included.
-        prompt_tokens: of the question, the end marker included.
+        text: text of the answer.
+        tokens: token ids, end marker included.
+        prompt_tokens: number of tokens of the question, end marker included.
         finish_reason: `stop` (end marker or stop string) or `length` (`max_new_tokens`).
-        logprobs: of each token, when asked for.
-        seconds: from the request to the whole answer, waiting for a slot included.
+        logprobs: log-probability of each token, if requested.
+        seconds: time from the request to the answer, including the wait for a slot.
     """
 
     text: str
@@ -89,12 +92,12 @@ class Answer:
     prompt_tokens: int
     finish_reason: Literal["stop", "length"]
     logprobs: tuple[float, ...] | None = None
-    seconds: float = field(default=0.0, compare=False)  # equal answers may take different times
+    seconds: float = field(default=0.0, compare=False)  # equal answers can take different times
 
 
 @dataclass(frozen=True)
 class ChoiceScore:
-    """How likely an answer is: its log-probability, and its share among the choices it was scored with."""
+    """Score of an answer: its log-probability, and its probability among the choices."""
 
     choice: str
     logprob: float
@@ -102,15 +105,15 @@ class ChoiceScore:
 
 
 class QueueFull(RuntimeError):  # noqa: N818 (a state, as in queue)
-    """Too many requests wait already; try again later."""
+    """Too many requests wait for a slot; retry later."""
 
 
 class EngineClosed(RuntimeError):  # noqa: N818
-    """The engine was closed, or broke down; its cause is chained."""
+    """The engine was closed, or failed; then the cause is chained."""
 
 
 class Cancelled(Exception):  # noqa: N818 (a state, as in concurrent.futures)
-    """The stream was cancelled before its answer was whole."""
+    """The stream was cancelled before its answer was complete."""
 
 
 class Stream:
@@ -119,30 +122,30 @@ class Stream:
     def __init__(self) -> None:
         self.cancelled = False
         self.created = time.monotonic()
-        self.first_token_seconds: float | None = None  # from its creation to the first token
+        self.first_token_seconds: float | None = None  # from creation to the first token
         self._events: queue.SimpleQueue[Token | Answer | Exception] = queue.SimpleQueue()
         self._notify: Callable[[], object] | None = None
-        self._end_alone = False  # the reader waits for the whole answer, and is not to be woken for every token
+        self._wake_at_end = False  # the reader waits for the whole answer, so tokens need not wake it
         self._end: Answer | Exception | None = None
 
     def cancel(self) -> None:
-        """Give up the answer; its slot is free before the next token is computed. Iterating ends with `Cancelled`."""
+        """Cancel the answer; its slot is free before the next token is computed. Iteration ends with `Cancelled`."""
         self.cancelled = True
 
     def put(self, event: Token | Answer | Exception) -> None:
-        """Deliver an event; an answer or an exception is the last one. Called by the engine."""
+        """Deliver an event; an answer or an exception is the last event. Called by the engine."""
         if self.first_token_seconds is None and isinstance(event, Token):
             self.first_token_seconds = time.monotonic() - self.created
         self._events.put(event)
-        if self._notify and not (self._end_alone and isinstance(event, Token)):
+        if self._notify and not (self._wake_at_end and isinstance(event, Token)):
             self._notify()
 
     def result(self) -> Answer:
         """Wait for the whole answer.
 
         Raises:
-            Cancelled: it was cancelled.
-            Exception: whatever failed in answering.
+            Cancelled: the stream was cancelled.
+            Exception: the answer failed.
         """
         for _ in self:
             pass
@@ -176,8 +179,8 @@ class Stream:
             raise self._end
 
     async def answer(self) -> Answer:
-        """`result()` without blocking the event loop."""
-        self._end_alone = True
+        """Wait for the whole answer without blocking the event loop; raises as `result` does."""
+        self._wake_at_end = True
         async for _ in self:
             pass
         return self.result()
@@ -189,7 +192,7 @@ def parts_of(clip: Clip) -> tuple[np.ndarray, ...]:
 
 
 def content_key(clip: Clip) -> bytes:
-    """Return a hash of what is heard: equal for equal clips, whoever sent them."""
+    """Return a hash of a clip's content."""
     digest = hashlib.sha256()
     for part in parts_of(clip):
         digest.update(f"{part.dtype}{part.shape}".encode())
