@@ -3,8 +3,8 @@
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
     python jobs/ablate.py --config jobs/configs/ablation.yaml --output s3://bucket/ablation
 
-If runs fail, the others finish, the table is written, and the job fails. Submitted again, it trains only the missing
-runs.
+If runs fail, the others finish, the table is written, and the job fails. When submitted again, it trains only the
+missing runs.
 """
 
 import json

@@ -9,10 +9,10 @@ import json
 import time
 
 from mellow_platform import job
-from mellow_platform.training.tagger_config import EncoderConfig
+from mellow_platform.training.tagger_config import TaggerConfig
 
 
-def pretrain(config: EncoderConfig) -> None:
+def pretrain(config: TaggerConfig) -> None:
     from mellow_platform.training import tagger
     from mellow_platform.training.trainer import summary
 
@@ -22,4 +22,4 @@ def pretrain(config: EncoderConfig) -> None:
 
 
 if __name__ == "__main__":
-    job.run(EncoderConfig, pretrain)
+    job.run(TaggerConfig, pretrain)

@@ -1,4 +1,4 @@
-"""Fine-tune Mellow on answers with Ray Train and DeepSpeed.
+"""Fine-tune Mellow on questions with answers, with Ray Train and DeepSpeed.
 
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
     python jobs/train.py --config jobs/configs/recipes/published.yaml --shards s3://bucket/features ...

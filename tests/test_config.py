@@ -19,7 +19,7 @@ from mellow_platform.settings import Section, command_line, dashed, flags, help_
 from mellow_platform.synthesis.synthesize_config import SynthesizeConfig
 from mellow_platform.training.ablation_config import AblationConfig
 from mellow_platform.training.ablation_grid import grid_points
-from mellow_platform.training.tagger_config import EncoderConfig
+from mellow_platform.training.tagger_config import TaggerConfig
 from mellow_platform.training.train_config import TrainConfig
 from tests.conftest import REPOSITORY
 
@@ -31,7 +31,7 @@ JOBS: dict[str, type[Section]] = {
     "make_corpus": CorpusConfig,
     "predict": PredictConfig,
     "preprocess": PreprocessConfig,
-    "pretrain_encoder": EncoderConfig,
+    "pretrain_encoder": TaggerConfig,
     "synthesize": SynthesizeConfig,
     "train": TrainConfig,
 }
@@ -152,7 +152,7 @@ def test_a_relative_path_in_a_submitted_job_is_refused(monkeypatch: pytest.Monke
 def test_every_shipped_file_fits_its_job(file: Path):
     jobs: dict[str, tuple[type[Section], list[str]]] = {
         "preprocess": (PreprocessConfig, ["--corpus", "/c", "--output", "/o"]),
-        "pretrain_encoder": (EncoderConfig, [*REQUIRED[:-2], "--labels", "/l"]),
+        "pretrain_encoder": (TaggerConfig, [*REQUIRED[:-2], "--labels", "/l"]),
     }
     schema, required = jobs[file.stem]
     assert load(schema, ["--config", str(file), *required]).model_dump()["size"] == file.parent.name

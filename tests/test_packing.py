@@ -286,17 +286,17 @@ def test_ray_data_keeps_ragged_micro_batches(shards: str):
     plan = StepPlan(seed=3, count=len(examples), batch=16, micro_batch=8, workers=1)
     steps = list(batches(plan, ray.put(examples), 0, 0, plan.steps_per_epoch + 1))
     shapes = set()
-    for step, turns in enumerate(steps):
-        epoch, first, last = plan.stretch(step)
+    for step, micro_batches in enumerate(steps):
+        epoch, first, last = plan.order_range(step)
         order = examples.order(3, epoch)[first:last]
-        assert sum(micro.counts for micro in turns) == -(-len(order) // 8)
-        for turn, micro in enumerate(turns):
-            if micro.counts:
-                expected = examples.collate(3, epoch, order[turn * 8 : turn * 8 + 8])
-                assert micro.arrays.keys() == expected.keys()
+        assert sum(micro_batch.active for micro_batch in micro_batches) == -(-len(order) // 8)
+        for micro_step, micro_batch in enumerate(micro_batches):
+            if micro_batch.active:
+                expected = examples.collate(3, epoch, order[micro_step * 8 : micro_step * 8 + 8])
+                assert micro_batch.arrays.keys() == expected.keys()
                 for name, array in expected.items():
-                    assert np.array_equal(micro.arrays[name].numpy(), array), name
-            shapes.add(tuple(micro.arrays["input_features"].shape))
+                    assert np.array_equal(micro_batch.arrays[name].numpy(), array), name
+            shapes.add(tuple(micro_batch.arrays["input_features"].shape))
     assert len(shapes) > 1
 
 

@@ -1,4 +1,4 @@
-"""Parts by name: every encoder, projection and decoder builds, learns, saves, loads and answers; so do adapters."""
+"""Parts by name: every encoder, projection, decoder and adapter builds, trains, saves, loads and answers."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,7 +52,7 @@ from mellow_platform.training.checkpoints import CheckpointStore
 from mellow_platform.training.finetune import build_model, finetune
 from mellow_platform.training.tagger import build_encoder as build_tagger
 from mellow_platform.training.tagger import pretrain
-from mellow_platform.training.tagger_config import EncoderConfig
+from mellow_platform.training.tagger_config import TaggerConfig
 from mellow_platform.training.train_config import TrainConfig
 from tests.small_corpus import write_corpus
 
@@ -329,124 +329,124 @@ def save_tokenizer(folder: Path, vocabulary: list[str], special: dict[str, str])
 
 
 @pytest.fixture(scope="module")
-def path(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A Cnn14 tagger and a GPT-2, and what Mellow's shards and training make of them."""
+def outputs(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Shards and a trained Mellow with a Cnn14 encoder and a GPT-2 decoder."""
     root = tmp_path_factory.mktemp("parts")
-    made = SimpleNamespace(root=root, run=lambda name: str(root / name))
-    write_corpus(made.run("corpus"), {"train": 8, "val": 1, "test": 1})
+    outputs = SimpleNamespace(root=root, run=lambda name: str(root / name))
+    write_corpus(outputs.run("corpus"), {"train": 8, "val": 1, "test": 1})
     tokenizer = train_tokenizer(["which of these is heard? a) tone b) noise burst"], VOCABULARY)
-    tokenizer.save_pretrained(made.run("gpt2"))
+    tokenizer.save_pretrained(outputs.run("gpt2"))
     torch.manual_seed(0)
-    GPT2LMHeadModel(gpt2_config(len(tokenizer))).save_pretrained(made.run("gpt2"))
+    GPT2LMHeadModel(gpt2_config(len(tokenizer))).save_pretrained(outputs.run("gpt2"))
     cnn14 = build_encoder(encoder_config("mellow-tiny", encoder="cnn14"))
-    save_pretrained(cnn14, made.run("encoder"))
-    made.common = {"corpus": made.run("corpus"), "size": "mellow-tiny", "decoder": made.run("gpt2")}
+    save_pretrained(cnn14, outputs.run("encoder"))
+    outputs.common = {"corpus": outputs.run("corpus"), "size": "mellow-tiny", "decoder": outputs.run("gpt2")}
     preprocess(
         PreprocessConfig(
-            **made.common, output=made.run("features"), features="encoder", encoder=made.run("encoder"),
+            **outputs.common, output=outputs.run("features"), features="encoder", encoder=outputs.run("encoder"),
             encoder_workers=1,
         )
     )  # fmt: skip
-    made.shared = {
-        "storage": made.run("runs"), "size": "mellow-tiny", "batch": 4, "micro_batch": 4, "checkpoint_every": 2,
+    outputs.shared = {
+        "storage": outputs.run("runs"), "size": "mellow-tiny", "batch": 4, "micro_batch": 4, "checkpoint_every": 2,
         "scaling": {"workers": 1},
     }  # fmt: skip
-    made.train = TrainConfig(
-        **made.shared, shards=made.run("features"), encoder=made.run("encoder"), decoder=made.run("gpt2"),
-        output=made.run("model"), run="mellow", projection="mlp", learning_rate=1e-2, epochs=0.5,
+    outputs.train = TrainConfig(
+        **outputs.shared, shards=outputs.run("features"), encoder=outputs.run("encoder"), decoder=outputs.run("gpt2"),
+        output=outputs.run("model"), run="mellow", projection="mlp", learning_rate=1e-2, epochs=0.5,
         lora={"rank": 4, "alpha": 8, "dropout": 0.0},
     )  # fmt: skip
-    made.result = finetune(made.train)
-    return made
+    outputs.result = finetune(outputs.train)
+    return outputs
 
 
-def run_losses(path: SimpleNamespace) -> list[float]:
+def run_losses(outputs: SimpleNamespace) -> list[float]:
     """Return the loss of every step so far."""
-    return CheckpointStore(path.run("runs/mellow")).read_log()["loss"].to_pylist()
+    return CheckpointStore(outputs.run("runs/mellow")).read_log()["loss"].to_pylist()
 
 
 @pytest.mark.extended
-def test_named_parts_in_every_job(path: SimpleNamespace):
-    assert Manifest.read(path.run("features")).features == {"frames": [7, 256], "latent": [256]}
-    losses = run_losses(path)
-    assert len(losses) == path.result["total_steps"]
+def test_named_parts_in_every_job(outputs: SimpleNamespace):
+    assert Manifest.read(outputs.run("features")).features == {"frames": [7, 256], "latent": [256]}
+    losses = run_losses(outputs)
+    assert len(losses) == outputs.result["total_steps"]
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.slow
-def test_other_tagger_trains_and_encodes(path: SimpleNamespace):
-    preprocess(PreprocessConfig(**path.common, output=path.run("log-mel"), encoder_name="cnn14"))
-    config = EncoderConfig(
-        **path.shared, shards=path.run("log-mel"), labels=path.run("corpus/labels.json"), output=path.run("tagger"),
-        run="tagger", encoder_name="cnn14",
+def test_other_tagger_trains_and_encodes(outputs: SimpleNamespace):
+    preprocess(PreprocessConfig(**outputs.common, output=outputs.run("log-mel"), encoder_name="cnn14"))
+    config = TaggerConfig(
+        **outputs.shared, shards=outputs.run("log-mel"), labels=outputs.run("corpus/labels.json"),
+        output=outputs.run("tagger"), run="tagger", encoder_name="cnn14",
     )  # fmt: skip
     result = pretrain(config)
     assert result["step"] == result["total_steps"]
-    output = path.run("tagged")
-    preprocess(PreprocessConfig(**path.common, output=output, features="encoder", encoder=path.run("tagger")))
-    spectrograms = FeatureStore.load(path.run("log-mel")).arrays["log_mel"]
+    output = outputs.run("tagged")
+    preprocess(PreprocessConfig(**outputs.common, output=output, features="encoder", encoder=outputs.run("tagger")))
+    spectrograms = FeatureStore.load(outputs.run("log-mel")).arrays["log_mel"]
     with torch.no_grad():
-        frames = load_encoder(path.run("tagger")).eval()(torch.from_numpy(spectrograms).float()).frames
+        frames = load_encoder(outputs.run("tagger")).eval()(torch.from_numpy(spectrograms).float()).frames
     np.testing.assert_allclose(FeatureStore.load(output).arrays["frames"], frames.numpy(), atol=5e-3, rtol=5e-3)
 
 
-def test_training_adapters_keeps_the_decoder(path: SimpleNamespace):
-    saved = load_file(Path(path.run("model")) / "model.safetensors")
-    own = load_decoder(path.run("gpt2")).state_dict()
+def test_training_adapters_keeps_the_decoder(outputs: SimpleNamespace):
+    saved = load_file(Path(outputs.run("model")) / "model.safetensors")
+    decoder = load_decoder(outputs.run("gpt2")).state_dict()
     layer = "transformer.h.0.attn.c_attn"
-    assert torch.equal(saved[f"language_model.{layer}.base_layer.weight"], own[f"{layer}.weight"])
+    assert torch.equal(saved[f"language_model.{layer}.base_layer.weight"], decoder[f"{layer}.weight"])
     assert saved[f"language_model.{layer}.lora_B.default.weight"].abs().max() > 0
-    model, processor = load_model(path.run("model"))
+    model, processor = load_model(outputs.run("model"))
     assert model.config.lora is None
     assert processor.tokenizer.eos_token_id == model.config.eos_token_id == model.config.separator_token_id
-    difference = model.language_model.get_parameter(f"{layer}.weight") - own[f"{layer}.weight"]
+    difference = model.language_model.get_parameter(f"{layer}.weight") - decoder[f"{layer}.weight"]
     assert torch.linalg.matrix_rank(difference) <= 4
 
 
 @pytest.mark.extended
-def test_resume_with_adapters(path: SimpleNamespace):
-    first = path.result["total_steps"]
-    config = path.train.model_copy(update={"epochs": 0.7})
+def test_resume_with_adapters(outputs: SimpleNamespace):
+    first = outputs.result["total_steps"]
+    config = outputs.train.model_copy(update={"epochs": 0.7})
     result = finetune(config)
     assert result["step"] == result["total_steps"] > first
-    # The frozen weights are the decoder's again, and the loss goes on where it was.
-    assert run_losses(path)[first] < run_losses(path)[0]
-    saved = load_file(Path(path.run("model")) / "model.safetensors")
-    own = load_decoder(path.run("gpt2")).state_dict()
-    assert torch.equal(saved["language_model.transformer.wte.weight"], own["transformer.wte.weight"])
+    # The frozen weights are still the decoder's, and the loss continues below the first.
+    assert run_losses(outputs)[first] < run_losses(outputs)[0]
+    saved = load_file(Path(outputs.run("model")) / "model.safetensors")
+    decoder = load_decoder(outputs.run("gpt2")).state_dict()
+    assert torch.equal(saved["language_model.transformer.wte.weight"], decoder["transformer.wte.weight"])
 
 
-def test_init_from_with_and_without_adapters(path: SimpleNamespace):
-    processor = load_processor(path.run("features/processor"))
-    settings = path.train.model_copy(update={"encoder": None, "decoder": None, "init_from": path.run("model")})
+def test_init_from_with_and_without_adapters(outputs: SimpleNamespace):
+    processor = load_processor(outputs.run("features/processor"))
+    settings = outputs.train.model_copy(update={"encoder": None, "decoder": None, "init_from": outputs.run("model")})
     model = build_model(settings, processor)
     assert model.config.lora == settings.lora.peft_fields()
     trained = {name.split(".")[0] for name, value in model.named_parameters() if value.requires_grad}
     assert trained == {"frame_embedding", "projection", "language_model"}
-    save_model(model.merge_lora(), processor, path.run("merged"))
-    plain = build_model(settings.model_copy(update={"init_from": path.run("merged")}), processor)
+    save_model(model.merge_lora(), processor, outputs.run("merged"))
+    plain = build_model(settings.model_copy(update={"init_from": outputs.run("merged")}), processor)
     assert plain.config.lora == settings.lora.peft_fields()
     with pytest.raises(ValueError, match=r"projection.*\bmlp\b.*\blinear\b"):
         build_model(settings.model_copy(update={"projection": "linear"}), processor)
 
 
-def test_shards_of_another_encoder_are_refused(path: SimpleNamespace):
-    processor = load_processor(path.run("features/processor"))
+def test_shards_of_other_encoder_are_refused(outputs: SimpleNamespace):
+    processor = load_processor(outputs.run("features/processor"))
     for name, message in (
         ("htsat", r"'frames': \[7, 256\].*'frames': \[16, 64\]"),
         ("whisper", r"\bfeature_size 80\b.*\b64\b.*\bsampling_rate\b"),
     ):
-        save_pretrained(build_encoder(encoder_config("mellow-tiny", encoder=name)), path.run(name))
+        save_pretrained(build_encoder(encoder_config("mellow-tiny", encoder=name)), outputs.run(name))
         with pytest.raises(ValueError, match=message):
-            build_model(path.train.model_copy(update={"encoder": path.run(name)}), processor)
+            build_model(outputs.train.model_copy(update={"encoder": outputs.run(name)}), processor)
 
 
 @pytest.mark.parametrize("encoder", ["htsat", "cnn14"])
 def test_tagger_refuses_shards_of_another_front_end(encoder: str, tmp_path: Path):
     Manifest({}, {}, {"size": "mellow-tiny", "encoder_name": "htsat"}).write(str(tmp_path))
     folders = {"shards": str(tmp_path), "labels": "/l", "output": "/o", "storage": "/s", "run": "r"}
-    config = EncoderConfig(**folders, encoder_name=encoder, size="mellow-tiny")
+    config = TaggerConfig(**folders, encoder_name=encoder, size="mellow-tiny")
     assert build_tagger(config, ["tone"]).config.labels == ["tone"]
     with pytest.raises(ValueError, match=rf"encoder {encoder}\b.*\bn_fft 1024\b.*\b2048\b"):
         build_tagger(config.model_copy(update={"size": "mellow-v0"}), ["tone"])

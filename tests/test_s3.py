@@ -23,7 +23,7 @@ from mellow_platform.preprocessing.preprocess_job import preprocess
 from mellow_platform.s3 import S3
 from mellow_platform.training.finetune import finetune
 from mellow_platform.training.tagger import pretrain
-from mellow_platform.training.tagger_config import EncoderConfig
+from mellow_platform.training.tagger_config import TaggerConfig
 from mellow_platform.training.train_config import TrainConfig
 from tests.object_storage import object_store
 from tests.shared_ray import SharedRay
@@ -53,7 +53,7 @@ def test_the_whole_path_runs_in_object_storage(cluster_on_s3: str):
     common = {"corpus": uri("corpus"), "size": "mellow-tiny", "clips_per_shard": 4}
     run = {"storage": uri("runs"), "size": "mellow-tiny", "batch": 4, "micro_batch": 2, "checkpoint_every": 2}
     preprocess(PreprocessConfig(**common, output=uri("log-mel")))
-    tagging = EncoderConfig(
+    tagging = TaggerConfig(
         **run, shards=uri("log-mel"), labels=uri("corpus/labels.json"), output=uri("encoder"), run="encoder"
     )
     pretrain(tagging)

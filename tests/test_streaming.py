@@ -15,11 +15,11 @@ from tests.shared_ray import SharedRay
 from tests.test_preprocess import config, sound
 
 MIB = 1 << 20
-LOG_MEL = 1001 * 64 * 2  # bytes of a clip's spectrogram
+LOG_MEL = 1001 * 64 * 2  # bytes per spectrogram
 
 
 def write_recordings(folder: Path, clips: int) -> None:
-    """Write clips of a second, no two of the same bytes, as cheaply as can be: the last sample differs."""
+    """Write one-second clips with distinct bytes; most differ only in their last sample, which is fast."""
     folder.mkdir()
     for number in range(16):
         (folder / f"{number}.flac").write_bytes(sound(number))
@@ -34,7 +34,7 @@ def write_recordings(folder: Path, clips: int) -> None:
     [(2000, 80 * MIB), pytest.param(6400, 256 * MIB, marks=pytest.mark.slow)],
 )
 @pytest.mark.extended
-def test_a_corpus_larger_than_the_object_store_streams_through(tmp_path, clips, object_store):
+def test_corpus_larger_than_object_store(tmp_path, clips, object_store):
     write_recordings(tmp_path / "recordings", clips)
     save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")), str(tmp_path / "encoder"))
     SharedRay.use(num_cpus=2, object_store_memory=object_store)

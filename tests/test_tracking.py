@@ -1,4 +1,4 @@
-"""Where metrics go: TensorBoard and MLflow, by their own readers."""
+"""Experiment tracking, read back with TensorBoard and MLflow."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def configured(tracking: str) -> TrainConfig:
     )
 
 
-def test_tensorboard_shows_a_resumed_run_without_the_steps_that_were_run_again(tmp_path: Path):
+def test_tensorboard_hides_repeated_steps(tmp_path: Path):
     run = str(tmp_path / "run")
     for start, stop, value in ((0, 8, 1.0), (5, 10, 2.0)):
         tracker = Tracker(configured("tensorboard"), run, start)
@@ -30,9 +30,9 @@ def test_tensorboard_shows_a_resumed_run_without_the_steps_that_were_run_again(t
     ]
 
 
-def test_mlflow_shows_a_resumed_run_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_mlflow_continues_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # in place of a server
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # instead of a server
     for start in (0, 5):
         tracker = Tracker(configured("mlflow"), str(tmp_path / "run"), start)
         tracker.log({"loss": float(start)}, start + 1)

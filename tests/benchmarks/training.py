@@ -1,13 +1,13 @@
-"""How fast training on stored features is at the published size, against the published recipe.
+"""Training speed on stored features at the published size, compared with the published recipe.
 
 python tests/benchmarks/training.py             # random weights, eight minutes on two cores
-python tests/benchmarks/training.py --rounds 1  # every figure once
+python tests/benchmarks/training.py --rounds 1  # one measurement per figure
 
-Published: batches of 4; every question's two clips go through the frozen encoder and 1025 positions of the projection,
-its prompt is filled to 129 tokens and its answer to 250, and there are logits at all 639 positions; plain PyTorch.
-Packed: what `jobs/train.py` does of the `encoder-cached` recipe, on one worker: stored features, 8 questions behind a
-prefix, no padding, logits where there are labels, in a DeepSpeed engine. Padded: the same with prompts of 129.
-All take the whole step (forward, backward, clipping, AdamW), in turn in one run after a warm-up.
+Published: batches of 4; both clips of every question go through the frozen encoder and 1025 positions of the
+projection, prompts are padded to 129 tokens and answers to 250, logits of all 639 positions; plain PyTorch.
+Packed: the step of `jobs/train.py` on one worker with options of the recipe `encoder-cached`: stored features, 8
+questions per prefix, no padding, logits only for labels; DeepSpeed engine. Padded: packed, with prompts of 129 tokens.
+Each measures the whole step (forward, backward, clipping, AdamW); the three alternate in one run after a warm-up.
 """
 
 import argparse
@@ -18,9 +18,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder alone would be on it
+sys.path.insert(0, str(Path(__file__).parents[2]))  # has only the script's folder by default
 
-import tests  # noqa: F401  # its token for Ray, before Ray is imported
+import tests  # noqa: F401  # sets a token for Ray, before Ray is imported
 
 # isort: split
 import numpy as np
@@ -32,7 +32,7 @@ from mellow_platform import training
 from mellow_platform.model import MellowConfig, MellowForConditionalGeneration
 from mellow_platform.training.batches import MicroBatch, batches
 from mellow_platform.training.examples import AnswerExamples, RecordNames, TokenTexts
-from mellow_platform.training.finetune import BETAS, Finetuning
+from mellow_platform.training.finetune import BETAS, FinetuneWorker
 from mellow_platform.training.flops import ModelFlops, measured_peak
 from mellow_platform.training.step_plan import StepPlan
 from mellow_platform.training.train_config import TrainConfig
@@ -41,21 +41,21 @@ from tests.benchmarks.recorded import add_record_option, report
 THREADS = 2
 VOCABULARY, PAD_TOKEN = 49152, 17
 PROMPT, ANSWER, BATCH = 129, 250, 4  # of the published recipe
-# Tokens as in ReasonAQA: about 40 and about 30.
+# Numbers of tokens as in ReasonAQA, about 40 and about 30.
 PROMPTS, ANSWERS = (30, 51), (20, 41)
 PAIRS, QUESTIONS_PER_PACK, MICRO_BATCH = 64, 8, 16
-# Steps that read their batches from Ray Data, and micro-batches that it makes at a time: so few that making the next
-# ones goes on all through the measurement.
+# Steps with batches from Ray Data, and micro-batches per window: few, so that the next window is collated throughout
+# the measurement.
 LIVE_STEPS, LIVE_WINDOW = 4, 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="steps of each kind that are timed")
+    parser.add_argument("--rounds", type=int, default=3, help="measured steps of each recipe")
     add_record_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
-    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
+    os.environ["LOCAL_RANK"] = "0"  # required by DeepSpeed
     ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=500_000_000, logging_level="warning")
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
@@ -65,23 +65,23 @@ def main() -> None:
 
 
 def measure(rounds: int) -> dict[str, float]:
-    """Time the three systems in turn and the pipeline behind one; print tables and return the figures."""
+    """Measure the three recipes alternately, and packed with its input pipeline; print tables, return the figures."""
     torch.manual_seed(0)
     published, packed = Published(), Packed()
     examples = {"packed": make_examples(None), "padded": make_examples(PROMPT)}
     seconds: dict[str, list[float]] = {"published": [], "packed": [], "padded": []}
     peaks = []
-    for turn in range(rounds + 1):
-        taken = {"published": published.step(turn)}
-        for name, own in examples.items():
-            taken[name] = packed.step(packed.collate(own, turn))
+    for number in range(rounds + 1):
+        times = {"published": published.step(number)}
+        for name, each in examples.items():
+            times[name] = packed.step(packed.collate(each, number))
         peaks.append(measured_peak(torch.device("cpu"), torch.float32))
-        print(", ".join(f"{name} {value:.1f} s" for name, value in taken.items()), file=sys.stderr)
-        if turn:  # the first warms up
-            for name, value in taken.items():
+        print(", ".join(f"{name} {value:.1f} s" for name, value in times.items()), file=sys.stderr)
+        if number:  # round 0 is the warm-up
+            for name, value in times.items():
                 seconds[name].append(value)
     live = packed.live(examples["packed"])
-    # The fastest: what else runs on the machine only ever adds.
+    # The minimum, because other programs on the machine can only add time.
     return tabulate({name: min(values) for name, values in seconds.items()}, examples, live, max(peaks))
 
 
@@ -122,7 +122,7 @@ class Published:
         self.optimizer = torch.optim.AdamW(self.trained, 1e-4, betas=BETAS, weight_decay=1e-4, fused=True)
 
     def step(self, number: int) -> float:
-        """Learn from one batch; return the seconds."""
+        """Train on one batch; return the seconds."""
         generator = torch.Generator().manual_seed(number)
         log_mel = 20 * torch.randn(BATCH, 2, 1001, 64, generator=generator) - 40
         prompts = torch.randint(18, VOCABULARY, (BATCH, PROMPT), generator=generator)
@@ -153,45 +153,45 @@ class Published:
 
 
 class Packed:
-    """The training job's own step on one worker."""
+    """Training step of `jobs/train.py` on one worker."""
 
     def __init__(self) -> None:
         config = TrainConfig(
             shards="/none", encoder="/none", output="/none", storage="/none", run="benchmark",
             batch=MICRO_BATCH, micro_batch=MICRO_BATCH, learning_rate=1e-4, pad_prompts=False,
             questions_per_pack=QUESTIONS_PER_PACK,
-            zero_stage=0,  # one worker has nobody to share with
+            zero_stage=0,  # one worker has nothing to partition
         )  # fmt: skip
         model = MellowForConditionalGeneration(MellowConfig.from_size("mellow-v0")).freeze_encoder()
         self.plan = StepPlan(0, PAIRS * QUESTIONS_PER_PACK, MICRO_BATCH, MICRO_BATCH, workers=1)
-        self.tuning = Finetuning(config, self.plan, model, None)
+        self.worker = FinetuneWorker(config, self.plan, model, None)
 
     def collate(self, examples: AnswerExamples, step: int) -> list[MicroBatch]:
         numbers = self.plan.numbers(examples, step)
         arrays = examples.collate(0, 0, numbers)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return [MicroBatch(tensors, float(examples.sizes[numbers].sum()), counts=True, draw=step)]
+        return [MicroBatch(tensors, float(examples.loss_weights[numbers].sum()), active=True, seed=step)]
 
-    def step(self, turns: list[MicroBatch]) -> float:
-        """Learn from one batch; return the seconds."""
+    def step(self, micro_batches: list[MicroBatch]) -> float:
+        """Train on one batch; return the seconds."""
         start = time.perf_counter()
-        self.tuning.step(turns, 1e-4)
+        self.worker.step(micro_batches, 1e-4)
         return time.perf_counter() - start
 
     def live(self, examples: AnswerExamples) -> dict[str, float]:
-        """Train on what Ray Data makes ahead; return the share of the time without a batch, and counts a second."""
+        """Train on batches from Ray Data; return the share of time waiting for a batch, and counts per second."""
         training.batches.WINDOW = LIVE_WINDOW
         steps: Iterator[list[MicroBatch]] = batches(self.plan, ray.put(examples), 0, 0, 1 + LIVE_STEPS)
-        self.step(next(steps))  # which waits for the pipeline to start
+        self.step(next(steps))  # waits for the pipeline to start
         waited = busy = 0.0
         work: dict[str, float] = {}
         start = time.perf_counter()
         for _ in range(LIVE_STEPS):
             before = time.perf_counter()
-            turns = next(steps)
+            micro_batches = next(steps)
             waited += time.perf_counter() - before
-            busy += self.step(turns)
-            for name, count in self.tuning.work(turns).items():
+            busy += self.step(micro_batches)
+            for name, count in self.worker.work(micro_batches).items():
                 work[name] = work.get(name, 0.0) + count
         whole = time.perf_counter() - start
         rates = {f"{name}_per_second": count / whole for name, count in work.items()}
@@ -199,7 +199,7 @@ class Packed:
 
 
 def published_flops(flops: ModelFlops) -> float:
-    """Return the floating-point operations of the published recipe for one question."""
+    """Return the floating-point operations of the published recipe per question."""
     length = flops.prefix + PROMPT + ANSWER
     config = MellowConfig.from_size("mellow-v0")
     copies = (1 + config.audio_config.num_frames * config.frame_repeat) / (1 + config.audio_config.num_frames)
@@ -221,10 +221,10 @@ def tabulate(
         )
     count = dict.fromkeys(examples, MICRO_BATCH) | {"published": BATCH}
     needed = {"published": published_flops(flops)}
-    for name, own in examples.items():
-        arrays = own.collate(0, 0, own.order(0, 0))
+    for name, each in examples.items():
+        arrays = each.collate(0, 0, each.order(0, 0))
         needed[name] = flops.work({key: torch.from_numpy(array) for key, array in arrays.items()})["model_flops"]
-        needed[name] /= len(own)
+        needed[name] /= len(each)
     rate = {name: count[name] / seconds[name] for name in seconds}
     print(f"{'':10} s a step  examples   ex/s  GFLOP/ex  utilised  speedup  bound")
     for name in seconds:

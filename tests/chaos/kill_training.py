@@ -1,18 +1,18 @@
-"""Kill a training run at random moments, and hold what it committed against an undisturbed one.
+"""Kill a training run at random moments, and compare its committed log with that of an undisturbed run.
 
     python tests/chaos/kill_training.py [--kills 10] [--seed 0]
 
 A cluster of three nodes trains a tiny Mellow from an S3 server that fails one request in twenty. Workers, nodes (some
-of them after a notice of preemption) and drivers are killed with SIGKILL; a driver is then submitted again. At the end
-the committed log of (step, example ids, loss) is compared with that of a run that nobody disturbed:
+after a preemption notice) and drivers are killed with SIGKILL; a killed driver is submitted again. At the end the
+committed log of (step, example ids, loss) is compared with that of an undisturbed run:
 
-    lost        steps of the undisturbed run that are not in the log, and of committed logs seen after a kill
-    repeated    steps that stand in it twice
-    different   steps with other examples, or a loss that is more than 1e-5 away
-    redone      steps that were computed again because they came after the last checkpoint, to within a second's steps
+    lost        steps of the undisturbed run that are missing from the log, and steps that a kill removed from the log
+    repeated    steps that are in the log twice
+    different   steps with other examples, or a loss that differs by more than 1e-5
+    redone      steps that were repeated because no checkpoint contained them, to within the steps of a second
 
-`redone` has to stay within one checkpoint interval a kill. The last line is these counts as JSON; the status is 1 where
-one of them is not what it has to be.
+`redone` must be at most one checkpoint interval per kill. The last line has these counts as JSON; the exit status is 1
+if one of them is wrong.
 """
 
 import argparse
@@ -25,9 +25,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder alone would be on it
+sys.path.insert(0, str(Path(__file__).parents[2]))  # has only the script's folder by default
 
-import tests  # noqa: F401  # its token for Ray, before Ray is imported
+import tests  # noqa: F401  # sets a token for Ray, before Ray is imported
 
 # isort: split
 import torch
@@ -43,9 +43,9 @@ from tests.small_corpus import write_corpus
 
 FAILURES = 0.05  # share of storage requests
 TOLERANCE = 1e-5
-NOTICE = "notice"  # a node that is told before it is killed
-PATIENCE = 300  # seconds in which a run has to get on
-NOTICE_SECONDS = 30  # in which a notice has to have brought a checkpoint
+NOTICE = "notice"  # kill of a node after a preemption notice
+PATIENCE = 300  # seconds to wait for progress
+NOTICE_SECONDS = 30  # within which a notice must lead to a checkpoint
 
 
 def main() -> None:
@@ -64,10 +64,10 @@ def main() -> None:
 
 
 def kill_training(folder: Path, kills: int, seed: int, steps: int, checkpoint_every: int) -> dict[str, Any]:
-    """Train `steps` steps twice, the second time with `kills` kills, and return how the two compare.
+    """Train `steps` steps twice, the second time with `kills` kills, and return the counts of their comparison.
 
     Args:
-        folder: for the storage server's files and the drivers' logs.
+        folder: folder for the storage server's files and the drivers' logs.
     """
     with (
         object_store(folder / "s3", failures=FAILURES, seed=seed) as store,
@@ -75,15 +75,15 @@ def kill_training(folder: Path, kills: int, seed: int, steps: int, checkpoint_ev
     ):
         examples = write_shards(store.uri, cluster, folder / "shards.log")
         undisturbed = Run(store.uri, "undisturbed", cluster, folder, steps, checkpoint_every, examples)
-        undisturbed.begin()
+        undisturbed.submit()
         undisturbed.wait()
         run = Run(store.uri, "disturbed", cluster, folder, steps, checkpoint_every, examples)
         disturbance = Disturbance(run, random.Random(seed), kills)
-        disturbance.go_through()
+        disturbance.complete_run()
         expected, found = undisturbed.log(), run.log()
         result = run.result()
         print(f"{store.failed} of {store.requests} storage requests failed")
-        weights = [one.published()["files"]["model.safetensors"] for one in (undisturbed, run)]
+        weights = [each.published()["files"]["model.safetensors"] for each in (undisturbed, run)]
     counts = compare(expected, found)
     return {
         "kills": disturbance.killed,
@@ -97,7 +97,7 @@ def kill_training(folder: Path, kills: int, seed: int, steps: int, checkpoint_ev
 
 
 def write_shards(uri: str, cluster: ChaosCluster, log: Path) -> int:
-    """Write feature shards of a few scenes behind a random encoder; return the number of training examples."""
+    """Write feature shards of a few scenes with a random encoder; return the number of training examples."""
     write_corpus(storage.join(uri, "corpus"), {"train": 24, "val": 1, "test": 1})
     torch.manual_seed(0)
     save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")).eval(), storage.join(uri, "encoder"))
@@ -111,7 +111,7 @@ def write_shards(uri: str, cluster: ChaosCluster, log: Path) -> int:
 
 
 class Run:
-    """A training run on the cluster, submitted as often as it takes."""
+    """A training run on the cluster, which can be submitted repeatedly."""
 
     def __init__(
         self, uri: str, name: str, cluster: ChaosCluster, folder: Path, steps: int, checkpoint_every: int, examples: int
@@ -120,7 +120,7 @@ class Run:
         self.folder = storage.join(uri, name, "run")
         self.output = storage.join(uri, name, "model")
         self.file = folder / f"{name}.log"
-        batch = 64  # steps of a fifth of a second: kills and notices take seconds to arrive
+        batch = 64  # steps take a fifth of a second, and kills and notices take seconds to arrive
         self.command = [
             "jobs/train.py", "--shards", f"{uri}/features", "--encoder", f"{uri}/encoder", "--size", "mellow-tiny",
             "--storage", storage.join(uri, name), "--run", "run", "--output", self.output,
@@ -129,7 +129,7 @@ class Run:
         ]  # fmt: skip
         self.driver: subprocess.Popen | None = None
 
-    def begin(self) -> subprocess.Popen:
+    def submit(self) -> subprocess.Popen:
         self.driver = self.cluster.run_driver(self.command, self.file)
         return self.driver
 
@@ -137,7 +137,7 @@ class Run:
         """Wait until the run is complete.
 
         Raises:
-            RuntimeError: it failed.
+            RuntimeError: the driver failed.
         """
         assert self.driver
         if self.driver.wait(2 * PATIENCE):
@@ -148,15 +148,15 @@ class Run:
         return storage.read_json(uri)["step"] if storage.exists(uri) else -1
 
     def wait_for(self, step: int) -> None:
-        """Wait until the run has come to `step`, or to its end.
+        """Wait until the run reaches `step` or its end.
 
         Raises:
-            RuntimeError: its driver failed, or it does not get there.
+            RuntimeError: the driver failed, or the run does not reach the step within `PATIENCE`.
         """
         until = time.monotonic() + PATIENCE
         while self.position() < step and not storage.exists(storage.join(self.folder, RESULT)):
             if (self.driver and self.driver.poll()) or time.monotonic() > until:
-                raise RuntimeError(f"the run does not come to step {step}:\n{self.file.read_text()[-5000:]}")
+                raise RuntimeError(f"the run does not reach step {step}:\n{self.file.read_text()[-5000:]}")
             time.sleep(0.3)
 
     def log(self) -> list[dict[str, Any]]:
@@ -164,9 +164,9 @@ class Run:
         return CheckpointStore(self.folder).read_log().to_pylist()
 
     def committed(self) -> int:
-        """Return the step of the latest whole checkpoint; 0 where there is none."""
-        saved = CheckpointStore(self.folder).saved()
-        return saved[-1].step if saved else 0
+        """Return the step of the latest complete checkpoint; 0 if there is none."""
+        checkpoints = CheckpointStore(self.folder).checkpoints()
+        return checkpoints[-1].step if checkpoints else 0
 
     def result(self) -> dict[str, Any]:
         return storage.read_json(storage.join(self.folder, RESULT))
@@ -176,52 +176,52 @@ class Run:
 
 
 class Disturbance:
-    """Kills at random steps of a run, one after the other."""
+    """Kills at random steps of a run, one after another."""
 
     def __init__(self, run: Run, rng: random.Random, kills: int):
         self.run, self.rng = run, rng
         kinds = [DRIVER, NOTICE, WORKER, NODE]
         self.kinds = [kinds[number % len(kinds)] for number in range(kills)]
         rng.shuffle(self.kinds)
-        # Two steps that are drawn close together kill a run that is still starting again.
-        # None is drawn so late that the run is complete before a notice, which takes seconds, has arrived.
+        # Steps close together kill a run that is still restarting.
+        # The last two fifths have no kills, because a notice takes seconds to arrive, and the run must not end before.
         self.steps = sorted(rng.randrange(run.steps * 3 // 5) for _ in range(kills))
         self.killed = self.lost = self.notices = self.saved = 0
 
-    def go_through(self) -> None:
-        """Run to the end, with every kill on the way."""
+    def complete_run(self) -> None:
+        """Submit the run, apply every kill, and wait for its end."""
         run = self.run
-        driver = run.begin()
+        driver = run.submit()
         for step, kind in zip(self.steps, self.kinds, strict=True):
             run.wait_for(step)
             time.sleep(self.rng.random())
             before = run.log()
-            what = self._take_a_node_away(kind) if kind in (NODE, NOTICE) else self._kill(kind, driver)
-            self.killed += bool(what)
-            print(f"step {run.position():4d}: killed {what or f'no {kind}: the run is over'}", flush=True)
+            victim = self._kill_node(kind) if kind in (NODE, NOTICE) else self._kill(kind, driver)
+            self.killed += bool(victim)
+            print(f"step {run.position():4d}: killed {victim or f'no {kind}: the run has ended'}", flush=True)
             if kind == DRIVER:
-                driver = run.begin()
-            # Whatever was committed stays so.
+                driver = run.submit()
+            # Committed steps must stay in the log.
             self.lost += compare(before, run.log())["lost"]
         run.wait()
 
     def _kill(self, kind: str, driver: subprocess.Popen) -> str:
-        """Kill a driver or a worker, as soon as there is one, and return what it was; "" where the run has ended."""
+        """Kill a driver or a worker as soon as one exists, and return its name; "" if the run has ended."""
         until = time.monotonic() + PATIENCE
-        while not (what := self.run.cluster.kill(kind, self.rng, driver)) and driver.poll() is None:
+        while not (victim := self.run.cluster.kill(kind, self.rng, driver)) and driver.poll() is None:
             if time.monotonic() > until:
-                raise RuntimeError(f"there is no {kind} to kill")
+                raise RuntimeError(f"no {kind} to kill after {PATIENCE} s")
             time.sleep(0.1)
-        return what
+        return victim
 
-    def _take_a_node_away(self, kind: str) -> str:
-        """Kill a node that trains; with a notice first, and not before the checkpoint that this has to bring."""
+    def _kill_node(self, kind: str) -> str:
+        """Kill a node that trains, for `NOTICE` after a preemption notice and the checkpoint that it triggers."""
         cluster = self.run.cluster
         self.run.wait_for(self.run.position() + 1)
         until = time.monotonic() + PATIENCE
         while not (node := cluster.host_of("ray::RayTrainWorker")):
             if time.monotonic() > until:
-                raise RuntimeError("no node trains")
+                raise RuntimeError(f"no node trains after {PATIENCE} s")
             time.sleep(0.3)
         if kind == NOTICE:
             cluster.give_notice(node)
@@ -231,7 +231,7 @@ class Disturbance:
         return f"node {node.pid}" + " after a notice" * (kind == NOTICE)
 
     def _is_saved_between_checkpoints(self) -> bool:
-        """Whether a checkpoint appears soon at a step that none is due at."""
+        """Return whether a checkpoint at a step off the interval appears within `NOTICE_SECONDS`."""
         until = time.monotonic() + NOTICE_SECONDS
         while time.monotonic() < until:
             committed = self.run.committed()
@@ -242,7 +242,7 @@ class Disturbance:
 
 
 def compare(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> dict[str, int]:
-    """Count what the log `found` lacks of `expected`, has twice, or has otherwise."""
+    """Count the steps of the log `expected` that `found` lacks, repeats, or has with other values."""
     rows = {row["step"]: row for row in found}
     shared = [(row, rows[row["step"]]) for row in expected if row["step"] in rows]
     return {

@@ -1,1 +1,1 @@
-"""Training on Ray Train: the encoder as a sound tagger, and Mellow on answers with DeepSpeed."""
+"""Training on Ray Train: the audio encoder as a sound tagger, and Mellow on answers with DeepSpeed."""

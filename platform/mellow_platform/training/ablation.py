@@ -1,7 +1,7 @@
 """Ablations: every point of a grid trained with several seeds as trials of Ray Tune, scored, and put into one table.
 
-A run is named by its values, and what it came to is written down when it is scored. An ablation that is submitted
-again trains what is missing alone: runs that failed, and points that were added.
+A run is named by its values; its scores are written to a file of that name. An ablation that is submitted again trains
+only the missing runs: those that failed, and those of added points.
 """
 
 import logging
@@ -31,7 +31,7 @@ from mellow_platform.training.trainer import CHANGEABLE
 
 logger = logging.getLogger(__name__)
 
-# A trial waits for the workers of its run. It asks for no CPU, which would be one less for them.
+# A trial only waits for the workers of its run. It reserves no CPU, so that they can have all of them.
 TRIAL = tune.PlacementGroupFactory([{"memory": 1}])
 
 
@@ -40,9 +40,9 @@ class AblationRun:
     """One point with one seed.
 
     Attributes:
-        point: its number.
-        preprocess: how its shards are made; None where they are there.
-        folder: of the ablation.
+        point: number of the point.
+        preprocess: options to write its shards with; None if the ablation reads existing shards.
+        folder: output folder of the ablation.
     """
 
     point: int
@@ -57,15 +57,15 @@ class AblationRun:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the scores depend on."""
+        """Options that the scores depend on."""
         return {"train": self.train.model_dump(), "evaluate": self.evaluate and self.evaluate.model_dump()}
 
     def read_scores(self) -> dict[str, Any] | None:
-        """Return the scores that were written down; None where there are none, or of other values."""
+        """Return the stored scores; None if they are missing or of other options."""
         if not storage.exists(self._uri):
             return None
-        written = storage.read_json(self._uri)
-        return written.pop("scores") if written == self.identity | {"scores": written["scores"]} else None
+        stored = storage.read_json(self._uri)
+        return stored.pop("scores") if stored == self.identity | {"scores": stored["scores"]} else None
 
     def write_scores(self, scores: dict[str, Any]) -> None:
         storage.write_json(self._uri, self.identity | {"scores": scores})
@@ -76,44 +76,43 @@ class AblationRun:
 
 
 def run_ablation(config: AblationConfig) -> dict[str, Any]:
-    """Train and score what is not scored yet, write `table.md`, `.csv`, `.json` and `.png`, and return the report.
+    """Train and score the runs without scores, write `table.md`, `.csv`, `.json` and `.png`, and return the report.
 
-    A run that fails does not end the others: its reason stands in the report.
+    A failed run does not stop the others; the report has its reason.
     """
-    runs = runs_of(config)
+    runs = ablation_runs(config)
     remaining = [run for run in runs if run.read_scores() is None]
     logger.warning("%d of %d runs are scored already", len(runs) - len(remaining), len(runs))
-    failures = make_shards(remaining)
+    failures = write_shards(remaining)
     failures |= run_trials([run for run in remaining if run.name not in failures], config.concurrent)
     outcomes = []
     for run in runs:
         scores = run.read_scores()
-        failed = None if scores else failures.get(run.name, "it was not finished")
+        failed = None if scores else failures.get(run.name, "the run did not finish")
         outcomes.append(Outcome(run.point, run.train.seed, run.name, scores or {}, failed))
     result = report(config, outcomes)
     write_report(config.output, result)
     return result
 
 
-def runs_of(config: AblationConfig) -> list[AblationRun]:
-    """Return the runs of an ablation, seeds of a point one behind the other."""
+def ablation_runs(config: AblationConfig) -> list[AblationRun]:
+    """Return the runs of an ablation; those of one point are consecutive."""
     runs = []
     for number, point in enumerate(grid_points(config)):
         for seed in config.seeds:
             train = train_config(config, point, seed)
             name = run_name(train, point)
             train = train.model_copy(update={"run": name, "output": storage.join(config.output, "models", name)})
-            made = preprocess_config(config, train)
-            asked = digest(config.evaluate)[:8]
-            scored = evaluate_config(config, train, storage.join(config.output, "evaluation", f"{name}-{asked}"))
-            runs.append(AblationRun(number, train, made, scored, config.output))
+            shards = preprocess_config(config, train)
+            folder = storage.join(config.output, "evaluation", f"{name}-{digest(config.evaluate)[:8]}")
+            runs.append(AblationRun(number, train, shards, evaluate_config(config, train, folder), config.output))
     return runs
 
 
 def run_name(config: TrainConfig, point: dict[str, Any]) -> str:
-    """Return a name that says what a run is, and changes with its values alone, not with the rest of the grid."""
+    """Return the name of a run, which depends on its own values and not on the rest of the grid."""
     values = {name: value for name, value in config.model_dump().items() if name not in CHANGEABLE | {"run", "seed"}}
-    # What a run may change when it goes on makes two points where it is an axis.
+    # An option that a resumed run may change still distinguishes points if it is an axis.
     values |= {axis: value for axis, value in point.items() if axis in CHANGEABLE}
     parts = [_last(config.encoder or config.init_from or ""), config.projection]
     parts += [_last(config.decoder)] if config.decoder else []
@@ -127,8 +126,8 @@ def _last(uri: str) -> str:
     return uri.rstrip("/").rsplit("/", 1)[-1]
 
 
-def make_shards(runs: list[AblationRun]) -> dict[str, str]:
-    """Write the shards that the runs read, each set once; return the reason by name of the runs that have none."""
+def write_shards(runs: list[AblationRun]) -> dict[str, str]:
+    """Write the shard sets of the runs, each once; return the reason by name of each run whose shards failed."""
     failures: dict[str, str] = {}
     reasons: dict[str, str | None] = {}
     for run in runs:
@@ -139,21 +138,21 @@ def make_shards(runs: list[AblationRun]) -> dict[str, str]:
             try:
                 preprocess(run.preprocess)
                 reasons[shards] = None
-            except Exception as error:  # of any kind: the other points do not depend on it
+            except Exception as error:  # any error: the other points do not depend on these shards
                 logger.exception("shards for %s could not be written", run.name)
                 reasons[shards] = Failure(error).message.splitlines()[0]
-        if found := reasons[shards]:
-            failures[run.name] = found
+        if reason := reasons[shards]:
+            failures[run.name] = reason
     return failures
 
 
 def run_trials(runs: list[AblationRun], concurrent: int | None) -> dict[str, str]:
-    """Train and score runs as trials of Ray Tune; return the reason by name of those that failed."""
+    """Train and score runs as trials of Ray Tune; return the reason by name of each run that failed."""
     if not runs:
         return {}
     if not ray.is_initialized():
         ray.init()
-    # Ctrl-C ends the job: Ray Tune would stop its trials and report them as failed.
+    # Ctrl-C ends the job; by default Ray Tune stops its trials and reports them as failed.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     fs, path = storage.arrow_filesystem(runs[0].folder)
     trial = tune.with_parameters(train_and_score, runs={run.name: run for run in runs})
@@ -161,12 +160,12 @@ def run_trials(runs: list[AblationRun], concurrent: int | None) -> dict[str, str
         tune.with_resources(trial, TRIAL),
         param_space={"run": tune.grid_search([run.name for run in runs])},
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=concurrent or min(room(run.train) for run in runs),
+            max_concurrent_trials=concurrent or min(concurrent_runs(run.train) for run in runs),
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=path, storage_filesystem=fs, verbose=0, callbacks=[Announcer(len(runs))]
+            name="tune", storage_path=path, storage_filesystem=fs, verbose=0, callbacks=[RunPrinter(len(runs))]
         ),
     )
     results = list(tuner.fit())
@@ -175,54 +174,56 @@ def run_trials(runs: list[AblationRun], concurrent: int | None) -> dict[str, str
 
 
 def train_and_score(values: dict[str, str], runs: dict[str, AblationRun]) -> None:
-    """The trial of a run: the driver of its training and evaluation, on the cluster."""
+    """Train and evaluate a run: the function of its trial, on the cluster."""
     run = runs[values["run"]]
-    # What is wrong with a point is found here, before workers are started for it, and started again.
+    # An invalid point fails here, before its workers are started and restarted.
     build_model(run.train, load_processor(storage.join(run.train.shards, "processor")))
     result = finetune(run.train)
-    # Of the weights that were published.
-    validated = result["best"] if run.train.publish == "best" else result
-    scores = {"steps": result["step"]} | {name: validated[name] for name in ("val_accuracy", "val_loss")}
+    # Validation of the published weights.
+    validation = result["best"] if run.train.publish == "best" else result
+    scores = {"steps": result["step"]} | {name: validation[name] for name in ("val_accuracy", "val_loss")}
     if run.evaluate:
         condition = run.evaluate.conditions[0]
-        found = evaluate(run.evaluate)["benchmarks"]
-        for name, benchmark in ((name, own) for name, own in found.items() if "scores" in own):
-            own = {name: main_score(benchmark)[condition]["value"]}
+        benchmarks = evaluate(run.evaluate)["benchmarks"]
+        for name, benchmark in benchmarks.items():
+            if "scores" not in benchmark:
+                continue
+            new = {name: main_score(benchmark)[condition]["value"]}
             families = benchmark["groups"].get("family", {})
-            own |= {f"{name} {family}": of["scores"][condition]["value"] for family, of in families.items()}
-            # The default benchmark goes by plain names.
-            scores |= {key.removeprefix("families ").replace("families", "accuracy"): own[key] for key in own}
+            new |= {f"{name} {family}": group["scores"][condition]["value"] for family, group in families.items()}
+            # Scores of the default benchmark have no prefix.
+            scores |= {key.removeprefix("families ").replace("families", "accuracy"): new[key] for key in new}
     run.write_scores(scores)
     tune.report(scores)
 
 
-def room(config: TrainConfig) -> int:
-    """Return how many such runs the cluster has room for at a time: for workers, and a CPU each to make batches."""
+def concurrent_runs(config: TrainConfig) -> int:
+    """Return how many such runs fit the cluster at once, each with its workers and one CPU to collate batches."""
     scaling = config.scaling
     needs = {
         "CPU": scaling.workers * scaling.cpus_per_worker + 1,
         "GPU": scaling.workers * scaling.gpus_per_worker,
     }
-    there = ray.cluster_resources()
-    return max(1, min(int(there.get(name, 0) // need) for name, need in needs.items() if need))
+    resources = ray.cluster_resources()
+    return max(1, min(int(resources.get(name, 0) // need) for name, need in needs.items() if need))
 
 
 def _trial_name(trial: Any) -> str:
     return trial.config["run"]
 
 
-class Announcer(tune.Callback):
-    """Says in the job's log which run is done."""
+class RunPrinter(tune.Callback):
+    """Printer of finished runs in the job's log."""
 
     def __init__(self, total: int):
         self.total, self.done = total, 0
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._say(trial, "scored")
+        self._print(trial, "scored")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._say(trial, "failed")
+        self._print(trial, "failed")
 
-    def _say(self, trial: Any, what: str) -> None:
+    def _print(self, trial: Any, status: str) -> None:
         self.done += 1
-        print(f"run {self.done} of {self.total}: {_trial_name(trial)} {what}", flush=True)
+        print(f"run {self.done} of {self.total}: {_trial_name(trial)} {status}", flush=True)

@@ -66,31 +66,31 @@ class AblationConfig(Section):
         return list(dict.fromkeys(found))
 
     @model_validator(mode="after")
-    def _axes_and_fields_are_for_the_user(self) -> "AblationConfig":
-        own = {"run", "output", "storage", "seed", "dry_run"}
-        valid = [name for name in TrainConfig.model_fields if name not in own]
+    def _check_axes(self) -> "AblationConfig":
+        reserved = {"run", "output", "storage", "seed", "dry_run"}
+        valid = [name for name in TrainConfig.model_fields if name not in reserved]
         for name in (*self.grid, *self.train):
             if name not in valid:
-                raise ValueError(f"{name} is not a field of jobs/train.py that a grid can have{nearest(name, valid)}")
+                raise ValueError(f"{name} is not an option of jobs/train.py for ablations{nearest(name, valid)}")
         for axis, values in self.grid.items():
             if not values:
-                raise ValueError(f"grid.{axis} has no values: list some, or leave the axis out")
+                raise ValueError(f"grid.{axis} has no values; list at least one, or remove the axis")
         return self
 
     @model_validator(mode="after")
-    def _shards_come_from_one_place(self) -> "AblationConfig":
+    def _check_shards(self) -> "AblationConfig":
         if (self.preprocess is None) == ("shards" not in self.train):
-            raise ValueError("give `preprocess`, the fields to write shards with, or `shards` in `train`, and not both")
+            raise ValueError("set either `preprocess` (options to write shards with) or `shards` in `train`")
         if self.preprocess is None and any(len(self.grid.get(axis, [])) > 1 for axis in ("encoder", "init_from")):
-            raise ValueError("each encoder reads shards of its own: give `preprocess` in place of `shards` in `train`")
+            raise ValueError("each encoder needs its own shards; set `preprocess` instead of `shards` in `train`")
         return self
 
     @model_validator(mode="after")
-    def _every_point_is_valid(self) -> "AblationConfig":
+    def _check_points(self) -> "AblationConfig":
         if self.metric == "accuracy" and self.evaluate is None:
-            raise ValueError("metric: accuracy is that of `evaluate`: give it, or take val_accuracy")
+            raise ValueError("metric: accuracy needs `evaluate`; set it, or choose val_accuracy")
         if self.metric == "accuracy" and "families" not in (self.evaluate or {}).get("benchmark", "families"):
-            raise ValueError("metric: accuracy is that of the benchmark families: name it in evaluate.benchmark")
+            raise ValueError("metric: accuracy needs the benchmark families; add it to evaluate.benchmark")
         for point in grid_points(self):
             try:
                 job_configs(self, point)

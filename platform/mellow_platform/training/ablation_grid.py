@@ -1,4 +1,4 @@
-"""Points of an ablation's grid, and the configurations of the jobs that a point runs."""
+"""Points of an ablation's grid, and the configurations of each point's jobs."""
 
 import itertools
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,13 @@ from mellow_platform.training.train_config import TrainConfig
 if TYPE_CHECKING:
     from mellow_platform.training.ablation_config import AblationConfig
 
-ONLY_AT_THE_END = 10**9  # steps between validations of a run that validates only its last step
+LAST_STEP_ONLY = 10**9  # steps between validations of a run that validates only its last step
 
 Point = dict[str, Any]  # value by axis
 
 
 def grid_points(config: "AblationConfig") -> list[Point]:
-    """Return the points of the grid in their order."""
+    """Return the points of the grid in order."""
     if config.combinations == "all":
         return [dict(zip(config.grid, values, strict=True)) for values in itertools.product(*config.grid.values())]
     reference = {axis: values[0] for axis, values in config.grid.items()}
@@ -31,20 +31,20 @@ def train_config(config: "AblationConfig", point: Point, seed: int) -> TrainConf
     """Return the training configuration of a point; the caller sets its run name and output.
 
     Raises:
-        ValueError: the base cannot be read, or an option is not valid; the message names it.
+        ValueError: the base is malformed, or an option is invalid; the message names it.
     """
     values = read_yaml(config.base) if config.base else {}
     values |= config.train | point | {"seed": seed, "storage": storage.join(config.output, "runs")}
     values |= {"run": "unnamed", "output": config.output, "shards": values.get("shards", config.output)}
-    # Without validations on the way there is one at the end.
-    values["validate_every"] = values.get("validate_every") or ONLY_AT_THE_END
+    # A run without intermediate validations is validated at its end.
+    values["validate_every"] = values.get("validate_every") or LAST_STEP_ONLY
     train = validated(TrainConfig, values)
     preprocess = preprocess_config(config, train)
     return train.model_copy(update={"shards": preprocess.output}) if preprocess else train
 
 
 def preprocess_config(config: "AblationConfig", train: TrainConfig) -> PreprocessConfig | None:
-    """Return the configuration of the shards for a run's encoder and decoder; None if the ablation reads given ones."""
+    """Return the options to write shards for a run's encoder and decoder; None if the ablation reads existing ones."""
     if config.preprocess is None:
         return None
     values = {"size": train.size, "features": "encoder", "encoder": train.encoder or train.init_from}
@@ -66,7 +66,7 @@ def job_configs(config: "AblationConfig", point: Point) -> dict[str, Section]:
     """Return the configurations of a point's jobs, with the first seed, by job.
 
     Raises:
-        ValueError: an option is not valid; the message names it.
+        ValueError: an option is invalid; the message names it.
     """
     train = train_config(config, point, config.seeds[0])
     preprocess, evaluate = preprocess_config(config, train), evaluate_config(config, train, config.output)

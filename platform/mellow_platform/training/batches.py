@@ -1,4 +1,4 @@
-"""Micro-batches of a plan on Ray Data, a window ahead of the worker that trains on them."""
+"""Micro-batches of a step plan from Ray Data, collated one window ahead of the training worker."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,35 +9,35 @@ import numpy as np
 import ray
 import torch
 
-from mellow_platform.training.step_plan import StepPlan, collated
+from mellow_platform.training.step_plan import StepPlan, collate_micro_batch
 
-WINDOW, TASK = 64, 16  # micro-batches made ahead, and of them in one Ray task
-TASKS = 2  # such tasks at a time for a training worker
+WINDOW, TASK = 64, 16  # micro-batches per window, and per Ray task
+TASKS = 2  # simultaneous tasks per training worker
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass reads.
+    """Input of one forward pass.
 
     Attributes:
         arrays: of `Examples.collate`.
-        size: what the whole step's examples count, over all workers: losses are sums divided by it.
-        counts: false for a stand-in, computed where a worker has no share of the step, so that all keep in step.
-        draw: seed of its dropout and its other draws.
+        step_weight: sum of `Examples.loss_weights` in the whole step, over all workers; divisor of its losses.
+        active: false for a filler, whose loss counts 0: a worker without a share of the step computes one, because
+            collective operations need all workers.
+        seed: of dropout and other random operations.
     """
 
     arrays: dict[str, torch.Tensor]
-    size: float
-    counts: bool
-    draw: int
+    step_weight: float
+    active: bool
+    seed: int
 
 
 def batches(plan: StepPlan, source: ray.ObjectRef, rank: int, first: int, last: int) -> Iterator[list[MicroBatch]]:
-    """Yield this worker's micro-batches of the steps `first` to `last` (excluded), a list a step.
+    """Yield this worker's micro-batches of the steps `first` to `last` (excluded), one list per step.
 
-    They are made a window at a time, the next one while this one is trained on. One endless pipeline would be simpler,
-    but while its output waits to be consumed, Ray Data's scheduling loop spins in this very process (2.60): it took
-    half of the tagger's speed on two cores.
+    The next window is collated while the worker trains on this one. A single pipeline would be simpler, but while its
+    output waits, Ray Data's scheduling loop (2.60) spins in this process: it halved the tagger's speed on two cores.
 
     Args:
         source: the `Examples`, in Ray's object store.
@@ -45,33 +45,33 @@ def batches(plan: StepPlan, source: ray.ObjectRef, rank: int, first: int, last: 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    steps = max(1, WINDOW // plan.turns)
+    steps = max(1, WINDOW // plan.accumulation_steps)
 
     def window(start: int) -> ray.data.Dataset:
-        count = (min(start + steps, last) - start) * plan.turns
+        count = (min(start + steps, last) - start) * plan.accumulation_steps
 
-        def make(row: dict[str, int]) -> dict[str, Any]:
-            step, turn = divmod(row["id"], plan.turns)
-            return collated(plan, ray.get(source), start + step, turn, rank)
+        def collate(row: dict[str, int]) -> dict[str, Any]:
+            step, micro_step = divmod(row["id"], plan.accumulation_steps)
+            return collate_micro_batch(plan, ray.get(source), start + step, micro_step, rank)
 
         rows = [{"id": number} for number in range(count)]
-        # The workers may hold every CPU there is; what makes their batches must not wait for one.
+        # Zero CPUs: training workers may reserve every CPU, and their batches must not wait for one.
         tasks = -(-count // TASK)
         pool = ray.data.TaskPoolStrategy(size=min(TASKS, tasks))
-        return ray.data.from_items(rows, override_num_blocks=tasks).map(make, num_cpus=0, compute=pool).materialize()
+        return ray.data.from_items(rows, override_num_blocks=tasks).map(collate, num_cpus=0, compute=pool).materialize()
 
     starts = range(first, last, steps)
-    with ThreadPoolExecutor(1) as ahead:
-        following = ahead.submit(window, first) if starts else None
+    with ThreadPoolExecutor(1) as executor:
+        following = executor.submit(window, first) if starts else None
         for start in starts:
             assert following
-            made = following.result()
-            following = ahead.submit(window, start + steps) if start + steps < last else None
-            turns: list[MicroBatch] = []
-            for row in made.iter_rows():
-                size, counts, draw = row.pop("size"), row.pop("counts"), row.pop("draw")
+            current = following.result()
+            following = executor.submit(window, start + steps) if start + steps < last else None
+            micro_batches: list[MicroBatch] = []
+            for row in current.iter_rows():
+                step_weight, active, seed = row.pop("step_weight"), row.pop("active"), row.pop("seed")
                 tensors = {name: torch.from_numpy(np.array(array)) for name, array in row.items()}
-                turns.append(MicroBatch(tensors, size, counts, draw))
-                if len(turns) == plan.turns:
-                    yield turns
-                    turns = []
+                micro_batches.append(MicroBatch(tensors, step_weight, active, seed))
+                if len(micro_batches) == plan.accumulation_steps:
+                    yield micro_batches
+                    micro_batches = []

@@ -1,19 +1,18 @@
-"""Checkpoints of a run, whole or not at all, and the log of steps that they commit.
+"""Checkpoints of a run, and the log of steps that they commit.
 
-A run's folder holds
+The folder of a run contains
 
     checkpoints/step-00000500-<attempt>/   state.safetensors, progress.json, and complete.json, written last
-    log/00000451-00000500.parquet          step, epoch, loss and examples of the steps since the checkpoint before
-    position.json                          how far the run has come, committed or not
+    log/00000451-00000500.parquet          step, epoch, loss, learning rate, examples: steps since the last checkpoint
+    position.json                          last step, committed or not, and the number of repeated steps
 
-A checkpoint is whole when its marker `complete.json` is there; the hashes in it are checked when it is read. The log
-of a run is the pieces that its latest checkpoint names: steps that a killed attempt computed after its last checkpoint
-are in none of them.
+A checkpoint with the marker `complete.json` is complete; loading it checks the hashes in the marker. The log of a run
+consists of the files that its latest complete checkpoint names: steps that a killed attempt computed after its last
+checkpoint are in none of them.
 
-Ray Train 2.60 has `ray.train.report(checkpoint=..., checkpoint_upload_mode=ASYNC)`. It is not used because one
-failed upload ends the training function; the list of checkpoints is one JSON file that is overwritten in place, so
-that a driver killed at that moment leaves a run that cannot be resumed; and that file is refused by any other version
-of Ray.
+Ray Train 2.60 has `ray.train.report(checkpoint=..., checkpoint_upload_mode=ASYNC)`. It is not used because one failed
+upload ends the training function; its list of checkpoints is a JSON file that is overwritten in place, so that a
+driver killed at that moment leaves a run that cannot be resumed; and other versions of Ray reject that file.
 """
 
 import logging
@@ -48,7 +47,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, order=True)
 class SavedCheckpoint:
-    """A whole checkpoint: the state after `step` steps."""
+    """A complete checkpoint: the state after `step` steps."""
 
     step: int
     uri: str
@@ -56,41 +55,41 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The checkpoints and the log of the run whose folder is `run`."""
+    """Checkpoints and log of the run in the folder `run`."""
 
     run: str
 
-    def saved(self) -> list[SavedCheckpoint]:
-        """Return the whole checkpoints, oldest first."""
-        found = []
+    def checkpoints(self) -> list[SavedCheckpoint]:
+        """Return the complete checkpoints, oldest first."""
+        complete = []
         for name in storage.list_folder(storage.join(self.run, FOLDER)):
             uri = storage.join(self.run, FOLDER, name)
             if storage.exists(storage.join(uri, MARKER)):
-                found.append(SavedCheckpoint(step_of(name), uri))
-        return sorted(found)
+                complete.append(SavedCheckpoint(step_of(name), uri))
+        return sorted(complete)
 
-    def progress_of(self, saved: SavedCheckpoint) -> dict[str, Any]:
-        """Return what a checkpoint says besides its tensors."""
+    def read_progress(self, saved: SavedCheckpoint) -> dict[str, Any]:
+        """Return the progress of a checkpoint: step, metrics, best validation, log files, number of workers."""
         return storage.read_json(storage.join(saved.uri, PROGRESS))
 
     def load_latest(self, step: int | None = None) -> tuple[SavedCheckpoint, Tensors, dict[str, Any]] | None:
-        """Return the latest whole checkpoint (of `step`) with its tensors and progress; None where there is none.
+        """Return the latest complete checkpoint (of `step`) with its tensors and progress; None if there is none.
 
-        A checkpoint whose bytes are not those that were written is passed over with a warning.
+        A damaged checkpoint is skipped with a warning.
         """
-        for saved in reversed(self.saved()):
+        for saved in reversed(self.checkpoints()):
             if step in (None, saved.step):
                 try:
                     return saved, *self.load(saved)
                 except ValueError as error:
-                    logger.warning("%s, and is passed over", error)
+                    logger.warning("%s; skipped", error)
         return None
 
     def load(self, saved: SavedCheckpoint) -> tuple[Tensors, dict[str, Any]]:
-        """Return tensors and progress of a checkpoint.
+        """Return the tensors and the progress of a checkpoint.
 
         Raises:
-            ValueError: its files are not those that were written.
+            ValueError: a file is missing, or its hash differs from the marker.
         """
         folder = storage.local_copy(saved.uri)
         for name, digest in storage.read_json(str(folder / MARKER)).items():
@@ -102,7 +101,7 @@ class CheckpointStore:
         """Write a checkpoint, its marker last.
 
         Args:
-            attempt: name of this start of the run: a torn checkpoint of an earlier one is never added to.
+            attempt: name of this start of the run, so that no incomplete checkpoint of an earlier one is added to.
         """
         saved = SavedCheckpoint(step, storage.join(self.run, FOLDER, f"step-{step:08d}-{attempt}"))
         with tempfile.TemporaryDirectory() as name:
@@ -115,36 +114,36 @@ class CheckpointStore:
         return saved
 
     def prune(self, keep: int, besides: Iterable[int] = ()) -> None:
-        """Delete all but the latest `keep` whole checkpoints and those of the steps `besides`, and what was torn.
+        """Delete checkpoints older than the latest `keep` complete ones, except complete ones of the steps `besides`.
 
-        What is torn but not older than these may still be in writing, by another start of the run.
+        Newer incomplete ones are kept: another attempt of the run may be writing them.
         """
-        whole = self.saved()
-        latest, also = whole[-keep:], set(besides)
-        kept = {saved.uri for saved in latest} | {saved.uri for saved in whole if saved.step in also}
+        complete = self.checkpoints()
+        latest, steps = complete[-keep:], set(besides)
+        kept = {saved.uri for saved in latest} | {saved.uri for saved in complete if saved.step in steps}
         for name in storage.list_folder(storage.join(self.run, FOLDER)):
             uri = storage.join(self.run, FOLDER, name)
             if uri not in kept and step_of(name) < latest[0].step:
-                # A whole checkpoint stops being one before anything of it goes.
+                # The marker first: without it the rest is an incomplete checkpoint.
                 storage.delete_folder(storage.join(uri, MARKER))
                 storage.delete_folder(uri)
 
     def write_log(self, rows: list[dict[str, Any]]) -> str:
-        """Write one piece of the log, of consecutive steps, and return its name."""
+        """Write a log file of consecutive steps, and return its name."""
         name = f"{rows[0]['step']:08d}-{rows[-1]['step']:08d}.parquet"
         table = pa.Table.from_pylist(rows, schema=LOG_SCHEMA)
         storage.write_table(storage.join(self.run, LOG, name), table)
         return name
 
     def read_log(self) -> pa.Table:
-        """Return the committed log of the run: a row a step, in order."""
-        whole = self.saved()
-        if not whole:
+        """Return the committed log of the run: one row per step, in order."""
+        complete = self.checkpoints()
+        if not complete:
             return LOG_SCHEMA.empty_table()
-        pieces = self.progress_of(whole[-1])["log"]
-        return storage.read_tables([storage.join(self.run, LOG, name) for name in pieces])
+        names = self.read_progress(complete[-1])["log"]
+        return storage.read_tables([storage.join(self.run, LOG, name) for name in names])
 
 
 def step_of(name: str) -> int:
-    """Return the step in the name of a checkpoint's folder."""
+    """Return the step of a checkpoint from the name of its folder."""
     return int(name.split("-")[1])

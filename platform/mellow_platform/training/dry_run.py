@@ -1,4 +1,4 @@
-"""What a run will come to, before it is begun: steps, memory of a worker, size of a checkpoint, a guess of the time."""
+"""Plan of a run before its start: steps, memory per worker, checkpoint size, estimated time."""
 
 import time
 from typing import Any
@@ -14,41 +14,41 @@ from mellow_platform.training.finetune import build_model
 from mellow_platform.training.flops import ModelFlops
 from mellow_platform.training.step_plan import StepPlan
 from mellow_platform.training.train_config import TrainConfig
-from mellow_platform.training.trainer import plan_of, total_steps
+from mellow_platform.training.trainer import build_plan, total_steps
 
-SAMPLE = 16  # micro-batches that the work of a step is taken from
+SAMPLE = 16  # micro-batches that the work of a step is estimated from
 GIB = 2**30
-# Where no GPU is there to measure on: the peak of an A100 in bfloat16, and the share of it that small models reach.
+# Assumed for GPUs, which are not measured: bfloat16 peak of an A100, and the share of it that small models reach.
 GPU_FLOPS, GPU_SHARE = 312e12, 0.3
 
 
 def describe(config: TrainConfig, examples: AnswerExamples) -> dict[str, Any]:
-    """Return the plan of a run. One micro-batch, the longest of a few, is computed on this machine for it.
+    """Return the plan of a run, for which one micro-batch, the longest of a sample, is computed on this machine.
 
     Raises:
-        ValueError: what the run itself would refuse.
+        ValueError: configuration and shards do not match, as in `build_model`.
     """
-    plan = plan_of(config, examples, config.scaling.workers)
+    plan = build_plan(config, examples, config.scaling.workers)
     model = build_model(config, load_processor(storage.join(config.shards, "processor"))).train()
     flops = ModelFlops.from_model(model)
     samples = _samples(config, plan, examples)
     work = [flops.work(arrays) for arrays in samples]
     longest = samples[int(np.argmax([counts["tokens"] for counts in work]))]
     activations, seconds = _measured_pass(config, model, longest)
-    steps, micro_batches = total_steps(config, len(examples)), plan.turns * plan.workers
+    steps, micro_batches = total_steps(config, len(examples)), plan.accumulation_steps * plan.workers
     per_step = float(np.mean([counts["model_flops"] for counts in work])) * micro_batches
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if config.scaling.gpus_per_worker:
         seconds_per_step = per_step / (plan.workers * GPU_FLOPS * GPU_SHARE)
     else:
-        seconds_per_step = seconds * plan.turns
+        seconds_per_step = seconds * plan.accumulation_steps
     return {
         "run": storage.join(config.storage, config.run),
         "examples": len(examples),
         "steps": steps,
         "steps_per_epoch": plan.steps_per_epoch,
         "workers": plan.workers,
-        "micro_batches_per_worker_and_step": plan.turns,
+        "micro_batches_per_worker_and_step": plan.accumulation_steps,
         "tokens_per_step": round(float(np.mean([counts["tokens"] for counts in work])) * micro_batches),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trained_parameters": trained,
@@ -69,23 +69,23 @@ def describe(config: TrainConfig, examples: AnswerExamples) -> dict[str, Any]:
 
 
 def memory(config: TrainConfig, model: MellowForConditionalGeneration, activations: float) -> dict[str, float]:
-    """Return bytes that a worker holds on its device, and in host memory what is offloaded there, by ZeRO stage."""
+    """Return the bytes of each kind of state that a worker has on its device, their sum, and the bytes offloaded."""
     half = bool(config.scaling.gpus_per_worker)
     width, workers = 2 if half else 4, config.scaling.workers
     share = [1.0 / workers if config.zero_stage >= stage else 1.0 for stage in range(4)]
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    # Two moments, and from stage 1 on (or for bfloat16) float32 weights besides those that are computed with.
+    # Two moments, and from stage 1 on (or for bfloat16) a separate float32 copy of the weights.
     state = trained * (12 if half or config.zero_stage else 8) * share[1]
     weights, gradients = total * width * share[3], trained * width * share[2]
-    held = {"weights": weights, "gradients": gradients, "optimizer": state, "activations": activations}
+    sizes = {"weights": weights, "gradients": gradients, "optimizer": state, "activations": activations}
     host = {"none": [], "optimizer": ["optimizer"], "parameters": ["optimizer", "weights"]}[config.offload]
-    offloaded = sum(held.pop(name) for name in host)
-    return held | {"device": sum(held.values())} | ({"host": offloaded} if host else {})
+    offloaded = sum(sizes.pop(name) for name in host)
+    return sizes | {"device": sum(sizes.values())} | ({"host": offloaded} if host else {})
 
 
 def report(plan: dict[str, Any]) -> str:
-    """Return a plan as lines to read."""
+    """Return the plan as text, one line per figure."""
     lines = []
     for name, value in plan.items():
         if isinstance(value, dict):
@@ -109,25 +109,25 @@ def _samples(config: TrainConfig, plan: StepPlan, examples: AnswerExamples) -> l
 def _measured_pass(
     config: TrainConfig, model: MellowForConditionalGeneration, arrays: dict[str, torch.Tensor]
 ) -> tuple[float, float]:
-    """Return bytes that a forward pass keeps for the backward pass, and the seconds of both."""
+    """Return the bytes that a forward pass saves for the backward pass, and the seconds of both."""
     if config.activation_checkpointing:
         model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    activations: dict[int, int] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         block = tensor.untyped_storage()
-        if block.data_ptr() not in own:
-            kept[block.data_ptr()] = block.nbytes()
+        if block.data_ptr() not in weights:
+            activations[block.data_ptr()] = block.nbytes()
         return tensor
 
     threads = torch.get_num_threads()
     torch.set_num_threads(config.scaling.threads_per_worker)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         model(**arrays).loss.backward()
     start = time.perf_counter()
     model(**arrays).loss.backward()
     seconds = time.perf_counter() - start
     torch.set_num_threads(threads)
     half = 0.5 if config.scaling.gpus_per_worker else 1.0
-    return half * sum(kept.values()), seconds
+    return half * sum(activations.values()), seconds

@@ -1,8 +1,7 @@
-"""The state of a DeepSpeed engine by parameter name, whole, so that any number of workers can go on from it.
+"""State of a DeepSpeed engine by parameter name, unpartitioned, so that any number of workers can resume from it.
 
-DeepSpeed's own checkpoints are pickles, a file a worker, and go to another number of workers only through an offline
-conversion (`ds_to_universal`). What its parameters hold is read and set here through `deepspeed.utils`, which does so
-for every ZeRO stage.
+DeepSpeed's own checkpoints are pickles, one file per worker, and need an offline conversion (`ds_to_universal`) for
+another number of workers. This module reads and sets parameters through `deepspeed.utils`, for every ZeRO stage.
 """
 
 import deepspeed
@@ -23,16 +22,16 @@ WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 
 
 class EngineState:
-    """Weights and optimizer moments of what an engine trains; every method is called by all workers together."""
+    """Weights and optimizer moments of an engine's trained parameters. All workers call each method together."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine):
         self.engine = engine
         self.trained = {name: value for name, value in engine.module.named_parameters() if value.requires_grad}
-        # ZeRO and bfloat16 wrap the optimizer; without them the engine steps it as it is.
+        # ZeRO and bfloat16 wrap the optimizer; otherwise the engine has it unwrapped.
         self.optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
 
     def snapshot(self, keep: bool) -> Tensors:
-        """Return every trained parameter's float32 weight and moments on the host, where `keep` says so."""
+        """Return the float32 weight and moments of every trained parameter on the host; nothing unless `keep`."""
         tensors = {}
         for name, parameter in self.trained.items():
             for key in (WEIGHT, *MOMENTS):
@@ -42,7 +41,7 @@ class EngineState:
         return tensors
 
     def restore(self, tensors: Tensors, step: int) -> None:
-        """Take over a snapshot after `step` steps; the optimizer has made a step, and so allocated its state."""
+        """Set weights and moments to a snapshot after `step` steps; needs an optimizer that has made a step."""
         for name, parameter in self.trained.items():
             for key in (WEIGHT, *MOMENTS):
                 self._write(parameter, key, tensors[f"{key}.{name}"])
@@ -62,7 +61,7 @@ class EngineState:
     def _write(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
         value = value.to(self.engine.device)
         if hasattr(parameter, "ds_tensor"):
-            # `safe_set_full_*` cannot fill the last worker's share where it ends in padding.
+            # `safe_set_full_*` fails for a last worker whose share ends in padding.
             share = parameter.ds_tensor.numel()
             padded = nn.functional.pad(value.flatten(), (0, share * self.engine.world_size - value.numel()))
             value = padded[share * self.engine.global_rank :][:share]
@@ -81,10 +80,10 @@ class EngineState:
 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether DeepSpeed keeps the parameter's float32 state elsewhere than in it."""
+    """Return whether DeepSpeed stores the float32 state of a parameter outside it."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
-def weights_of(tensors: Tensors) -> Tensors:
-    """Return the weights in a snapshot, by the names they have in the model."""
+def model_weights(tensors: Tensors) -> Tensors:
+    """Return the weights of a snapshot by their names in the model."""
     return {name.removeprefix(f"{WEIGHT}."): value for name, value in tensors.items() if name.startswith(f"{WEIGHT}.")}

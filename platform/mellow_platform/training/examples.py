@@ -1,7 +1,7 @@
-"""Questions with answers from a shard set: whose clips they hear in an epoch, in which order, and as arrays.
+"""Training examples of Mellow, questions with answers from a shard set: clip pairs, epoch order, collation.
 
-Clips are rows of the feature arrays and texts are stretches of flat token arrays: millions of questions are a few
-arrays, which every task reads in place from Ray's object store.
+Clips are rows of feature arrays and texts are slices of flat token arrays: millions of questions are a few arrays,
+which every task reads in place from Ray's object store.
 """
 
 import uuid
@@ -21,23 +21,23 @@ from mellow_platform.training.train_config import PartnerDraws
 
 # The same as in model/loss.py, whose package would load transformers in every task that collates.
 IGNORED_LABEL = -100
-# What `forward` calls the arrays that shards hold of a clip.
-NETWORK_NAMES = {"log_mel": "input_features", "frames": "audio_frames", "latent": "audio_latent"}
+# Arguments of `forward` by the name of the shards' arrays.
+FORWARD_ARGUMENTS = {"log_mel": "input_features", "frames": "audio_frames", "latent": "audio_latent"}
 
 
 @dataclass(frozen=True)
 class TokenTexts:
-    """Token ids of many texts, one behind the other: text n is `tokens[offsets[n] : offsets[n + 1]]`."""
+    """Token ids of many texts in one array: text n is `tokens[offsets[n] : offsets[n + 1]]`."""
 
     tokens: np.ndarray
     offsets: np.ndarray
 
     @classmethod
     def from_column(cls, column: pa.ChunkedArray) -> "TokenTexts":
-        """Take over a column of lists of int32."""
+        """Return the texts of a column of lists of int32."""
         lists = column.combine_chunks()
         offsets = lists.offsets.to_numpy()
-        # Of a sliced column, only what the slice holds.
+        # `lists.values` of a sliced column has the tokens outside the slice too.
         return cls(lists.values.to_numpy()[offsets[0] : offsets[-1]], (offsets - offsets[0]).astype(np.int64))
 
     @property
@@ -45,31 +45,31 @@ class TokenTexts:
         return np.diff(self.offsets)
 
     def subset(self, numbers: np.ndarray) -> "TokenTexts":
-        """Return the numbered texts alone, in this order."""
+        """Return the numbered texts, in this order."""
         lengths = self.lengths[numbers]
         offsets = np.append(0, np.cumsum(lengths))
-        places = np.arange(offsets[-1]) + np.repeat(self.offsets[numbers] - offsets[:-1], lengths)
-        return TokenTexts(self.tokens[places], offsets)
+        positions = np.arange(offsets[-1]) + np.repeat(self.offsets[numbers] - offsets[:-1], lengths)
+        return TokenTexts(self.tokens[positions], offsets)
 
     def padded(self, numbers: np.ndarray, fill: int, length: int | None = None) -> np.ndarray:
-        """Return texts as int64 [texts, length], filled up with `fill`; by default to the longest of them."""
+        """Return texts as int64 [texts, length], padded with `fill`; `length` defaults to that of the longest text."""
         starts = self.offsets[numbers]
         lengths = self.offsets[numbers + 1] - starts
         columns = np.arange(length or lengths.max())
-        read = columns < lengths[:, None]
-        padded = np.full(read.shape, fill, np.int64)
-        padded[read] = self.tokens[(starts[:, None] + columns)[read]]
+        is_token = columns < lengths[:, None]
+        padded = np.full(is_token.shape, fill, np.int64)
+        padded[is_token] = self.tokens[(starts[:, None] + columns)[is_token]]
         return padded
 
 
 @dataclass(frozen=True, eq=False)
 class RecordingClips:
-    """Whole recordings of clips, of which every question hears a window of its own.
+    """Whole recordings of clips; each question takes its own random window as input.
 
     Attributes:
-        store: of a set with features: waveform.
-        rows: row [clips] of each clip in it.
-        extractor: the front end, which makes `input_features` of a waveform and cuts it to its length.
+        store: feature store of shards with features: waveform.
+        rows: row of each clip [clips] in the store.
+        extractor: front end that computes `input_features` from the start of a waveform.
     """
 
     store: FeatureStore
@@ -80,7 +80,7 @@ class RecordingClips:
         return len(self.rows)
 
     def log_mel(self, pairs: np.ndarray, generators: list[np.random.Generator]) -> np.ndarray:
-        """Return random windows of both clips [pairs, 2], drawn by a generator each pair: [pairs, 2, frames, bands]."""
+        """Return log-mels [pairs, 2, frames, bands] of random windows of `pairs` [pairs, 2], one generator per pair."""
         windows = []
         for pair, generator in zip(pairs, generators, strict=True):
             for clip in pair:
@@ -91,42 +91,42 @@ class RecordingClips:
 
 
 class RecordNames(Sequence[str]):
-    """Names of records of a split, made when asked for.
+    """Names of the records of a split, computed on access.
 
     Args:
-        places: of the records in the split [records].
+        rows: row of each record [records] in the split.
     """
 
-    def __init__(self, split: str, places: np.ndarray):
-        self.split, self.places = split, places
+    def __init__(self, split: str, rows: np.ndarray):
+        self.split, self.rows = split, rows
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.rows)
 
-    def __getitem__(self, number: Any) -> Any:  # a number of any integer type; nobody slices names
-        return f"{self.split}/{int(self.places[number]):07d}"
+    def __getitem__(self, number: Any) -> Any:  # any integer type; slices are not supported
+        return f"{self.split}/{int(self.rows[number]):07d}"
 
     def subset(self, numbers: np.ndarray) -> "RecordNames":
-        return RecordNames(self.split, self.places[numbers])
+        return RecordNames(self.split, self.rows[numbers])
 
 
 @dataclass(frozen=True, eq=False)
 class AnswerExamples:
-    """The questions of a split with their answers, and how a run wants them put together.
+    """Questions of a split with their answers, and the options of their collation.
 
     Attributes:
-        name: that the orders of these examples are remembered by.
+        name: key of these examples among the cached orders.
         ids: names of the examples.
-        clips: rows [questions, 2] of `features`: the clips that the shards pair.
-        single: [questions], true where a question is about its first clip alone.
-        prompts, answers: their tokens.
-        features: arrays [clips, ...] of each distinct clip, by the name that the network reads them by.
-        recordings: of each distinct clip, in place of `features`.
-        questions_per_pack: neighbours on the same clips, which share a prefix; 1 gives each question its own.
-        prompt_length: tokens that every prompt is filled to with `pad_token`, which is seen; None fills prompts to the
-            longest of a micro-batch, unseen.
-        partner_draws: whether the second clip of a question about one is the stored one, or drawn anew in every epoch,
-            for each clip or for each question.
+        clips: stored clip pairs, as rows [questions, 2] of `features`.
+        single: whether a question is about only its first clip [questions].
+        prompts, answers: token ids.
+        features: arrays [clips, ...] of the distinct clips, by argument of `forward`.
+        recordings: recordings of the distinct clips, instead of `features`.
+        questions_per_pack: most consecutive questions on the same clips that share a prefix; 1: no sharing.
+        prompt_length: length in tokens that prompts are padded to with visible `pad_token`; None pads to the longest
+            prompt of a micro-batch, and masks the padding.
+        partner_draws: second clip of a question about one clip: the stored one, or drawn in every epoch per clip or
+            per question.
     """
 
     name: str
@@ -154,20 +154,20 @@ class AnswerExamples:
         partner_draws: PartnerDraws = "stored",
         extractor: Any = None,
     ) -> "AnswerExamples":
-        """Read the examples of `split`; the arguments are attributes of the class.
+        """Read the examples of `split`; the other arguments are attributes of the class.
 
         Args:
-            extractor: of `RecordingClips`, for a set with features: waveform.
+            extractor: of `RecordingClips`, for shards with features: waveform.
 
         Raises:
-            ValueError: the set has no such split, a question without a token, or another rule than `partner: random`
-                where partners are to be drawn.
+            ValueError: the split is missing, a question has no token, or partners are to be drawn for shards without
+                `partner: random`.
         """
         configuration = Manifest.read(shards).configuration
         if partner_draws != "stored" and configuration["partner"] != "random":
             raise ValueError(
-                f"{shards} was written with partner: {configuration['partner']}, which leaves nothing to draw in an "
-                "epoch: set partner_draws: stored, or run jobs/preprocess.py with --partner random"
+                f"{shards} was written with partner: {configuration['partner']}, and partner_draws: {partner_draws} "
+                "needs random; set partner_draws: stored, or run jobs/preprocess.py with --partner random"
             )
         records = read_records(shards, split)
         store = FeatureStore.load(shards)
@@ -175,7 +175,9 @@ class AnswerExamples:
         rows, clips = np.unique(np.array(sides, np.int64).T, return_inverse=True)
         prompts = TokenTexts.from_column(records["prompt_ids"])
         if len(empty := np.flatnonzero(prompts.lengths == 0)):
-            raise ValueError(f"{shards}: {len(empty)} questions of {split} have no token, the first is {empty[0]}")
+            raise ValueError(
+                f"{shards}: {len(empty)} questions of split {split} have no tokens, the first in row {empty[0]}"
+            )
         return cls(
             name=uuid.uuid4().hex,
             ids=RecordNames(split, np.arange(len(records))),
@@ -183,8 +185,8 @@ class AnswerExamples:
             single=pc.equal(records["filepath2"], "").to_numpy(),
             prompts=prompts,
             answers=TokenTexts.from_column(records["answer_ids"]),
-            # Of the other splits' clips nothing is kept.
-            features={NETWORK_NAMES[name]: array[rows] for name, array in store.arrays.items()},
+            # Without the clips of other splits.
+            features={FORWARD_ARGUMENTS[name]: array[rows] for name, array in store.arrays.items()},
             pad_token=pad_token,
             questions_per_pack=questions_per_pack,
             prompt_length=prompt_length,
@@ -193,7 +195,7 @@ class AnswerExamples:
         )
 
     def subset(self, numbers: np.ndarray) -> "AnswerExamples":
-        """Return the numbered examples alone, in this order; of the clips, those that they are about."""
+        """Return the numbered examples, in this order, with only their clips."""
         rows, clips = np.unique(self.clips[numbers], return_inverse=True)
         return replace(
             self,
@@ -211,31 +213,31 @@ class AnswerExamples:
         return len(self.clips)
 
     @property
-    def sizes(self) -> np.ndarray:
-        """Tokens [questions] of every answer."""
+    def loss_weights(self) -> np.ndarray:
+        """Number of tokens of each answer [questions]."""
         return self.answers.lengths
 
     def pairs(self, seed: int, epoch: int, numbers: np.ndarray) -> np.ndarray:
-        """Return the two clips [numbers, 2] that the numbered questions hear in an epoch.
+        """Return the clip pairs [numbers, 2] of the numbered questions in an epoch.
 
-        A partner that is drawn is any other clip that the split's questions are about. Drawn for a clip, it is the
-        same for all questions about that clip alone, which then share the pair.
+        A drawn partner is any other clip of the split's questions. If it is drawn per clip, all questions about only
+        that clip share the pair.
         """
         pairs = self.clips[numbers]
         count = len(self.recordings or next(iter(self.features.values())))
         if self.partner_draws == "stored" or count == 1:
             return pairs
-        of_clip = self.partner_draws == "clip"
-        drawn = random_generator(seed, epoch, "partners").integers(0, count - 1, count if of_clip else len(self))
-        drawn = drawn[pairs[:, 0] if of_clip else numbers]
-        partners = drawn + (drawn >= pairs[:, 0])
+        per_clip = self.partner_draws == "clip"
+        draws = random_generator(seed, epoch, "partners").integers(0, count - 1, count if per_clip else len(self))
+        draws = draws[pairs[:, 0] if per_clip else numbers]
+        partners = draws + (draws >= pairs[:, 0])
         pairs[:, 1] = np.where(self.single[numbers], partners, pairs[:, 1])
         return pairs
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Return the order [questions] of an epoch: every question once, packs of neighbours in random order.
+        """Return the order [questions] of an epoch: each question once, in shuffled packs.
 
-        The questions on a pair of clips are shuffled and cut into packs of at most `questions_per_pack`.
+        The questions on a pair of clips are shuffled and divided into packs of at most `questions_per_pack`.
         """
 
         def compute() -> np.ndarray:
@@ -246,10 +248,10 @@ class AnswerExamples:
         return cached((self.name, seed, epoch), compute)
 
     def collate(self, seed: int, epoch: int, numbers: np.ndarray) -> Arrays:
-        """Return what `MellowForConditionalGeneration.forward` reads of the numbered questions.
+        """Return the arguments of `MellowForConditionalGeneration.forward` for the numbered questions.
 
-        `input_ids` and `labels` [questions, tokens], the clips' arrays [pairs, 2, ...], `attention_mask` where
-        padding is not seen, and `pair_index` [questions] where neighbours on equal clips share them.
+        These are `input_ids` and `labels` [questions, tokens], the clips' arrays [pairs, 2, ...], `attention_mask`
+        if padding is masked, and `pair_index` [questions] if consecutive questions on the same clips share a prefix.
         """
         pairs = self.pairs(seed, epoch, numbers)
         arrays = {
@@ -258,12 +260,12 @@ class AnswerExamples:
         }
         if self.prompt_length is None:
             lengths = self.prompts.offsets[numbers + 1] - self.prompts.offsets[numbers]
-            seen = np.arange(arrays["input_ids"].shape[1]) < lengths[:, None]
-            arrays["attention_mask"] = seen.astype(np.int64)
+            mask = np.arange(arrays["input_ids"].shape[1]) < lengths[:, None]
+            arrays["attention_mask"] = mask.astype(np.int64)
         if self.questions_per_pack > 1:
-            begins = np.append(True, (pairs[1:] != pairs[:-1]).any(axis=1))
-            arrays["pair_index"] = np.cumsum(begins) - 1
-            pairs, numbers = pairs[begins], numbers[begins]
+            starts = np.append(True, (pairs[1:] != pairs[:-1]).any(axis=1))
+            arrays["pair_index"] = np.cumsum(starts) - 1
+            pairs, numbers = pairs[starts], numbers[starts]
         if self.recordings:
             generators = [random_generator(seed, epoch, f"window {number}") for number in numbers]
             return arrays | {"input_features": self.recordings.log_mel(pairs, generators)}

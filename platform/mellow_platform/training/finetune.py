@@ -1,4 +1,7 @@
-"""Fine-tune Mellow on answers with DeepSpeed; the audio encoder stays frozen and is read from its stored features."""
+"""Fine-tuning of Mellow on answers with DeepSpeed; the audio encoder is frozen, and its features may be stored.
+
+The loss is that of `MellowForConditionalGeneration.forward`, cross-entropy over the tokens of the answers.
+"""
 
 import dataclasses
 import functools
@@ -29,39 +32,39 @@ from mellow_platform.training.checkpoints import Tensors
 from mellow_platform.training.examples import AnswerExamples
 from mellow_platform.training.flops import ModelFlops, measured_peak
 from mellow_platform.training.learning_rate_schedule import learning_rate_factor
+from mellow_platform.training.publication_check import Question, check_published, greedy_answers
 from mellow_platform.training.recorder import Recorder
 from mellow_platform.training.step_plan import StepPlan
 from mellow_platform.training.train_config import TrainConfig
-from mellow_platform.training.trainer import plan_of, prepare_worker, run_training
-from mellow_platform.training.verify_export import Question, check_published, greedy_answers
+from mellow_platform.training.trainer import build_plan, prepare_worker, run_training
 
 BETAS = (0.9, 0.98)
-GATE_QUESTIONS = 8
+CHECK_QUESTIONS = 8  # whose answers are compared before publication
 PUBLISHED = "training.json"
 
 
 def finetune(config: TrainConfig) -> dict[str, Any]:
-    """Run the training that `config` describes to its end, and return its result.
+    """Train Mellow to the end of its run, and return the run's result.
 
     Raises:
-        ValueError: configuration and shards do not go together, or the run of this name was begun with other values.
+        ValueError: configuration and shards do not match, or the run of this name has other options.
     """
     require("deepspeed", extra="train")
     validation = load_examples(config, "val") if config.validate_every else None
     if validation is not None and not len(validation):
         raise ValueError(
-            f"{config.shards} has no questions in its val split, and validate_every is {config.validate_every}: "
-            "put some there, or set validate_every to 0"
+            f"{config.shards} has no questions in split val, and validate_every is {config.validate_every}; "
+            "add questions to the split, or set validate_every to 0"
         )
     return run_training(train_answers, config, load_examples(config), validation)
 
 
 def build_model(config: TrainConfig, processor: MellowProcessor) -> MellowForConditionalGeneration:
-    """Return the model to train: that of `init_from`, or the named size around a trained encoder (and decoder).
+    """Return the model to train: that of `init_from`, or one of `size` with a trained encoder (and decoder).
 
     Raises:
-        ValueError: `init_from` has another projection or adapters of its own, or the encoder or the tokenizer is not
-            that of the shards.
+        ValueError: `init_from` has another projection or other adapters, or encoder or tokenizer are not those of the
+            shards.
     """
     check_tokenizer(config, processor)
     torch.manual_seed(config.seed)
@@ -80,25 +83,24 @@ def _model_of_folder(config: TrainConfig) -> MellowForConditionalGeneration:
     model = MellowForConditionalGeneration.from_pretrained(storage.local_copy(config.init_from), dtype="float32")
     if model.config.projection != config.projection:
         raise ValueError(
-            f"{config.init_from} has the projection {model.config.projection}, not {config.projection}: "
-            "set `projection` to it, or give `encoder` in place of init_from"
+            f"{config.init_from} has the projection {model.config.projection}, not {config.projection}; "
+            f"set `projection` to {model.config.projection}, or `encoder` instead of `init_from`"
         )
     return model
 
 
 def _model_of_parts(config: TrainConfig, processor: MellowProcessor) -> MellowForConditionalGeneration:
-    assert config.encoder  # the configuration has one of the two
+    assert config.encoder  # set if init_from is not
     encoder = load_encoder(config.encoder)
     decoder = load_decoder(config.decoder) if config.decoder and config.pretrained else None
-    shape = load_decoder_config(config.decoder) if config.decoder else None
-    settings = MellowConfig.from_size(
+    model_config = MellowConfig.from_size(
         config.size,
         projection=config.projection,
         vocab_size=len(processor.tokenizer),
         audio_config=encoder.config,
-        text_config=shape,
+        text_config=load_decoder_config(config.decoder) if config.decoder else None,
     )
-    model = MellowForConditionalGeneration(settings)
+    model = MellowForConditionalGeneration(model_config)
     model.audio_encoder.load_state_dict(encoder.state_dict())
     if decoder:
         model.language_model.load_state_dict(decoder.state_dict())
@@ -106,10 +108,10 @@ def _model_of_parts(config: TrainConfig, processor: MellowProcessor) -> MellowFo
 
 
 def check_encoder(config: TrainConfig, model: MellowForConditionalGeneration, processor: MellowProcessor) -> None:
-    """Make sure that the shards' features are those of the model's encoder.
+    """Check that the shards' features are those of the model's encoder.
 
     Raises:
-        ValueError: its front end, the shape of its features, or a weight is another one.
+        ValueError: front end, shapes of features, or encoder weights differ.
     """
     audio, name = model.config.audio_config, config.encoder or config.init_from
     processor.feature_extractor.check_matches(audio, name)
@@ -117,28 +119,28 @@ def check_encoder(config: TrainConfig, model: MellowForConditionalGeneration, pr
     manifest = Manifest.read(config.shards)
     if "frames" not in manifest.features:
         return
-    remedy = "run jobs/preprocess.py with this encoder, or take the one that made the shards"
+    remedy = "run jobs/preprocess.py with this encoder, or use the encoder of the shards"
     if manifest.features != expected:
         raise ValueError(
-            f"{config.shards} holds features {manifest.features}, encoder {name} gives {expected}: {remedy}"
+            f"{config.shards} contains features {manifest.features}, encoder {name} gives {expected}: {remedy}"
         )
     if manifest.encoder != encoder_digest(model.audio_encoder):
-        raise ValueError(f"{config.shards} was written by an encoder with other weights than {name} has: {remedy}")
+        raise ValueError(f"{config.shards} was written with other encoder weights than those of {name}: {remedy}")
 
 
 def check_tokenizer(config: TrainConfig, processor: MellowProcessor) -> None:
-    """Make sure that the shards' token ids are those of the decoder that is trained.
+    """Check that the shards' token ids are those of the decoder.
 
     Raises:
-        ValueError: it has another vocabulary.
+        ValueError: the decoder has another vocabulary.
     """
     if config.init_from:
-        own, name = load_processor(config.init_from).tokenizer, config.init_from
+        tokenizer, name = load_processor(config.init_from).tokenizer, config.init_from
     elif config.decoder:
-        own, name = load_tokenizer(config.decoder), config.decoder
+        tokenizer, name = load_tokenizer(config.decoder), config.decoder
     else:
-        return  # fresh, with as many tokens as the shards' tokenizer
-    if own.get_vocab() != processor.tokenizer.get_vocab():
+        return  # a fresh decoder has the vocabulary of the shards
+    if tokenizer.get_vocab() != processor.tokenizer.get_vocab():
         raise ValueError(
             f"{config.shards} was written with another tokenizer than that of {name}: run jobs/preprocess.py with "
             + ("--encoder" if config.init_from else "--decoder")
@@ -147,16 +149,15 @@ def check_tokenizer(config: TrainConfig, processor: MellowProcessor) -> None:
 
 
 def load_examples(config: TrainConfig, split: str = "train") -> AnswerExamples:
-    """Read the examples of a split, and how `config` wants them put together.
+    """Read the examples of a split, with the collation options of `config`.
 
     Raises:
-        ValueError: the shard set holds other features than the run needs, or not the questions for its share of
-            synthetic ones.
+        ValueError: the shards contain other features than the run needs, or lack questions for `synthetic_share`.
     """
     if config.augment and (features := Manifest.read(config.shards).configuration["features"]) == "encoder":
         raise ValueError(
-            f"augment: the encoder has heard the clips of {config.shards} already (features: {features}): "
-            "give shards with features: logmel or waveform, or unset augment"
+            f"augment needs features: logmel or waveform, and {config.shards} has features: {features}; "
+            "set other shards, or unset augment"
         )
     processor = load_processor(storage.join(config.shards, "processor"))
     examples = AnswerExamples.load(
@@ -170,16 +171,16 @@ def load_examples(config: TrainConfig, split: str = "train") -> AnswerExamples:
     )
     if split != "train" or config.synthetic_share is None:
         return examples
-    return examples.subset(with_synthetic_share(config, config.synthetic_share))
+    return examples.subset(select_synthetic_share(config, config.synthetic_share))
 
 
-def with_synthetic_share(config: TrainConfig, share: float) -> np.ndarray:
-    """Return the numbers of training questions of which `share` is synthetic, as many as there are for it.
+def select_synthetic_share(config: TrainConfig, share: float) -> np.ndarray:
+    """Return the numbers of as many training questions as possible of which `share` is synthetic.
 
-    All of one kind are kept, and of the other a part that the run's seed draws.
+    All questions of one kind are kept, and a random part of the other kind, drawn by the run's seed.
 
     Raises:
-        ValueError: there are none of a kind that is needed.
+        ValueError: a required kind has no questions.
     """
     subtypes = (
         Manifest.read(config.shards).read_table(config.shards, "records/train", ["subtype"])["subtype"].to_pylist()
@@ -188,11 +189,10 @@ def with_synthetic_share(config: TrainConfig, share: float) -> np.ndarray:
     is_synthetic = np.array([subtype.removesuffix(".json") in names for subtype in subtypes])
     kinds = [(np.flatnonzero(is_synthetic), share), (np.flatnonzero(~is_synthetic), 1 - share)]
     if any(part and not len(numbers) for numbers, part in kinds):
-        there = ", ".join(sorted(set(subtypes)))
         raise ValueError(
             f"synthetic_share {share:g} cannot be reached: {is_synthetic.sum()} of the {len(subtypes)} training "
-            f"questions in {config.shards} are of {', '.join(sorted(names))} (it has {there}): "
-            "set synthetic_subtypes, or leave synthetic_share out"
+            f"questions in {config.shards} have a subtype of {', '.join(sorted(names))}; it has "
+            f"{', '.join(sorted(set(subtypes)))}. Set synthetic_subtypes, or remove synthetic_share"
         )
     total = min(len(numbers) / part for numbers, part in kinds if part)
     generator = np.random.default_rng([config.seed, *b"synthetic"])
@@ -209,8 +209,8 @@ def deepspeed_config(config: TrainConfig, plan: StepPlan) -> dict[str, Any]:
         zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch,
-        "gradient_accumulation_steps": plan.turns,
-        "train_batch_size": config.micro_batch * plan.turns * plan.workers,
+        "gradient_accumulation_steps": plan.accumulation_steps,
+        "train_batch_size": config.micro_batch * plan.accumulation_steps * plan.workers,
         "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": bool(config.scaling.gpus_per_worker)},
         "zero_optimization": zero,
@@ -221,38 +221,38 @@ def deepspeed_config(config: TrainConfig, plan: StepPlan) -> dict[str, Any]:
     }
 
 
-class Finetuning:
-    """Mellow in a DeepSpeed engine on one worker: steps, state, validation. All workers call its methods together."""
+class FinetuneWorker:
+    """Mellow in a DeepSpeed engine on one worker: steps, state, validation. All workers call each method together."""
 
     def __init__(
         self, config: TrainConfig, plan: StepPlan, model: MellowForConditionalGeneration, tensors: Tensors | None
     ):
         """
         Args:
-            tensors: of the checkpoint to go on from, when there is one.
+            tensors: tensors of the checkpoint to resume from, if any.
         """
-        # Loading DeepSpeed takes seconds, which a driver and a dry run do not wait for.
+        # Imported here because it takes seconds, which a driver and a dry run need not wait for.
         import deepspeed
 
-        from mellow_platform.training.engine_state import EngineState, weights_of
+        from mellow_platform.training.engine_state import EngineState, model_weights
 
         self.config, self.plan = config, plan
-        self.flops = ModelFlops.from_model(model)  # before ZeRO cuts the weights up
+        self.flops = ModelFlops.from_model(model)  # before ZeRO partitions the weights
         if config.activation_checkpointing:
             model.language_model.activation_checkpointing_enable({"use_reentrant": False})
         if config.augment:
             for module in model.audio_encoder.modules():
                 if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                    module.momentum = 0.0  # its statistics are the frozen encoder's, and stay
+                    module.momentum = 0.0  # keeps the statistics of the frozen encoder
         if tensors:
-            model.load_state_dict(weights_of(tensors), strict=False)
+            model.load_state_dict(model_weights(tensors), strict=False)
         if not config.scaling.gpus_per_worker:
-            # DeepSpeed would compile its shared-memory collectives first, which takes a C++ compiler and a minute.
+            # Otherwise DeepSpeed compiles its shared-memory collectives, which takes a C++ compiler and a minute.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
-            # One pass over the weights: a third of the unfused optimizer's time on a CPU.
+            # Fused: one pass over the weights, in a third of the unfused optimizer's time on a CPU.
             optimizer=torch.optim.AdamW(
                 trained, config.learning_rate, betas=BETAS, weight_decay=config.weight_decay, fused=True
             ),
@@ -260,118 +260,122 @@ class Finetuning:
         )
         self.state = EngineState(self.engine)
 
-    def step(self, turns: list[MicroBatch], learning_rate: float) -> torch.Tensor:
-        """Learn from a step's micro-batches; return this worker's share of the step's mean loss."""
+    def step(self, micro_batches: list[MicroBatch], learning_rate: float) -> torch.Tensor:
+        """Train on a step's micro-batches; return this worker's share of the step's mean loss."""
         self.engine.train()
         if self.config.augment:
             self.engine.module.audio_encoder.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         total = torch.zeros((), device=self.engine.device)
-        for micro in turns:
-            torch.manual_seed(micro.draw)
-            loss = self.engine(**self._moved(micro), num_items_in_batch=micro.size).loss * micro.counts
-            # The engine takes the mean over workers and turns; these losses are shares of one mean already.
-            self.engine.backward(loss * (self.plan.workers * self.plan.turns))
+        for micro_batch in micro_batches:
+            torch.manual_seed(micro_batch.seed)
+            loss = self.engine(**self._on_device(micro_batch), num_items_in_batch=micro_batch.step_weight).loss
+            loss = loss * micro_batch.active
+            # The engine averages over workers and micro-batches, and these losses are already shares of one mean.
+            self.engine.backward(loss * (self.plan.workers * self.plan.accumulation_steps))
             self.engine.step()
             total += loss.detach()
         return total
 
-    def work(self, turns: list[MicroBatch]) -> dict[str, float]:
-        """Return what this worker's micro-batches of a step come to, as in `ModelFlops.work`."""
+    def work(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
+        """Return the work of this worker's micro-batches of a step, as in `ModelFlops.work`."""
         total = dict.fromkeys(("tokens", "useful_tokens", "model_flops"), 0.0)
-        for micro in turns:
-            for name, count in self.flops.work(micro.arrays).items():
-                total[name] += count * micro.counts
+        for micro_batch in micro_batches:
+            for name, count in self.flops.work(micro_batch.arrays).items():
+                total[name] += count * micro_batch.active
         return total
 
-    def restore(self, tensors: Tensors, step: int, turns: list[MicroBatch]) -> None:
-        """Take the optimizer's state after `step` steps over; `turns` are those of any step."""
-        empty = [dataclasses.replace(micro, counts=False) for micro in turns]
-        self.step(empty, 0.0)  # an optimizer allocates its state in its first step
+    def restore(self, tensors: Tensors, step: int, micro_batches: list[MicroBatch]) -> None:
+        """Restore a snapshot after `step` steps; `micro_batches` are those of any step."""
+        fillers = [dataclasses.replace(micro_batch, active=False) for micro_batch in micro_batches]
+        self.step(fillers, 0.0)  # an optimizer allocates its state in its first step
         self.state.restore(tensors, step)
 
     @torch.no_grad()
     def validate(self, examples: AnswerExamples, rank: int) -> dict[str, float]:
-        """Return `val_loss`, and `val_accuracy`: the share of examples whose greedy answer is the true one.
+        """Return `val_loss`, and `val_accuracy`: the share of examples whose greedy answer is the reference answer.
 
-        It is exactly where every true token is the likeliest behind those before it.
+        The greedy answer equals the reference if each reference token is the likeliest after the previous ones.
         """
         self.engine.eval()
-        # The first examples of a fixed order; all workers make as many passes.
+        # The first examples of a fixed order; all workers make the same number of passes.
         count = min(self.config.validation_examples, len(examples))
         numbers = examples.order(self.config.seed, 0)[:count]
         size = self.config.micro_batch
         sums = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
         for start in range(0, count, size * self.plan.workers):
-            own = numbers[start + rank * size :][:size]
-            share = float(len(own) > 0)
-            arrays = examples.collate(self.config.seed, 0, own if len(own) else numbers[:1])
+            share = numbers[start + rank * size :][:size]
+            active = float(len(share) > 0)
+            arrays = examples.collate(self.config.seed, 0, share if len(share) else numbers[:1])
             batch = {name: torch.from_numpy(array).to(self.engine.device) for name, array in arrays.items()}
-            output, answered = self.engine(**batch), batch["labels"] >= 0
-            tokens = answered.sum()
-            right = ((output.logits.argmax(-1) == batch["labels"]) | ~answered).all(dim=1).sum()
-            sums += share * torch.stack([output.loss * tokens, tokens, right, torch.tensor(len(own))]).to(sums)
+            output, labelled = self.engine(**batch), batch["labels"] >= 0
+            tokens = labelled.sum()
+            correct = ((output.logits.argmax(-1) == batch["labels"]) | ~labelled).all(dim=1).sum()
+            sums += active * torch.stack([output.loss * tokens, tokens, correct, torch.tensor(len(share))]).to(sums)
         torch.distributed.all_reduce(sums)
-        loss, tokens, right, seen = sums.tolist()
-        return {"val_loss": loss / tokens, "val_accuracy": right / seen}
+        loss, tokens, correct, total = sums.tolist()
+        return {"val_loss": loss / tokens, "val_accuracy": correct / total}
 
-    def _moved(self, micro: MicroBatch) -> dict[str, torch.Tensor]:
-        return {name: value.to(self.engine.device) for name, value in micro.arrays.items()}
+    def _on_device(self, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
+        return {name: value.to(self.engine.device) for name, value in micro_batch.arrays.items()}
 
 
-def publish(tuning: Finetuning, progress: Recorder, processor: MellowProcessor, examples: AnswerExamples) -> None:
-    """Save the model to the run's output, where it passes the gate; all workers call it together.
+def publish(worker: FinetuneWorker, recorder: Recorder, processor: MellowProcessor, examples: AnswerExamples) -> None:
+    """Check the model and save it to the run's output; all workers call it together.
 
     Args:
-        examples: whose first questions the trainer and the saved model are asked.
-    """
-    from mellow_platform.training.engine_state import weights_of  # with DeepSpeed, as above
+        examples: examples whose first questions both the engine and the saved model answer.
 
-    config = tuning.config
-    chosen, tensors = progress.choose(best=config.publish == "best")
-    if chosen.step != progress.step:
-        tensors = tensors or progress.store.load(chosen)[0]
-        tuning = Finetuning(config, tuning.plan, build_model(config, processor), tensors)
-    tuning.engine.eval()
-    questions = gate_questions(examples, config)
-    answers = greedy_answers(tuning.engine.module, questions)
-    if tensors is None or not progress.is_first:
+    Raises:
+        RuntimeError: the saved model differs from the trained one.
+    """
+    from mellow_platform.training.engine_state import model_weights  # imports DeepSpeed, as above
+
+    config = worker.config
+    checkpoint, tensors = recorder.checkpoint_to_publish(best=config.publish == "best")
+    if checkpoint.step != recorder.step:
+        tensors = tensors or recorder.store.load(checkpoint)[0]
+        worker = FinetuneWorker(config, worker.plan, build_model(config, processor), tensors)
+    worker.engine.eval()
+    questions = check_questions(examples, config)
+    answers = greedy_answers(worker.engine.module, questions)
+    if tensors is None or not recorder.is_first:
         return
     model = build_model(config, processor).eval()
-    # Of the checkpoint, not the engine, which may compute with rounded ones.
-    model.load_state_dict(weights_of(tensors), strict=False)
-    # The weights have seen prompts in this form.
+    # The float32 weights of the checkpoint; the engine may compute with rounded ones.
+    model.load_state_dict(model_weights(tensors), strict=False)
+    # Prompts of the published processor are padded as in training.
     processor.pad_prompt = config.pad_prompts
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, processor, folder)
-        check_published(folder, model, questions, answers, like=next(tuning.engine.module.parameters()))
+        check_published(folder, model, questions, answers, like=next(worker.engine.module.parameters()))
         storage.upload(folder, config.output)
         digests = {path.name: storage.sha256(path) for path in sorted(Path(folder).iterdir())}
-    # Written last: a folder without it is not all there.
+    # Written last: a folder without it is incomplete.
     storage.write_json(
         storage.join(config.output, PUBLISHED),
         {
-            "run": progress.folder,
-            "step": chosen.step,
+            "run": recorder.folder,
+            "step": checkpoint.step,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "files": digests,
         },
     )
 
 
-def gate_questions(examples: AnswerExamples, config: TrainConfig) -> list[Question]:
-    """Return the first examples of a fixed order without their answers, one at a time."""
+def check_questions(examples: AnswerExamples, config: TrainConfig) -> list[Question]:
+    """Return the first questions of a fixed order."""
     questions = []
-    for number in examples.order(config.seed, 0)[:GATE_QUESTIONS]:
+    for number in examples.order(config.seed, 0)[:CHECK_QUESTIONS]:
         arrays = examples.collate(config.seed, 0, np.array([number]))
-        read = ("input_ids", "input_features", "audio_frames", "audio_latent")
-        questions.append({name: torch.from_numpy(arrays[name]) for name in read if name in arrays})
+        names = ("input_ids", "input_features", "audio_frames", "audio_latent")
+        questions.append({name: torch.from_numpy(arrays[name]) for name in names if name in arrays})
     return questions
 
 
-def peak_of_all(config: TrainConfig) -> float:
-    """Return the floating-point operations a second of all workers' devices, measured at the same time."""
+def peak_flops_of_workers(config: TrainConfig) -> float:
+    """Return the total floating-point operations per second of all workers' devices, measured simultaneously."""
     device = ray.train.torch.get_device()
     dtype = torch.bfloat16 if config.scaling.gpus_per_worker else torch.float32
     peak = torch.tensor(measured_peak(device, dtype), dtype=torch.float64, device=device)
@@ -380,26 +384,27 @@ def peak_of_all(config: TrainConfig) -> float:
 
 
 def train_answers(values: dict[str, Any]) -> None:
-    """The loop of one worker; rank 0 publishes the model folder at the end."""
+    """Run the training loop of one worker; rank 0 publishes the model folder at the end."""
     config = TrainConfig(**values["config"])
     prepare_worker(config)
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     examples: AnswerExamples = ray.get(values["examples"])
-    plan = plan_of(config, examples, workers)
-    progress = Recorder(config, plan, examples, clip_seconds=20.0, peak_flops=peak_of_all(config))
+    plan = build_plan(config, examples, workers)
+    recorder = Recorder(config, plan, examples, clip_seconds=20.0, peak_flops=peak_flops_of_workers(config))
     processor = load_processor(storage.join(config.shards, "processor"))
     model = build_model(config, processor)
-    tensors = progress.resume()
-    tuning = Finetuning(config, plan, model, tensors)
+    tensors = recorder.resume()
+    worker = FinetuneWorker(config, plan, model, tensors)
     validation = ray.get(values["validation"]) if config.validate_every else None
-    validate = functools.partial(tuning.validate, validation, rank) if validation is not None else None
-    steps = batches(plan, values["examples"], rank, progress.step, progress.total)
-    for turns in progress.waiting(steps):
+    validate = functools.partial(worker.validate, validation, rank) if validation is not None else None
+    steps = batches(plan, values["examples"], rank, recorder.step, recorder.total)
+    for micro_batches in recorder.until_done(steps):
         if tensors:
-            tuning.restore(tensors, progress.step, turns)
+            worker.restore(tensors, recorder.step, micro_batches)
             tensors = None
-        rate = config.learning_rate * learning_rate_factor(progress.step, progress.total, config.warmup)
-        progress.advance(tuning.step(turns, rate), rate, tuning.state.snapshot, validate, tuning.work(turns))
-    publish(tuning, progress, processor, examples if validation is None else validation)
-    progress.finish()
+        rate = config.learning_rate * learning_rate_factor(recorder.step, recorder.total, config.warmup)
+        loss, work = worker.step(micro_batches, rate), worker.work(micro_batches)
+        recorder.advance(loss, rate, worker.state.snapshot, validate, work)
+    publish(worker, recorder, processor, examples if validation is None else validation)
+    recorder.finish()

@@ -1,4 +1,4 @@
-"""How far a run is, on a worker: losses, metrics, validations, checkpoints in the background, early stop."""
+"""Recorder of a run on a worker: losses, metrics, validations, background checkpoints, early stopping."""
 
 import concurrent.futures
 import dataclasses
@@ -25,28 +25,28 @@ from mellow_platform.training.trainer import RESULT, is_stopped, total_steps
 logger = logging.getLogger(__name__)
 
 POSITION_SECONDS, PREEMPTION_SECONDS = 1.0, 1.0
-# A report to Ray waits until its controller, which looks every two seconds, has taken the one before.
+# A report to Ray blocks until its controller, which polls every two seconds, has read the previous one.
 REPORT_SECONDS = 10.0
 
 
 @dataclasses.dataclass
 class Counters:
-    """What happened since metrics were last logged, on this worker."""
+    """Counts of this worker since metrics were last logged."""
 
     since: float = dataclasses.field(default_factory=time.perf_counter)
     steps: int = 0
     examples: int = 0
     loss: float = 0.0
-    work: dict[str, float] = dataclasses.field(default_factory=dict)  # counts over all workers
-    waited: float = 0.0  # seconds in which the loop had no batch
+    work: dict[str, float] = dataclasses.field(default_factory=dict)  # sums over all workers
+    waited: float = 0.0  # seconds without a batch
 
 
 @dataclasses.dataclass(frozen=True)
 class PendingCheckpoint:
-    """A checkpoint that is written in the background.
+    """A checkpoint that is being written in the background.
 
     Attributes:
-        rows: of the log that it commits; none once these are written.
+        rows: log rows that it commits; empty after they are written.
     """
 
     written: concurrent.futures.Future[None]
@@ -56,9 +56,9 @@ class PendingCheckpoint:
 
 
 class Recorder:
-    """Follows a run on a worker: position, loss of every step, metrics, checkpoints in the background, early stop.
+    """Recorder of a run on a worker: position, loss of each step, metrics, background checkpoints, early stopping.
 
-    Rank 0 writes; the others take part in what all must do together.
+    Only rank 0 writes; the other ranks take part in collective operations.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Recorder:
     ):
         """
         Args:
-            clip_seconds: audio of an example.
-            peak_flops: floating-point operations a second of all workers, which `model_flops` are held against.
+            clip_seconds: seconds of audio per example.
+            peak_flops: peak floating-point operations per second of all workers, for the utilization.
         """
         context = ray.train.get_context()
         self.config, self.plan, self.examples, self.clip_seconds = config, plan, examples, clip_seconds
@@ -84,10 +84,10 @@ class Recorder:
         self.store = CheckpointStore(self.folder)
         self.attempt = uuid.uuid4().hex[:8]
         self.step = self.resumed_from = 0
-        # What a checkpoint carries besides tensors.
+        # Progress in checkpoints: names of log files, best validation, validations since then, latest metrics.
         self.log: list[str] = []
         self.best: dict[str, float] | None = None
-        self.kept_best: dict[str, float] | None = None  # the best that has a whole checkpoint, on rank 0
+        self.kept_best: dict[str, float] | None = None  # best validation with a complete checkpoint, on rank 0
         self.worse = 0
         self.redone = 0
         self.rows: list[dict[str, Any]] = []  # of the log, since the last checkpoint
@@ -95,25 +95,26 @@ class Recorder:
         self.counters = Counters()
         self.writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.writing: PendingCheckpoint | None = None
-        self.positions = concurrent.futures.ThreadPoolExecutor(1, "position")
-        self.noting: concurrent.futures.Future[None] | None = None
-        self.noted = self.watched = self.reported = 0.0
+        self.position_writer = concurrent.futures.ThreadPoolExecutor(1, "position")
+        self.position_write: concurrent.futures.Future[None] | None = None
+        # Times of the last position, look for preemption notices, and report to Ray.
+        self.position_time = self.preemption_time = self.report_time = 0.0
         self.preempted: set[str] = set()
         self.tracker: Tracker | None = None
         self.bar: tqdm | None = None
 
     def resume(self) -> Tensors | None:
-        """Find the run's latest whole checkpoint, take its progress over, and return its tensors; None at the start."""
+        """Load progress and tensors of the latest complete checkpoint, and return the tensors; None without one."""
         found = self.store.load_latest() if self.is_first else None
-        place = ray.train.collective.broadcast_from_rank_zero((found[0].step, found[0].uri) if found else None)
+        latest = ray.train.collective.broadcast_from_rank_zero((found[0].step, found[0].uri) if found else None)
         tensors = None
-        if place:
-            tensors, progress = found[1:] if found else self.store.load(SavedCheckpoint(*place))
+        if latest:
+            tensors, progress = found[1:] if found else self.store.load(SavedCheckpoint(*latest))
             self.step, self.log = progress["step"], progress["log"]
             self.resumed_from = self.step
             self.best, self.worse = self.kept_best, _ = progress["best"], progress["worse"]
             self.metrics = progress["metrics"]
-            logger.info("run %s goes on from step %d", self.config.run, self.step)
+            logger.info("run %s resumes from step %d", self.config.run, self.step)
         if self.is_first:
             self._count_redone()
             self.tracker = Tracker(self.config, self.folder, self.step)
@@ -128,14 +129,14 @@ class Recorder:
         self.counters = Counters()
         return tensors
 
-    def choose(self, best: bool) -> tuple[SavedCheckpoint, Tensors | None]:
-        """Return the checkpoint to publish, the same on all workers, and on the first one its tensors.
+    def checkpoint_to_publish(self, best: bool) -> tuple[SavedCheckpoint, Tensors | None]:
+        """Return the checkpoint to publish, the same on all workers, and on rank 0 its tensors.
 
         Args:
-            best: of the step that validated best, where there is one; else of the last step.
+            best: take the step with the best validation loss, if any, instead of the last step.
 
         Raises:
-            RuntimeError: the last step has no whole checkpoint.
+            RuntimeError: the last step has no complete checkpoint.
         """
         found = None
         if self.is_first:
@@ -143,24 +144,26 @@ class Recorder:
                 found = self.store.load_latest(int(self.best["step"]))
                 if not found:
                     logger.warning(
-                        "step %d, the best, has no whole checkpoint: the last is published", self.best["step"]
+                        "best step %d has no complete checkpoint; publishing the last step", self.best["step"]
                     )
             found = found or self.store.load_latest(self.step)
             if not found:
-                raise RuntimeError(f"{self.folder} has no whole checkpoint of step {self.step}: submit the run again")
-        place = ray.train.collective.broadcast_from_rank_zero((found[0].step, found[0].uri) if found else None)
-        return SavedCheckpoint(*place), found[1] if found else None
+                raise RuntimeError(
+                    f"{self.folder} has no complete checkpoint of step {self.step}; submit the run again"
+                )
+        selected = ray.train.collective.broadcast_from_rank_zero((found[0].step, found[0].uri) if found else None)
+        return SavedCheckpoint(*selected), found[1] if found else None
 
-    def waiting(self, steps: Iterator[Any]) -> Iterator[Any]:
-        """Pass `steps` on until the run is over, and count the time in which none is there."""
-        while not self.over:
+    def until_done(self, steps: Iterator[Any]) -> Iterator[Any]:
+        """Yield from `steps` until the run is done, and measure the time spent waiting for them."""
+        while not self.is_done:
             start = time.perf_counter()
             step = next(steps)
             self.counters.waited += time.perf_counter() - start
             yield step
 
     @property
-    def over(self) -> bool:
+    def is_done(self) -> bool:
         return self.step >= self.total or is_stopped(self.config, self.worse)
 
     def advance(
@@ -171,42 +174,45 @@ class Recorder:
         validate: Callable[[], dict[str, float]] | None = None,
         work: dict[str, float] | None = None,
     ) -> None:
-        """Count a finished step; report, validate and checkpoint when it is time. Called by all workers together.
+        """Record a finished step; report, validate and checkpoint if due. All workers call it together.
 
         Args:
             loss: this worker's share of the step's mean loss.
-            snapshot: returns the tensors to go on from, where its argument says to keep them.
-            validate: returns `val_loss` and more, where the run validates.
-            work: this worker's counts in the step, of the same names everywhere, that are reported as rates a second.
+            snapshot: returns the tensors of a checkpoint, or nothing if its argument is false.
+            validate: returns `val_loss` and other scores, if the run validates.
+            work: this worker's counts in the step, reported as rates per second; all workers use the same names.
+
+        Raises:
+            RuntimeError: the loss is not finite.
         """
         now = time.monotonic()
-        mean, look, report = self._together(loss, work or {}, now)
+        mean, look, report = self._sum_over_workers(loss, work or {}, now)
         if not math.isfinite(mean):
             raise RuntimeError(
-                f"step {self.step + 1}: the loss is {mean}; lower learning_rate, or look at the step's examples: "
+                f"step {self.step + 1}: the loss is {mean}; lower learning_rate, or inspect the step's examples: "
                 f"{', '.join(self._ids()[:8])}, ..."
             )
         self._record(mean, learning_rate)
         notice = look and self._is_preempted()
         better = False
         if validate and (self.step >= self.total or self.step % self.validate_every == 0):
-            better = self._validated(validate())
-        checkpoint = self.over or notice or better or self.step % self.config.checkpoint_every == 0
+            better = self._record_validation(validate())
+        checkpoint = self.is_done or notice or better or self.step % self.config.checkpoint_every == 0
         if checkpoint or self.step % self.config.log_every == 0:
             self._log(learning_rate)
-        if report or self.over:
+        if report or self.is_done:
             ray.train.report(self.metrics | {"step": self.step, "total_steps": self.total})
         if checkpoint:
-            self._checkpoint(snapshot, wait=notice or self.over)
-        elif self.is_first and now - self.noted >= POSITION_SECONDS:
-            self._note_position()
+            self._checkpoint(snapshot, wait=notice or self.is_done)
+        elif self.is_first and now - self.position_time >= POSITION_SECONDS:
+            self._write_position()
 
     @property
     def validate_every(self) -> int:
         return getattr(self.config, "validate_every", 0)
 
     def finish(self) -> None:
-        """Write what the run came to, on rank 0: the last file of a run, and the sign that it is complete."""
+        """Write the result on rank 0: the last file of a run, which marks it as complete."""
         if not self.is_first:
             return
         if self.bar:
@@ -226,32 +232,31 @@ class Recorder:
         }
         storage.write_json(storage.join(self.folder, RESULT), result)
 
-    def _together(self, loss: torch.Tensor, work: dict[str, float], now: float) -> tuple[float, bool, bool]:
-        """Sum losses and work over the workers; return the mean loss, and what it is time for.
+    def _sum_over_workers(self, loss: torch.Tensor, work: dict[str, float], now: float) -> tuple[float, bool, bool]:
+        """Sum losses and work over the workers; return the mean loss, and whether notices and a report are due.
 
-        What the first worker's clock says is time for (a look for notices, a report) is done by all: both are
-        collective calls.
+        Both are collective calls, so the clock of rank 0 decides for all workers.
         """
-        look = self.is_first and now - self.watched >= PREEMPTION_SECONDS
-        report = self.is_first and now - self.reported >= REPORT_SECONDS
+        look = self.is_first and now - self.preemption_time >= PREEMPTION_SECONDS
+        report = self.is_first and now - self.report_time >= REPORT_SECONDS
         counts = torch.tensor([look, report, *work.values()], dtype=torch.float64, device=loss.device)
         sums = torch.cat([loss.detach().double()[None], counts])
         torch.distributed.all_reduce(sums)
-        mean, looking, reporting, *done = sums.tolist()
-        for name, count in zip(work, done, strict=True):
-            self.counters.work[name] = self.counters.work.get(name, 0.0) + count
-        if looking:
-            self.watched = now
-        if reporting:
-            self.reported = now
-        return mean, bool(looking), bool(reporting)
+        mean, look, report, *totals = sums.tolist()
+        for name, total in zip(work, totals, strict=True):
+            self.counters.work[name] = self.counters.work.get(name, 0.0) + total
+        if look:
+            self.preemption_time = now
+        if report:
+            self.report_time = now
+        return mean, bool(look), bool(report)
 
     def _ids(self) -> list[str]:
         ids = self.examples.ids
         return [ids[number] for number in self.plan.numbers(self.examples, self.step)]
 
     def _record(self, loss: float, learning_rate: float) -> None:
-        epoch, first, last = self.plan.stretch(self.step)
+        epoch, first, last = self.plan.order_range(self.step)
         ids = self._ids() if self.is_first else []
         self.step += 1
         self.counters.steps += 1
@@ -265,15 +270,18 @@ class Recorder:
             self.bar.update()
 
     def _is_preempted(self) -> bool:
-        """Whether a node of this run was given notice since the last look; all workers get the same answer."""
+        """Return whether a node of this run has had a preemption notice since the last call, on all workers alike."""
         notice = ray.train.get_preemption_info()
         new = set(notice.preempted_node_ids) - self.preempted if notice else set()
         self.preempted |= new
         if new and self.is_first:
-            logger.warning("step %d: nodes %s are about to go; saving a checkpoint", self.step, ", ".join(sorted(new)))
+            logger.warning(
+                "step %d: nodes %s will be preempted; saving a checkpoint", self.step, ", ".join(sorted(new))
+            )
         return bool(new)
 
-    def _validated(self, scores: dict[str, float]) -> bool:
+    def _record_validation(self, scores: dict[str, float]) -> bool:
+        """Record the scores of a validation; return whether its loss is the lowest so far."""
         self.metrics |= scores
         if self.tracker:
             self.tracker.log(scores, self.step)
@@ -315,12 +323,12 @@ class Recorder:
             rows, self.rows = self.rows, []
             written = self.writer.submit(self._write, tensors, progress, rows)
             self.writing = PendingCheckpoint(written, self.step, self.best, rows)
-            self._note_position()
+            self._write_position()
         if wait:
-            self._wait_for_writer(final=self.over)
+            self._wait_for_writer(final=self.is_done)
 
     def _write(self, tensors: Tensors, progress: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-        """Write the log's `rows`, which it empties, and a checkpoint that commits them."""
+        """Write the log rows, clear them, and write a checkpoint that commits them."""
         if rows:
             self.log.append(self.store.write_log(rows))
             rows.clear()
@@ -330,13 +338,13 @@ class Recorder:
             self.store.prune(self.config.keep_checkpoints, [int(best["step"])] if best else [])
             if self.tracker:
                 self.tracker.upload()
-        except Exception:  # the next checkpoint does both again
-            logger.exception("older checkpoints were not deleted, or metrics not sent on")
+        except Exception:  # the next checkpoint repeats both
+            logger.exception("older checkpoints were not deleted, or metrics not uploaded")
 
     def _wait_for_writer(self, final: bool) -> None:
-        """Wait for the checkpoint in the background; a failure ends the run only where no later one will make up.
+        """Wait for the background checkpoint; its failure is an error only if no later checkpoint follows.
 
-        All workers then know the same best step, one whose checkpoint is kept.
+        Unless `final`, all workers then have the same best step, one with a complete checkpoint.
         """
         writing, self.writing = self.writing, None
         if writing:
@@ -349,30 +357,30 @@ class Recorder:
                 self.rows = writing.rows + self.rows
                 if self.best and self.best["step"] == writing.step:
                     self.best = self.kept_best
-                logger.exception("a checkpoint was not written; the run goes on, and the next one will hold its steps")
+                logger.exception("a checkpoint was not written; the next one will contain its steps")
         if self.validate_every and not final:
             self.best = ray.train.collective.broadcast_from_rank_zero(self.best)
 
     def _count_redone(self) -> None:
         uri = storage.join(self.folder, POSITION)
         if storage.exists(uri):
-            before = storage.read_json(uri)
-            self.redone = before["redone"] + max(0, before["step"] - self.step)
-            if before["step"] > self.step:
-                logger.info("%d steps after the checkpoint are run again", before["step"] - self.step)
+            last = storage.read_json(uri)
+            self.redone = last["redone"] + max(0, last["step"] - self.step)
+            if last["step"] > self.step:
+                logger.info("repeating %d steps after the checkpoint", last["step"] - self.step)
         storage.write_json(uri, {"step": self.step, "redone": self.redone})
 
-    def _note_position(self) -> None:
-        """Write down how far the run is, in the background: what is lost by a kill can then be counted."""
-        self.noted = time.monotonic()
-        if self.noting and not self.noting.done():
+    def _write_position(self) -> None:
+        """Write the step of the run in the background, so that steps lost by a kill can be counted."""
+        self.position_time = time.monotonic()
+        if self.position_write and not self.position_write.done():
             return
         position = {"step": self.step, "redone": self.redone}
 
-        def note() -> None:
+        def write() -> None:
             try:
                 storage.write_json(storage.join(self.folder, POSITION), position)
-            except Exception as error:  # the count of repeated steps is all that it costs
-                logger.warning("the position of the run was not written: %r", error)
+            except Exception as error:  # affects only the count of repeated steps
+                logger.warning("position of the run was not written: %r", error)
 
-        self.noting = self.positions.submit(note)
+        self.position_write = self.position_writer.submit(write)

@@ -1,4 +1,4 @@
-"""Options of every training job."""
+"""Options that both training jobs have."""
 
 from typing import Literal
 
@@ -31,14 +31,14 @@ class ScalingSection(Section):
     max_failures: int = Field(3, ge=-1, description="worker failures after which the run stops; -1: no limit")
 
     @model_validator(mode="after")
-    def _fewest_is_not_most(self) -> "ScalingSection":
+    def _check_min_workers(self) -> "ScalingSection":
         if self.min_workers and self.min_workers > self.workers:
-            raise ValueError(f"min_workers {self.min_workers} is more than workers {self.workers}")
+            raise ValueError(f"min_workers {self.min_workers} is larger than workers {self.workers}; lower it")
         return self
 
 
 class RunSection(Section):
-    """Options of every training job."""
+    """Options of a training run."""
 
     shards: Input = Field(description="folder of shards that jobs/preprocess.py wrote")
     output: Output = Field(description="folder to save the trained model to")

@@ -1,8 +1,8 @@
-"""Which examples are in a step, computed from (seed, epoch) and never remembered from a stream.
+"""Examples of each training step, computed from (seed, epoch).
 
-A step is a fixed stretch of its epoch's order, cut into micro-batches that do not depend on how many workers share
-them: a run that is resumed, on other workers too, builds the rest of the list and continues. The processes that put
-batches together load this module, and not torch.
+A step is a fixed range of its epoch's order, divided into micro-batches that do not depend on the number of workers:
+a resumed run, on another number of workers too, computes the remaining steps. Processes that collate batches import
+this module without torch.
 """
 
 from collections.abc import Sequence
@@ -15,38 +15,38 @@ Arrays = dict[str, np.ndarray]
 
 
 class Examples(Protocol):
-    """What a training job learns from, by number; read in place from Ray's object store."""
+    """Training examples by number, read in place from Ray's object store."""
 
     @property
     def ids(self) -> Sequence[str]:
-        """A stable name of each example, for the log."""
+        """Stable name of each example, for the log."""
         ...
 
     @property
-    def sizes(self) -> np.ndarray:
-        """What each example counts [count] in the mean loss: its answer's tokens, or 1."""
+    def loss_weights(self) -> np.ndarray:
+        """Weight of each example in the mean loss [count]: the tokens of its answer, or 1."""
         ...
 
     def __len__(self) -> int: ...
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """Return the order [count] of the examples in one epoch, a function of the arguments alone."""
+        """Return the order [count] of the examples in an epoch, a function of only the arguments."""
         ...
 
     def collate(self, seed: int, epoch: int, numbers: np.ndarray) -> Arrays:
-        """Return the arrays that the network reads of the numbered examples."""
+        """Return the network's input arrays for the numbered examples."""
         ...
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Which examples are in a step, and which of its micro-batches a worker computes.
+    """Assignment of examples to steps, and of a step's micro-batches to workers.
 
     Attributes:
-        count: examples in an epoch.
-        batch: examples of a step; the last step of an epoch has what is left.
-        micro_batch: examples of one forward pass.
-        workers: that share a step.
+        count: examples per epoch.
+        batch: examples per step; the last step of an epoch has the remaining ones.
+        micro_batch: examples per forward pass.
+        workers: workers that share a step.
     """
 
     seed: int
@@ -60,35 +60,35 @@ class StepPlan:
         return -(-self.count // self.batch)
 
     @property
-    def turns(self) -> int:
-        """Micro-batches that every worker computes in a step (gradient accumulation)."""
+    def accumulation_steps(self) -> int:
+        """Micro-batches per worker and step (gradient accumulation)."""
         return -(-min(self.batch, self.count) // (self.micro_batch * self.workers))
 
-    def stretch(self, step: int) -> tuple[int, int, int]:
-        """Return the epoch of a step, and where in its order the step starts and stops."""
+    def order_range(self, step: int) -> tuple[int, int, int]:
+        """Return the epoch of a step, and the start and stop of the step in the epoch's order."""
         epoch, within = divmod(step, self.steps_per_epoch)
         return epoch, within * self.batch, min((within + 1) * self.batch, self.count)
 
-    def micro(self, step: int, turn: int, rank: int) -> tuple[int, int] | None:
-        """Return the stretch of the epoch's order that a worker computes in a turn; None where none is left for it."""
-        _, first, last = self.stretch(step)
-        start = first + (turn * self.workers + rank) * self.micro_batch
+    def micro_batch_range(self, step: int, micro_step: int, rank: int) -> tuple[int, int] | None:
+        """Return start and stop of a worker's micro-batch in the epoch's order; None if no examples are left for it."""
+        _, first, last = self.order_range(step)
+        start = first + (micro_step * self.workers + rank) * self.micro_batch
         return (start, min(start + self.micro_batch, last)) if start < last else None
 
     def numbers(self, examples: Examples, step: int) -> np.ndarray:
         """Return the numbers of the examples in a step."""
-        epoch, first, last = self.stretch(step)
+        epoch, first, last = self.order_range(step)
         return examples.order(self.seed, epoch)[first:last]
 
 
-def collated(plan: StepPlan, examples: Examples, step: int, turn: int, rank: int) -> dict[str, Any]:
-    """Return the arrays of a worker's micro-batch in a turn of a step, with the fields of `MicroBatch`."""
-    epoch, first, last = plan.stretch(step)
+def collate_micro_batch(plan: StepPlan, examples: Examples, step: int, micro_step: int, rank: int) -> dict[str, Any]:
+    """Return the arrays of a worker's micro-batch, with the other fields of `MicroBatch`."""
+    epoch, first, last = plan.order_range(step)
     order = examples.order(plan.seed, epoch)
-    own = plan.micro(step, turn, rank)
-    start, stop = own or (first, min(first + plan.micro_batch, last))
+    share = plan.micro_batch_range(step, micro_step, rank)
+    start, stop = share or (first, min(first + plan.micro_batch, last))
     arrays = examples.collate(plan.seed, epoch, order[start:stop])
-    # A draw depends on the step and on the micro-batch's first example, not on who computes it.
-    draw = int(np.random.SeedSequence([plan.seed, step, start]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    size = float(examples.sizes[order[first:last]].sum())
-    return arrays | {"size": size, "counts": own is not None, "draw": draw}
+    # The seed depends on the step and on the micro-batch's position, not on the worker that computes it.
+    seed = int(np.random.SeedSequence([plan.seed, step, start]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    step_weight = float(examples.loss_weights[order[first:last]].sum())
+    return arrays | {"step_weight": step_weight, "active": share is not None, "seed": seed}

@@ -1,33 +1,33 @@
-"""Clips with tags from a shard set, which the audio encoder is trained on. Batches of them are made without torch."""
+"""Training examples of the audio encoder, clips with tags from a shard set; collated without torch."""
 
 import numpy as np
 
 from mellow_platform.data.labels import read_labels, vocabulary
 from mellow_platform.data.shards import Manifest
 from mellow_platform.preprocessing.feature_store import FeatureStore
-from mellow_platform.training.tagger_config import EncoderConfig
+from mellow_platform.training.tagger_config import TaggerConfig
 
 
 class TaggedClips:
-    """The clips of the train split that have labels: spectrograms and tags by number."""
+    """Spectrograms and tags of the labelled clips of the train split."""
 
     def __init__(self, ids: list[str], spectrograms: np.ndarray, targets: np.ndarray, names: list[str]):
         """
         Args:
             ids: path of each clip.
             spectrograms: log-mel, fp16 [clips, frames, bands].
-            targets: [clips, classes], 1 where the clip has the tag.
-            names: of the classes.
+            targets: [clips, classes], 1 for each tag of a clip.
+            names: names of the classes.
         """
         self.ids, self.spectrograms, self.targets, self.names = ids, spectrograms, targets, names
-        self.sizes = np.ones(len(ids))
+        self.loss_weights = np.ones(len(ids))
 
     @classmethod
-    def load(cls, config: EncoderConfig) -> "TaggedClips":
+    def load(cls, config: TaggerConfig) -> "TaggedClips":
         """Read the clips that `config` trains on.
 
         Raises:
-            ValueError: the shards hold no spectrograms, or no clip of the train split has labels.
+            ValueError: the shards contain no spectrograms, or no clip of the train split has labels.
         """
         Manifest.read_with(config.shards, "logmel")
         store = FeatureStore.load(config.shards)
@@ -37,11 +37,13 @@ class TaggedClips:
         files = zip(store.filepaths, store.splits, strict=True)
         rows = [row for row, (path, split) in enumerate(files) if path in by_file and split == "train"]
         if not rows:
-            raise ValueError(f"no clip of the train split of {config.shards} stands in {config.labels}")
+            raise ValueError(
+                f"{config.labels} has no clip of split train of {config.shards}; use the labels of these shards"
+            )
         targets = np.zeros((len(rows), len(names)), np.float32)
-        for place, row in enumerate(rows):
+        for number, row in enumerate(rows):
             for label in by_file[store.filepaths[row]]:
-                targets[place, names.index(label)] = 1.0
+                targets[number, names.index(label)] = 1.0
         return cls([store.filepaths[row] for row in rows], store.arrays["log_mel"][rows], targets, names)
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ from mellow_platform.settings import (
 from mellow_platform.training.run_config import RunSection
 
 
-class EncoderConfig(RunSection):
+class TaggerConfig(RunSection):
     """Train the audio encoder as a sound tagger."""
 
     labels: Input = Field(description="labels.json, or AudioSet segment list (*.csv), with the tags of each clip")

@@ -1,4 +1,4 @@
-"""Where the metrics of a run go for people to look at: TensorBoard files beside its checkpoints, or MLflow."""
+"""Experiment tracking: TensorBoard files beside the checkpoints of a run, or MLflow."""
 
 import tempfile
 
@@ -7,10 +7,10 @@ from mellow_platform.training.run_config import RunSection
 
 
 class Tracker:
-    """Writes metrics by step; a run that is resumed goes on in its place."""
+    """Writer of metrics by step; a resumed run continues its earlier curves."""
 
     def __init__(self, config: RunSection, run: str, step: int):
-        """Open the tracker that `config` names for the run in the folder `run`, which is at `step`."""
+        """Open the tracker that `config` names for the run in the folder `run`, which resumes at `step`."""
         self.run = run
         self.folder: tempfile.TemporaryDirectory[str] | None = None
         if config.tracking == "tensorboard":
@@ -23,8 +23,8 @@ class Tracker:
 
         self.mlflow = mlflow
         mlflow.set_experiment("mellow")
-        known = mlflow.search_runs(filter_string=f"tags.run_folder = '{run}'", output_format="list")
-        mlflow.start_run(run_id=known[0].info.run_id if known else None, run_name=config.run, tags={"run_folder": run})
+        runs = mlflow.search_runs(filter_string=f"tags.run_folder = '{run}'", output_format="list")
+        mlflow.start_run(run_id=runs[0].info.run_id if runs else None, run_name=config.run, tags={"run_folder": run})
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         if self.folder:
@@ -34,7 +34,7 @@ class Tracker:
             self.mlflow.log_metrics(metrics, step=step)
 
     def upload(self) -> None:
-        """Bring what was written so far to the run's folder."""
+        """Copy the TensorBoard files to the run's folder."""
         if self.folder:
             self.writer.flush()
             storage.upload(self.folder.name, storage.join(self.run, "tensorboard"))

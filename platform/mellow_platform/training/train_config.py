@@ -104,28 +104,28 @@ class TrainConfig(RunSection):
     dry_run: bool = Field(False, description="print the plan (steps, memory, checkpoint size, time) and stop")
 
     @model_validator(mode="after")
-    def _one_place_to_begin(self) -> "TrainConfig":
+    def _check_initial_weights(self) -> "TrainConfig":
         if bool(self.encoder) == bool(self.init_from):
-            raise ValueError("give `encoder`, or `init_from`, a model that brings its own")
+            raise ValueError("set either `encoder` or `init_from`, a model that contains its encoder")
         return self
 
     @model_validator(mode="after")
-    def _fresh_weights_need_a_shape(self) -> "TrainConfig":
+    def _check_pretrained(self) -> "TrainConfig":
         if not self.pretrained and not self.decoder:
             raise ValueError(
-                "pretrained: false goes with `decoder`, whose shape it takes: without one it is fresh anyway"
+                "pretrained: false needs `decoder`, whose configuration it takes; set it or remove pretrained"
             )
         return self
 
     @model_validator(mode="after")
-    def _what_validation_is_for(self) -> "TrainConfig":
+    def _check_validation(self) -> "TrainConfig":
         if not self.validate_every and (self.patience or self.publish == "best"):
-            raise ValueError("patience and publish: best go by validations: set validate_every")
+            raise ValueError("patience and publish: best need validations; set validate_every")
         return self
 
     @model_validator(mode="after")
-    def _offloading_needs_shares(self) -> "TrainConfig":
-        needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
-        if self.zero_stage < needed:
-            raise ValueError(f"offload: {self.offload} needs zero_stage {needed} or more, not {self.zero_stage}")
+    def _check_offload(self) -> "TrainConfig":
+        stage = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < stage:
+            raise ValueError(f"offload: {self.offload} needs zero_stage {stage} or more, not {self.zero_stage}")
         return self

@@ -1,4 +1,4 @@
-"""What both training jobs share: the trainer that Ray runs their loops with, what makes a run, and its schedule."""
+"""Trainer of both training jobs: runs their loops on Ray Train workers, and identifies, resumes and completes runs."""
 
 import logging
 from collections.abc import Callable
@@ -19,13 +19,14 @@ from mellow_platform.training.step_plan import Examples, StepPlan
 logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
-# Runs of every ZeRO stage are tested to go on with another number of workers up to this one (tests/test_training.py).
-MOST_RESIZED = 8
-# Muon's matrix products are bfloat16, which on a CPU that announces AMX without granting it end the process; this
-# keeps oneDNN to instructions that such machines have. It has to stand before torch is loaded.
-# Ray Data makes batches window by window, and would say so in four lines each time.
+# Largest number of workers that resuming with another number is tested for, at every ZeRO stage
+# (tests/test_training.py).
+MAX_RESIZABLE_WORKERS = 8
+# Muon's matrix products are bfloat16, and kill the process on a CPU that announces AMX without granting it; this
+# restricts oneDNN to instructions of such machines, and must be set before torch is loaded.
+# Ray Data logs four lines per window of batches.
 WORKER_ENVIRONMENT = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI", "RAY_DATA_LOG_LEVEL": "WARNING"}
-# What may change when a run goes on; anything else would make it another run.
+# Options that a resumed run may change; all others identify the run.
 CHANGEABLE = {
     "epochs", "checkpoint_every", "keep_checkpoints", "log_every", "tracking", "dry_run", "scaling", "storage",
     "output", "offload", "activation_checkpointing", "zero_stage", "patience", "publish", "validate_every",
@@ -36,29 +37,29 @@ CHANGEABLE = {
 def run_training(
     loop: Callable[[dict[str, Any]], None], config: RunSection, examples: Examples, validation: Examples | None = None
 ) -> dict[str, Any]:
-    """Run `loop` on the workers that `config` asks for, and return what `Recorder.finish` wrote.
+    """Run `loop` on the workers of `config`, and return the result that `Recorder.finish` wrote.
 
-    A run of the same name goes on from its latest whole checkpoint; one that is complete is left as it is.
+    A run of the same name is resumed from its latest complete checkpoint; a complete and published run is not changed.
 
     Args:
-        loop: called on every worker with `config` (a dict), `examples` and `validation` (references to them in the
-            object store, where every node has them once).
+        loop: called on every worker with `config` (a dict), and references to `examples` and `validation` in the
+            object store, which has one copy per node.
 
     Raises:
-        ValueError: the run of this name was begun with other values.
-        ImportError: an extra is missing here.
+        ValueError: the run of this name has other options, or a number of workers that it is not tested to resume with.
+        ImportError: an extra is not installed.
     """
     require(config.tracking, extra="mlflow" if config.tracking == "mlflow" else "train")
     folder = storage.join(config.storage, config.run)
-    begin(folder, config)
+    claim_run(folder, config)
     check_resize(folder, config)
     total = total_steps(config, len(examples))
-    finished = storage.join(folder, RESULT)
-    if storage.exists(finished) and is_complete(result := storage.read_json(finished), config, total):
+    uri = storage.join(folder, RESULT)
+    if storage.exists(uri) and is_complete(result := storage.read_json(uri), config, total):
         if is_published(result, config):
-            logger.warning("run %s is complete (%d steps): nothing to do", config.run, result["step"])
+            logger.warning("run %s is complete (%d steps); nothing to do", config.run, result["step"])
             return result
-        logger.warning("run %s is complete (%d steps), and published to %s", config.run, result["step"], config.output)
+        logger.warning("run %s is complete (%d steps); publishing to %s", config.run, result["step"], config.output)
     scaling = config.scaling
     fs, path = storage.arrow_filesystem(config.storage)
     trainer = TorchTrainer(
@@ -85,11 +86,11 @@ def run_training(
         ),
     )
     _fit(trainer, scaling.max_failures)
-    return storage.read_json(finished)
+    return storage.read_json(uri)
 
 
 def _fit(trainer: TorchTrainer, max_failures: int) -> None:
-    """Run a trainer to its end. Ray restarts its workers; its controller, which does so, is restarted here."""
+    """Run a trainer to its end. Its controller restarts lost workers; this function restarts a lost controller."""
     failures = 0
     while True:
         try:
@@ -99,73 +100,73 @@ def _fit(trainer: TorchTrainer, max_failures: int) -> None:
             failures += 1
             if 0 <= max_failures < failures:
                 raise
-            logger.warning("the controller of the run is lost, and is started again: %s", error)
+            logger.warning("controller of the run is lost; restarting it: %s", error)
         except SystemExit as stop:
-            # Ctrl-C: Ray Train stops the run, and then exits as after a success or a failure.
+            # Ctrl-C: Ray Train stops the run, and then exits with the status of a success or a failure.
             if stop.code in (0, 1):
                 raise KeyboardInterrupt from None
             raise
 
 
 def is_complete(result: dict[str, Any], config: RunSection, total: int) -> bool:
-    """Whether a run with this result has nothing left to do: all its steps are done, or it was stopped early."""
+    """Return whether a run with this result is complete: all its steps are done, or it was stopped early."""
     return result["total_steps"] == total and (result["step"] == total or is_stopped(config, result["worse"]))
 
 
 def is_published(result: dict[str, Any], config: RunSection) -> bool:
-    """Whether a complete run's model is where `config` wants it, with the weights that it wants."""
-    wanted = (config.output, getattr(config, "publish", None))
-    return (result.get("output"), result.get("publish")) == wanted and storage.exists(config.output)
+    """Return whether `config.output` has the weights of a complete run that `config.publish` selects."""
+    expected = (config.output, getattr(config, "publish", None))
+    return (result.get("output"), result.get("publish")) == expected and storage.exists(config.output)
 
 
 def is_stopped(config: RunSection, worse: int) -> bool:
-    """Whether so many validations without a better loss end the run."""
+    """Return whether `worse` consecutive validations without a better loss stop the run early."""
     patience = getattr(config, "patience", 0)
     return bool(patience) and worse >= patience
 
 
-def begin(folder: str, config: RunSection) -> None:
-    """Write down what the run in `folder` is, or make sure that it is the one that was begun there.
+def claim_run(folder: str, config: RunSection) -> None:
+    """Write the options that identify the run to its folder, or check them if the run exists.
 
     Raises:
-        ValueError: it was begun with other values; the message names them.
+        ValueError: the run has other options; the message lists them.
     """
     uri = storage.join(folder, "run.json")
     values = {name: value for name, value in config.model_dump().items() if name not in CHANGEABLE}
-    values["content_of_shards"] = Manifest.read(config.shards).content_hash  # they may be written anew in their place
+    values["content_of_shards"] = Manifest.read(config.shards).content_hash  # other shards may be in the same folder
     if not storage.exists(uri):
         storage.write_json(uri, values)
         return
-    before = storage.read_json(uri)
+    stored = storage.read_json(uri)
     differing = [
-        f"{name} {before.get(name)!r} -> {value!r}" for name, value in values.items() if before.get(name) != value
+        f"{name} {stored.get(name)!r} -> {value!r}" for name, value in values.items() if stored.get(name) != value
     ]
     if differing:
         raise ValueError(
-            f"run {config.run!r} in {config.storage} was begun with other values ({', '.join(differing)}): "
+            f"run {config.run!r} in {config.storage} was started with other values ({', '.join(differing)}); "
             "choose another --run, or delete its folder"
         )
 
 
 def check_resize(folder: str, config: RunSection) -> None:
-    """Make sure that the run in `folder` moves only between numbers of workers that such moves are tested with.
+    """Check that the number of workers changes only between numbers that this is tested with.
 
     Raises:
-        ValueError: it would go on with another number, or may on its way, and one of the two is past the largest.
+        ValueError: the number changes, or may change during the run, from or to more than `MAX_RESIZABLE_WORKERS`.
     """
-    scaling = config.scaling
-    if scaling.min_workers and scaling.min_workers != scaling.workers and scaling.workers > MOST_RESIZED:
+    scaling, limit = config.scaling, MAX_RESIZABLE_WORKERS
+    if scaling.min_workers and scaling.min_workers != scaling.workers and scaling.workers > limit:
         raise ValueError(
-            f"scaling: a run that goes on with {scaling.min_workers} to {scaling.workers} workers is tested with "
-            f"{MOST_RESIZED} at most: leave min_workers out, or set workers to {MOST_RESIZED}"
+            f"scaling: min_workers {scaling.min_workers} and workers {scaling.workers} differ, which is tested up to "
+            f"{limit} workers; remove min_workers, or set workers to {limit}"
         )
     store = CheckpointStore(folder)
-    for saved in store.saved()[-1:]:
-        before = store.progress_of(saved)["workers"]
-        if before != scaling.workers and max(before, scaling.workers) > MOST_RESIZED:
+    for saved in store.checkpoints()[-1:]:
+        workers = store.read_progress(saved)["workers"]
+        if workers != scaling.workers and max(workers, scaling.workers) > limit:
             raise ValueError(
-                f"run {config.run!r} stands at step {saved.step} with {before} workers; going on with "
-                f"{scaling.workers} is not tested, but up to {MOST_RESIZED} is: set scaling.workers to {before}"
+                f"run {config.run!r} has a checkpoint of step {saved.step} with {workers} workers; resuming with "
+                f"{scaling.workers} is not tested, only up to {limit}; set scaling.workers to {workers}"
             )
 
 
@@ -173,25 +174,25 @@ def total_steps(config: RunSection, examples: int) -> int:
     """Return the number of steps of a run.
 
     Raises:
-        ValueError: there is nothing to learn from.
+        ValueError: there are no examples.
     """
     if not examples:
         raise ValueError(f"{config.shards} has no examples to train on")
     return max(1, round(config.epochs * -(-examples // config.batch)))
 
 
-def plan_of(config: RunSection, examples: Examples, workers: int) -> StepPlan:
+def build_plan(config: RunSection, examples: Examples, workers: int) -> StepPlan:
     return StepPlan(config.seed, len(examples), config.batch, config.micro_batch, workers)
 
 
 def prepare_worker(config: RunSection) -> None:
-    """Hold this worker to its CPU threads, and to what is worth saying in a job's log."""
+    """Limit this worker's CPU threads and log messages."""
     torch.set_num_threads(config.scaling.threads_per_worker)
-    # Ray 2.60 names this logger by its file, so that LoggingConfig does not reach it: a line for every report.
+    # Ray 2.60 names this logger after its file, so that LoggingConfig does not apply: it logs a line per report.
     logging.getLogger(ray.train.v2._internal.execution.context.__file__).setLevel(logging.WARNING)
 
 
 def summary(result: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Return what a job prints of a finished run."""
+    """Return the figures that a job prints at the end of a run."""
     names = ("step", "loss", "examples_per_second", "audio_seconds_per_second", "redone_steps", "run")
     return {name: result[name] for name in names} | {"seconds": round(seconds, 1)}
