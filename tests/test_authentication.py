@@ -1,4 +1,4 @@
-"""Tokens of local clusters: made in a folder of the cluster's own, never in the home folder."""
+"""Tokens of local clusters: created in the cluster's folder, never in the home folder."""
 
 import os
 import subprocess
@@ -12,13 +12,13 @@ from tests.conftest import REPOSITORY
 
 
 @pytest.fixture
-def unnamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An environment that names no token."""
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Environment without a token."""
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.usefixtures("unnamed")
+@pytest.mark.usefixtures("no_token")
 def test_token_is_created_once_and_private(tmp_path: Path):
     environment = authentication(tmp_path / "cluster")
     file = Path(environment["RAY_AUTH_TOKEN_PATH"])
@@ -35,14 +35,14 @@ def test_token_in_environment_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("unnamed")
+@pytest.mark.usefixtures("no_token")
 def test_missing_token_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "absent"))
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/absent.*RAY_AUTH_TOKEN"):
         authentication(tmp_path)
 
 
-# In a process of its own: Ray reads the variables once, when it is imported.
+# In a separate process: Ray reads the variables once, when it is imported.
 FIRST_JOB = """
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The short form of tests/chaos/kill_preprocess.py: a worker, a node and the driver are killed, and nothing is lost."""
+"""Short run of tests/chaos/kill_preprocess.py: no shard is lost after kills of a worker, a node and the driver."""
 
 from pathlib import Path
 

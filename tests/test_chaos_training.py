@@ -1,4 +1,4 @@
-"""The short form of tests/chaos/kill_training.py: a driver, a worker and a node are killed, and nothing is lost."""
+"""Short run of tests/chaos/kill_training.py: no step is lost after kills of the driver, a worker and a node."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`mellow cluster --local`: the groups of the manifests as real Ray nodes, and no process left behind."""
+"""`mellow cluster --local`: node groups of the manifests as Ray nodes, and cleanup of their processes."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def mellow(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def definition(tmp_path: Path) -> Path:
-    """The local overlay with one node of two groups beside the head, and none of the third."""
+    """Definition with a head and one node each of the groups cpu and serving."""
     patch = [
         {"op": "replace", "path": "/spec/workerGroupSpecs/1/replicas", "value": 0},
         {"op": "replace", "path": "/spec/workerGroupSpecs/2/replicas", "value": 1},
@@ -67,7 +67,7 @@ def test_cluster_has_defined_groups_runs_job_and_leaves_no_process(definition: P
         assert "CPU" not in nodes["head"]
         assert (nodes["cpu"]["CPU"], nodes["serving"]["CPU"]) == (4, 2)
         assert nodes["serving"]["memory"] == 3 << 30
-        # As in the image: the repository is the working folder, and the manifest's variables are there.
+        # As in the image: the repository is the working folder, and the manifest's variables are set.
         assert seen["folder"] == str(REPOSITORY)
         assert (seen["group"], seen["recipe"], seen["threads"]) == ("serving", "tiny", "1")
         processes = [process for node in state.nodes for process in node.processes()]
@@ -81,7 +81,7 @@ def test_cluster_has_defined_groups_runs_job_and_leaves_no_process(definition: P
 
 
 def submit(state: cluster.Cluster, folder: Path) -> dict[str, Any]:
-    """Submit a job that looks around, and return what it saw."""
+    """Submit a job that reports its node, folder and variables; return the report."""
     script = folder / "look.py"
     script.write_text(
         "import json, os, ray\n"

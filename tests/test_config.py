@@ -1,4 +1,4 @@
-"""Configuration: files, overrides, and what is refused."""
+"""Options of jobs: files, flags, validation and help."""
 
 import re
 import runpy

@@ -1,4 +1,4 @@
-"""The cause of a failure, found inside real errors of Ray."""
+"""Cause of a failure inside Ray's errors."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The manifests of `infra/`: rendered, checked against the schemas of what reads them, and against the repository."""
+"""Manifests of `infra/`: rendered, and checked against their schemas and against the repository."""
 
 import copy
 import functools
@@ -36,15 +36,15 @@ CRDS = SHARED / "kuberay-crds"
 KUBERNETES = "1.33"
 PLACES = ("local", "gpu")
 JOBS: dict[str, type[Section]] = {"preprocess": PreprocessConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
-# Folders with a kustomization that is applied by itself.
+# Folders whose kustomization can be applied.
 APPLIED = sorted(
     str(file.parent.relative_to(INFRA))
     for file in INFRA.rglob("kustomization.yaml")
     if file.relative_to(INFRA).parts[0] != "components"
 )
 KUBERAY_KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService": "rayservices"}
-NOT_VALIDATED = {"PodMonitor": "its schema comes with the Prometheus operator, and with no package"}
-# What a user creates before, because it is secret.
+NOT_VALIDATED = {"PodMonitor": "no package contains the Prometheus operator's schema"}
+# Secrets that a user must create.
 SECRETS = {"mellow-s3", "mellow-api-keys", "mellow-redis", "mellow-tls"}
 TAG = re.compile(r"(?P<project>[\d.]+)-ray(?P<ray>[\d.]+)-py(?P<python>[\d.]+)-(?P<accelerator>cpu|cuda)")
 
@@ -67,7 +67,7 @@ def groups(spec: Manifest) -> dict[str, Manifest]:
 
 
 def cluster_specs() -> Iterator[tuple[str, Manifest]]:
-    """Yield every cluster that is rendered anywhere, with its folder."""
+    """Yield (folder, spec) of every rendered cluster, including those of jobs and the endpoint."""
     for folder in APPLIED:
         for manifest in rendered(folder):
             spec = manifest.get("spec", {})
@@ -103,34 +103,36 @@ def environment(of: Manifest) -> dict[str, str]:
 
 
 def strict(schema: Any) -> Any:
-    """Return a CRD's schema as a JSON schema that refuses unknown fields, as the API server does when told to."""
+    """Return a CRD's schema as a JSON schema that refuses unknown fields, like the API server's strict validation."""
     if isinstance(schema, list):
         return [strict(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     if schema.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
-    made = {key: strict(value) for key, value in schema.items() if key not in ("description", "properties", "default")}
+    result = {
+        key: strict(value) for key, value in schema.items() if key not in ("description", "properties", "default")
+    }
     if "properties" in schema:
-        made["properties"] = {name: strict(value) for name, value in schema["properties"].items()}
+        result["properties"] = {name: strict(value) for name, value in schema["properties"].items()}
     if schema.get("type") == "object" and not schema.get("x-kubernetes-preserve-unknown-fields"):
-        made.setdefault("additionalProperties", False)
-    return made
+        result.setdefault("additionalProperties", False)
+    return result
 
 
 @functools.cache
 def crd_validator(kind: str) -> jsonschema.Draft202012Validator:
     if not CRDS.is_dir():
-        pytest.skip(f"{CRDS} is absent: no KubeRay schemas to check against")
+        pytest.skip(f"{CRDS} is missing: no KubeRay schemas")
     definition = yaml.load((CRDS / f"ray.io_{KUBERAY_KINDS[kind]}.yaml").read_text(), yaml.CSafeLoader)
     (version,) = [version for version in definition["spec"]["versions"] if version["name"] == "v1"]
     schema = strict(version["schema"]["openAPIV3Schema"])
-    schema["properties"]["metadata"] = {"type": "object"}  # the API server's own
+    schema["properties"]["metadata"] = {"type": "object"}  # its schema is built into the API server
     return jsonschema.Draft202012Validator(schema)
 
 
 def faults(manifest: Manifest) -> list[str]:
-    """Return what is wrong with a manifest by the schema of its kind."""
+    """Return the errors of a manifest under the schema of its kind."""
     kind = manifest["kind"]
     if kind in KUBERAY_KINDS:
         return [f"{error.json_path}: {error.message}" for error in crd_validator(kind).iter_errors(manifest)]
@@ -183,7 +185,7 @@ def test_jobs_with_kueue_are_valid(tmp_path: Path):
     (job,) = [manifest for manifest in cluster.render(tmp_path) if manifest["kind"] == "RayJob"]
     assert not faults(job)
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
-    # The operator accepts `suspend` only of a job whose cluster ends with it.
+    # The operator accepts `suspend` only if the job's cluster ends with the job.
     assert job["spec"]["suspend"] and job["spec"]["shutdownAfterJobFinishes"] and "clusterSelector" not in job["spec"]
 
 
@@ -192,12 +194,12 @@ def test_endpoint_has_applications_of_serve_configuration(place: str):
     config = yaml.safe_load(one(f"overlays/{place}/endpoint", "RayService")["spec"]["serveConfigV2"])
     expected = yaml.safe_load((REPOSITORY / "serve/config.yaml").read_text())
     for application in expected["applications"]:
-        application["deployments"][0]["autoscaling_config"]["min_replicas"] = 2  # so that a node can go
+        application["deployments"][0]["autoscaling_config"]["min_replicas"] = 2  # so that a node can be lost
     assert config == expected
-    # Ray's schema ignores what it does not know: what it took over tells.
-    taken = ServeDeploySchema.model_validate(config).model_dump(exclude_unset=True)
-    assert set(config) == set(taken)
-    for given, application in zip(config["applications"], taken["applications"], strict=True):
+    # Ray's schema ignores unknown fields, so the parsed fields are compared.
+    parsed = ServeDeploySchema.model_validate(config).model_dump(exclude_unset=True)
+    assert set(config) == set(parsed)
+    for given, application in zip(config["applications"], parsed["applications"], strict=True):
         assert set(given) == set(application)
         for deployment, options in zip(given["deployments"], application["deployments"], strict=True):
             assert set(deployment) == set(options)
@@ -249,11 +251,11 @@ def test_clusters_require_token_autoscale_and_spare_head():
         assert groups(spec)["head"]["resources"] == {"CPU": "0"}, folder
         for name, group in groups(spec).items():
             assert group["labels"]["ray.io/node-group"] == name, folder
-            # The operator takes one or the other.
+            # The operator refuses these parameters if the group also has fields for them.
             assert not {"num-cpus", "num-gpus", "memory", "resources", "labels"} & set(group["rayStartParams"])
 
 
-# What is installed
+# Installed packages
 
 
 def lock(name: str) -> dict[str, str]:
@@ -330,7 +332,7 @@ def test_image_copies_only_allowed_files():
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("job", JOBS)
 def test_entrypoint_is_a_valid_job_command(place: str, job: str, monkeypatch: pytest.MonkeyPatch):
-    """It is run by a shell in the repository's folder, with the settings of the place."""
+    """Run as on the cluster: in the repository's folder, with the settings of the overlay as variables."""
     monkeypatch.chdir(REPOSITORY)
     for name, value in one(f"overlays/{place}", "ConfigMap")["data"].items():
         monkeypatch.setenv(name, value)
@@ -341,7 +343,7 @@ def test_entrypoint_is_a_valid_job_command(place: str, job: str, monkeypatch: py
     program, script, *arguments = shlex.split(expanded)
     assert (program, script) == ("python", f"jobs/{job}.py")
     assert Path(script).is_file()
-    load(JOBS[job], arguments)  # ends the program where an option, or the file of --config, does not exist
+    load(JOBS[job], arguments)  # exits if an option or the file of --config does not exist
 
 
 def test_nodes_drain_longer_than_replicas_and_proxies():
@@ -391,7 +393,7 @@ def test_containers_are_unprivileged_and_read_only(folder: str):
         for name, group in groups(spec).items():
             mounts = {mount["mountPath"] for mount in container(group)["volumeMounts"]}
             assert {"/tmp", "/cache"} <= mounts, "Ray and the model hub need a place to write"
-            # Elsewhere the operator's own asks the HTTP proxy, too.
+            # For other groups the operator adds a probe that also checks the HTTP proxy.
             assert ("readinessProbe" in container(group)) == (name in ("head", "gpu"))
             assert group["template"]["spec"]["automountServiceAccountToken"] == (name == "head")
 
@@ -399,13 +401,13 @@ def test_containers_are_unprivileged_and_read_only(folder: str):
 @pytest.mark.parametrize("folder", APPLIED)
 def test_references_are_rendered_or_known_secrets(folder: str):
     manifests = rendered(folder)
-    there = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in manifests}
+    existing = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in manifests}
     text = yaml.safe_dump(list(manifests))
     for kind, key in (("ServiceAccount", "serviceAccountName"), ("PersistentVolumeClaim", "claimName")):
         for name in re.findall(rf"\b{key}: (\S+)", text):
-            assert (kind, name) in there
+            assert (kind, name) in existing
     for name in re.findall(r"configMapRef:\s+name: (\S+)", text):
-        assert ("ConfigMap", name) in there
+        assert ("ConfigMap", name) in existing
     referred = re.findall(r"secret(?:KeyRef|Ref):\s+(?:key: \S+\s+)?name: (\S+)", text)
     assert set(referred) | set(re.findall(r"secretName: (\S+)", text)) <= SECRETS
     assert not any(manifest["kind"] == "Secret" for manifest in manifests), "a secret in the repository is none"
@@ -451,7 +453,7 @@ def test_network_policy_of_head():
     assert head["podSelector"]["matchLabels"] == {"ray.io/node-type": "head"}
     everything, *others = head["ingress"]
     assert everything == {"from": [{"podSelector": {}}]}
-    for rule in others:  # from other namespaces, single ports alone
+    for rule in others:  # from other namespaces, only single ports
         assert all("namespaceSelector" in peer for peer in rule["from"])
         assert {port["port"] for port in rule["ports"]} <= {8265, 8000, 8080}
 

@@ -1,4 +1,4 @@
-"""Jobs as programs: how each kind of failure ends."""
+"""Jobs as programs: exit status and message of each kind of failure."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def command(job: str, *arguments: str) -> list[str]:
 
 
 def run(job: str, *arguments: str, status: int = 1, env: dict[str, str] | None = None) -> str:
-    """Run a job that fails with a status, and return its last message: what follows its name on stderr."""
+    """Run a job that fails with a status, and return its last message: the text after its name on stderr."""
     variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | (env or {})
     process = subprocess.run(command(job, *arguments), capture_output=True, text=True, env=variables)
     assert process.returncode == status, process.stderr

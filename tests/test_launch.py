@@ -1,4 +1,4 @@
-"""How a Ray cluster on this machine is started: paths with spaces, temporary folders, the first job."""
+"""Start of a Ray cluster on this machine: paths with spaces, temporary folders, the first job."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from mellow_platform import local_ray
 from mellow_platform.launch import programs, temporary_folder
 from tests.conftest import REPOSITORY
 
-# In a process of its own: Ray reads its variables once, and this process may have a cluster.
+# In a separate process: Ray reads its variables once, and this process may have a cluster.
 TASK = """
 from mellow_platform.launch import prepare_process
 prepare_process()
@@ -38,7 +38,7 @@ def test_workers_start_from_path_with_space(environment: Path):
 
 def test_submission_waits_for_agent():
     class Client:
-        """As Ray's, whose dashboard answers before its agent has joined."""
+        """Client of a dashboard whose agent joins after the first submission."""
 
         answers: ClassVar[list[Any]] = [RuntimeError("status code 500: No available agent to submit job"), "job-1"]
 

@@ -1,4 +1,4 @@
-"""The repository as a whole: its `platform/` never shadows Python's own, and its scripts start from any folder."""
+"""Repository as a whole: `platform/` does not shadow Python's module, and scripts start from any folder."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ def test_script_starts_without_python_path(script: Path, tmp_path: Path):
     assert "usage:" in result.stdout
 
 
-# Of every extra: what `pip install mellow-platform` alone leaves out.
+# Packages of extras, which `pip install mellow-platform` does not install.
 EXTRAS = ["deepspeed", "tensorboard", "pycocoevalcap", "datasketch", "py3langid", "gguf", "mlflow"]
 WITHOUT_EXTRAS = f"""
 import importlib.abc, importlib.util, sys

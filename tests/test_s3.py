@@ -1,4 +1,4 @@
-"""All data in object storage: preprocess, train and evaluate for a few steps against a real S3 server on loopback."""
+"""Data in object storage: preprocess, train and evaluate for a few steps with an S3 server on loopback; retries."""
 
 import threading
 from collections.abc import Iterator
@@ -32,14 +32,14 @@ from tests.small_corpus import write_corpus
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An empty bucket on an S3 server; the standard AWS variables point to it."""
+    """Empty bucket on an S3 server, set in the standard AWS variables."""
     with object_store(tmp_path_factory.mktemp("s3")) as store:
         yield store.uri
 
 
 @pytest.fixture(scope="module")
 def cluster_on_s3(bucket: str) -> str:
-    """A Ray cluster whose workers know the S3 server."""
+    """Bucket of a Ray cluster whose workers have the AWS variables of the S3 server."""
     SharedRay.use()
     return bucket
 
@@ -119,7 +119,7 @@ def test_upload_does_not_wait_for_100_continue(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv(name, value)
     S3.clear_instance_cache()
     try:
-        # In a thread, so that an upload that waits fails the test and does not block it.
+        # In a thread, so that a blocked upload fails the test and does not block it.
         upload = threading.Thread(target=storage.write_bytes, args=("s3://bucket/object", b"bytes"), daemon=True)
         upload.start()
         upload.join(20)

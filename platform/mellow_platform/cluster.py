@@ -306,9 +306,7 @@ def up(
             )
         existing.down()  # leftovers, for example of a machine that was switched off
     if is_taken(dashboard_port):
-        raise OSError(
-            f"port {dashboard_port} is in use: stop the program that listens there, or choose another --dashboard-port"
-        )
+        raise OSError(f"port {dashboard_port} is in use: stop its program, or choose another --dashboard-port")
     groups = read_groups(render(definition))
     folder.mkdir(parents=True, exist_ok=True)
     for log in folder.glob("*.log"):

@@ -57,8 +57,7 @@ class LocalRay:
         """
         Args:
             cpus: logical CPUs of the cluster.
-            port: HTTP port for the endpoint (default: a free one).
-            dashboard_port: HTTP port of Ray's dashboard (default: a free one).
+            port: HTTP port for the endpoint; by default a free one, like `dashboard_port`.
 
         Raises:
             FileNotFoundError: RAY_AUTH_TOKEN_PATH names a file that does not exist.
@@ -108,9 +107,7 @@ class LocalRay:
         """
         for option, port in (("port", self.port), ("dashboard-port", self.dashboard_port)):
             if is_taken(port):
-                raise OSError(
-                    f"port {port} is in use: stop the program that listens there, or choose another --{option}"
-                )
+                raise OSError(f"port {port} is in use: stop its program, or choose another --{option}")
         # Not Ray's default folder, so that `ray.init` in other processes does not find the cluster.
         self._temporary = temporary_folder()
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,9 @@ job first claims its output folder, so that a job with other options or input is
     <kind>/<part>.parquet         rows of one part, written as one file
     receipts/<kind>/<part>.json   counts of the part, written after its file: the part is finished
 
-A job that is submitted again skips finished parts; evaluate and synthesize retry failed requests of these. A part keeps
-its name in every run, so that a part that is processed twice replaces its file and does not add one. Each job counts
-failed items (clips, questions, requests) and stops as soon as they exceed its failure budget.
+A job that is submitted again skips finished parts; in these, evaluate and synthesize only retry requests that may still
+succeed. A part keeps its name in every run, so that a part that is processed twice replaces its file and does not add
+one. Each job counts failed items (clips, questions, requests) and stops as soon as they exceed its failure budget.
 
 `ray.data.checkpoint.CheckpointConfig` of Ray 2.60 does not fit: it writes file names with a new uuid per run, whose
 rows depend on the moment of the kill; it commits by renaming, which object storage does not support; it skips rows only
@@ -122,7 +122,6 @@ class FailureBudget:
         total: number of items, failed or not.
         max_share: largest share of `total` that may fail.
         remedy: first part of the advice in the error.
-        failed: number of failed items by reason.
     """
 
     items: str
@@ -173,14 +172,12 @@ def map_on_actors(
     num_gpus: float = 0.0,
     num_cpus: float | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Map every block with a pool of actors, instances of `actor(*arguments)`; yield the rows of each result.
+    """Map every block to a table on a pool of actors `actor(*arguments)`; yield the rows of each result.
 
     Args:
-        actor: class whose instances map a table to a table.
         workers: largest number of actors. Ray Data starts with one: a fixed number could take every CPU of the cluster
             and then wait for input from tasks that wait for a CPU.
-        num_gpus: GPUs per actor.
-        num_cpus: logical CPUs per actor (None: Ray Data's default).
+        num_cpus: logical CPUs per actor; None is Ray Data's default.
     """
     import ray.data
 

@@ -139,9 +139,8 @@ def _served_model(config: EvaluateConfig, key: SecretStr) -> str:
     if config.endpoint.model:
         return config.endpoint.model
     claimed = claimed_options(config.output)
-    if claimed.get("model") == config.model and SERVED in claimed:
-        return claimed[SERVED]
-    return first_served_model(config, key)
+    has_name = claimed.get("model") == config.model and SERVED in claimed
+    return claimed[SERVED] if has_name else first_served_model(config, key)
 
 
 def _model_digest(config: EvaluateConfig, source: QuestionSource) -> str:
@@ -167,8 +166,7 @@ def _model_digest(config: EvaluateConfig, source: QuestionSource) -> str:
 def claim_output(config: EvaluateConfig, questions: Sequence[ModelInput], model: str, source: QuestionSource) -> None:
     """Claim `output` for the answers of `model` to these questions.
 
-    Args:
-        model: name of the model at the endpoint, or SHA-256 of the model folder; empty without a model.
+    `model` is its name at the endpoint or the SHA-256 of its folder; empty for baselines.
 
     Raises:
         ValueError: `output` contains other answers.
