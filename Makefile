@@ -1,12 +1,12 @@
-# Everything a newcomer does. `make help` lists the targets.
+# Commands for development. `make help` lists the targets.
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# PyPI's torch for Linux comes with CUDA: gigabytes that a machine without an NVIDIA GPU has no use for.
+# PyPI's torch for Linux contains CUDA: gigabytes that a machine without an NVIDIA GPU cannot use.
 CPU_TORCH ?= https://download.pytorch.org/whl/cpu
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-compile
-# pip would spend half of the installation on bytecode, on one core, of modules that the demo does not load. Python
-# writes that of a module when it is first loaded, unless this variable is set.
+# --no-compile: pip would spend half of the installation on bytecode, on one core, of modules that the demo does not
+# import. Python writes a module's bytecode at its first import, unless this variable is set.
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
@@ -15,9 +15,9 @@ export PYTHONDONTWRITEBYTECODE :=
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(VENV)/installed-dev ## set up .venv with pip, for everything
+install: $(VENV)/installed-dev ## install everything into .venv with pip
 
-# `demo` is what the demo runs, `dev` what tests and checks need besides. The demo reports the seconds of its part.
+# Extra `demo`: packages of the demo, which reports the seconds of their installation; `dev` adds tests and checks.
 $(VENV)/installed-%: pyproject.toml
 	@set -e; start=$$(date +%s); \
 	$(PYTHON) platform/mellow_platform/doctor.py --before-install; \
@@ -34,7 +34,7 @@ $(VENV)/installed-%: pyproject.toml
 	fi; \
 	echo $$(( $$(date +%s) - start )) > $(VENV)/install-seconds; touch $@
 
-demo: $(VENV)/installed-demo ## the main job end to end; CORPUS=folder RESUME=1 KEEP=1 OUTPUT=folder PORT=n DASHBOARD_PORT=n
+demo: $(VENV)/installed-demo ## run the main job end to end; CORPUS=folder RESUME=1 KEEP=1 OUTPUT=folder PORT=n DASHBOARD_PORT=n
 	@$(BIN)/python jobs/demo.py $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(OUTPUT),--output "$(OUTPUT)") \
 	    $(if $(PORT),--port $(PORT)) $(if $(DASHBOARD_PORT),--dashboard-port $(DASHBOARD_PORT)) \
 	    $(if $(KEEP),--keep true) $(if $(RESUME),--resume true)
@@ -42,12 +42,12 @@ demo: $(VENV)/installed-demo ## the main job end to end; CORPUS=folder RESUME=1 
 test: $(VENV)/installed-dev ## run the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not extended and not slow"
 
-# Chaos tests run one at a time: the nodes of two keep each other from starting on a small machine.
-test-extended: $(VENV)/installed-dev ## run second proofs, which leave `make test`; .ci/run runs both
+# Chaos tests run one at a time: on a small machine, nodes of two clusters slow each other's start beyond Ray's timeout.
+test-extended: $(VENV)/installed-dev ## run the tests that `make test` omits as second proofs; .ci/run runs both
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "extended and not slow" --ignore-glob "tests/test_chaos_*"
 	@$(BIN)/python -m pytest -m "extended and not slow" tests/test_chaos_*.py
 
-test-all: $(VENV)/installed-dev ## run all tests, those that take minutes each included
+test-all: $(VENV)/installed-dev ## run all tests, including those that take minutes each
 	@$(BIN)/python -m pytest
 
 lint: $(VENV)/installed-dev ## check format, style and types
@@ -56,11 +56,11 @@ lint: $(VENV)/installed-dev ## check format, style and types
 docs: $(VENV)/installed-dev ## build the documentation into runs/site; fails on a broken link
 	@$(BIN)/python -m mkdocs build --strict --quiet && echo "runs/site/index.html"
 
-lock: ## resolve the image's locked packages again
+lock: ## update the lock files of the image
 	@infra/image/lock.sh
 
-format: $(VENV)/installed-dev ## put the code into the house format
+format: $(VENV)/installed-dev ## format the code, and fix lint errors
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-clean: ## delete what runs and installation left
+clean: ## delete .venv and runs
 	rm -rf $(VENV) runs

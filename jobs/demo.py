@@ -1,12 +1,12 @@
-"""The main job end to end on one machine: corpus, shards, encoder, features, Mellow, answers over HTTP, scores.
+"""Main job end to end on one machine: corpus, shards, encoder, features, Mellow, answers over HTTP, scores.
 
 make demo                                  # on synthetic scenes
 make demo CORPUS=folder                    # on your recordings, see docs/guides/recordings.md
-make demo RESUME=1                         # continue a demo that was stopped
+make demo RESUME=1                         # resume a stopped demo
 make demo KEEP=1                           # leave the cluster and the endpoint running
 python jobs/demo.py --port 8001 --dashboard-port 8266 --output runs/second
 
-Starts a local Ray cluster and submits every job to it, as one would to any other cluster.
+The demo starts a local Ray cluster and submits every job to it, as to any other cluster.
 """
 
 import contextlib
@@ -32,23 +32,23 @@ from mellow_platform.settings import Input, Output, Section
 
 INSTALL_SECONDS = REPOSITORY / ".venv" / "install-seconds"
 CONFIGS = "jobs/configs/mellow-tiny"
-ENCODER_EXAMPLES, TRAINING_EXAMPLES = 1700, 18_000  # that recordings are trained on, over all epochs
-QUESTIONS, SHOWN = 6, 2  # asked over HTTP at the end, and of them printed
+ENCODER_EXAMPLES, TRAINING_EXAMPLES = 1700, 18_000  # examples of recordings to train on, over all epochs
+QUESTIONS, SHOWN = 6, 2  # questions sent over HTTP, and number of these to print
 LOCK = "demo.lock"
-# Stages with what they do, and their seconds on two cores: from these, and the pace so far, follows the time left.
+# Stages with description and seconds on two cores, from which the time left is estimated.
 STAGES = {
     "cluster": ("start Ray on this machine", 4.0),
     "corpus": ("write sound scenes and questions about them", 26.0),
-    "preprocess": ("turn the training clips into spectrograms", 23.0),
-    "pretrain encoder": ("train the audio encoder to name sounds", 104.0),
+    "preprocess": ("compute log-mel spectrograms of the clips", 23.0),
+    "pretrain encoder": ("train the audio encoder to recognise sounds", 104.0),
     "encode": ("run the frozen encoder once per clip", 48.0),
-    "train": ("train Mellow to answer", 118.0),
+    "train": ("train Mellow to answer questions", 118.0),
     "deploy": ("start the HTTP endpoint", 14.0),
-    "ask": ("ask it about clips that it never heard", 2.0),
-    "evaluate": ("score it with audio, with noise, and without audio", 54.0),
+    "ask": ("send questions about test clips to the endpoint", 2.0),
+    "evaluate": ("score answers with audio, with noise, without audio", 54.0),
 }
 PERCENT = re.compile(r"(\d{1,3}) ?%")
-HEARTBEAT = 30.0  # seconds between two lines of progress if the output is not a terminal
+HEARTBEAT = 30.0  # seconds between two progress lines if the output is not a terminal
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -60,17 +60,17 @@ class DemoConfig(Section):
         None, description="folder of labelled recordings, see docs/guides/recordings.md (default: synthetic scenes)"
     )
     keep: bool = Field(False, description="leave the cluster and the endpoint running")
-    resume: bool = Field(False, description="continue with what a stopped demo left in --output")
+    resume: bool = Field(False, description="resume the stopped demo in --output")
     cpus: int = Field(4, ge=4, description="logical CPUs of the cluster, which may be more than the machine has")
     port: int = Field(8000, ge=1, le=65535, description="HTTP port of the endpoint")
     dashboard_port: int = Field(8265, ge=1, le=65535, description="HTTP port of Ray's dashboard")
 
 
 class Screen:
-    """What a person sees: a line per stage, while it runs with its progress and the time left.
+    """Output for a person: one line per stage, with progress and time left while the stage runs.
 
     Attributes:
-        seconds: of every finished stage.
+        seconds: duration of every finished stage.
     """
 
     def __init__(self, stages: dict[str, tuple[str, float]]):
@@ -82,7 +82,7 @@ class Screen:
 
     @contextlib.contextmanager
     def running(self, stage: str) -> Iterator[list[str]]:
-        """Show a stage while it runs; what is appended to the yielded list becomes its result."""
+        """Show a stage while it runs; texts that are appended to the yielded list become the stage's result."""
         self.stage, self._share, start = stage, 0.0, time.monotonic()
         result: list[str] = []
         self._progress()
@@ -91,13 +91,13 @@ class Screen:
         print(f"{self._clear}{self._title}  {self.seconds[stage]:5.0f} s  {' '.join(result)}".rstrip(), flush=True)
 
     def follow(self, line: str) -> None:
-        """Take the progress from a line of a job's output, if there is a percentage in it."""
+        """Read the progress from a line of a job's output, if the line contains a percentage."""
         if found := PERCENT.findall(line):
             self._share = min(int(found[-1]), 100) / 100
             self._progress()
 
     def close(self) -> None:
-        """Delete the line of progress."""
+        """Delete the progress line."""
         print(self._clear, end="", flush=True)
 
     @property
@@ -137,7 +137,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
         OSError: a port or the output folder is in use.
         JobError: a job failed.
     """
-    begun = time.time() - install_seconds_of_this_run()
+    start = time.time() - install_seconds_of_this_run()
     output = Path(config.output)
     screen = Screen(STAGES)
     try:
@@ -146,22 +146,22 @@ def run(config: DemoConfig) -> dict[str, Any]:
             with screen.running("cluster") as result:
                 stack.enter_context(ray.running(lock))
                 result.append(ray.dashboard)
-            summary = stages(config, ray, screen, begun)
+            summary = stages(config, ray, screen, start)
             ray.kept = config.keep
     except BaseException as error:
         screen.close()
         if screen.stage and not isinstance(error, SystemExit):
-            words = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-            print(f"The demo stopped at stage {screen.stage!r}: {words}")
-            print(f"  logs: {config.output}/*.log\n  to continue: {again(config)}")
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+            print(f"The demo stopped in stage {screen.stage!r}: {reason}")
+            print(f"  logs: {config.output}/*.log\n  to resume: {resume_command(config)}")
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from error
         raise
     if config.keep:
-        print(f"\nThe cluster and the endpoint keep running; to stop them: kill {ray.pid}")
+        print(f"\nThe cluster and the endpoint are still running; to stop them: kill {ray.pid}")
     return summary
 
 
-def stages(config: DemoConfig, ray: LocalRay, screen: Screen, begun: float) -> dict[str, Any]:
+def stages(config: DemoConfig, ray: LocalRay, screen: Screen, start: float) -> dict[str, Any]:
     """Run the stages on a running cluster, write `summary.json`, and print the results."""
 
     def submit(stage: str, job: str, *arguments: str) -> dict[str, Any]:
@@ -176,16 +176,13 @@ def stages(config: DemoConfig, ray: LocalRay, screen: Screen, begun: float) -> d
         "corpus", "make_corpus", "--output", corpus,
         *(["--source", "recordings", "--recordings", recordings] if recordings else []),
     )  # fmt: skip
-    passes: tuple[list[str], list[str]] = ([], [])
+    encoder_epochs: list[str] = []
+    epochs: list[str] = []
     shards = ["--decode-workers", str(os.cpu_count() or 2)]
     if recordings:
-        # A set of any size gets about as many steps.
-        encoder_epochs = max(3, round(ENCODER_EXAMPLES / written["recordings"]["train"]))
-        epochs = min(4.0, max(1.0, TRAINING_EXAMPLES / written["questions"]["train"]))
-        passes = (
-            ["--epochs", f"{encoder_epochs}"],
-            ["--epochs", f"{epochs:.2f}"],
-        )
+        # More epochs for small corpora, so that the number of training steps depends little on the corpus.
+        encoder_epochs = ["--epochs", f"{max(3, round(ENCODER_EXAMPLES / written['recordings']['train']))}"]
+        epochs = ["--epochs", f"{min(4.0, max(1.0, TRAINING_EXAMPLES / written['questions']['train'])):.2f}"]
         shards += ["--clips-per-shard", "8"]
     preprocess = ["--config", f"{CONFIGS}/preprocess.yaml", "--audio-root", audio_root, *shards]
     labels = storage.join(corpus, "labels.json")
@@ -194,7 +191,7 @@ def stages(config: DemoConfig, ray: LocalRay, screen: Screen, begun: float) -> d
     submit(
         "pretrain encoder", "pretrain_encoder", "--config", f"{CONFIGS}/pretrain_encoder.yaml",
         "--shards", ray.uri("log-mel"), "--labels", labels, "--output", ray.uri("encoder"),
-        *training, "encoder", *passes[0],
+        *training, "encoder", *encoder_epochs,
     )  # fmt: skip
     features = submit(
         "encode", "preprocess", *preprocess, "--corpus", corpus, "--output", ray.uri("features"),
@@ -202,13 +199,13 @@ def stages(config: DemoConfig, ray: LocalRay, screen: Screen, begun: float) -> d
     )  # fmt: skip
     trained = submit(
         "train", "train", "--config", "jobs/configs/recipes/tiny.yaml", "--shards", ray.uri("features"),
-        "--encoder", ray.uri("encoder"), "--output", ray.uri("model"), *training, "mellow", *passes[1],
+        "--encoder", ray.uri("encoder"), "--output", ray.uri("model"), *training, "mellow", *epochs,
     )  # fmt: skip
     submit("deploy", "deploy", "--model", ray.uri("model"), "--port", str(config.port))
     with screen.running("ask") as result:
         served, first_answer = ask(config, corpus, audio_root)
         right = sum(bool(each["right"]) for each in served)
-        result.append(f"{right} of {len(served)} answers are right, word for word")
+        result.append(f"{right} of {len(served)} answers are right word for word")
     submit(
         "evaluate", "evaluate", "--benchmark", "all", "--model", ray.uri("model"), "--shards", ray.uri("features"),
         "--mmau", storage.join(corpus, "mmau.json"), "--output", ray.uri("evaluation"),
@@ -217,8 +214,8 @@ def stages(config: DemoConfig, ray: LocalRay, screen: Screen, begun: float) -> d
     summary = {
         "seconds": screen.seconds,
         "install_seconds": float(INSTALL_SECONDS.read_text()) if INSTALL_SECONDS.exists() else None,
-        "first_answer_seconds": round(first_answer - begun, 1),
-        "total_seconds": round(time.time() - begun, 1),
+        "first_answer_seconds": round(first_answer - start, 1),
+        "total_seconds": round(time.time() - start, 1),
         "parameters": storage.read_json(ray.uri("model", "training.json"))["parameters"],
         "examples": features["records"],
         "final_loss": round(trained["loss"], 4),
@@ -235,7 +232,7 @@ def stages(config: DemoConfig, ray: LocalRay, screen: Screen, begun: float) -> d
     return summary
 
 
-# A stage's result in a few words, from what its job printed.
+# Result of a stage in a few words, from the JSON that its job printed.
 RESULTS = {
     "corpus": lambda printed: f"{sum(printed['questions'].values()):,} questions",
     "preprocess": lambda printed: f"{printed['clips']:,} clips, {printed['audio_seconds'] / 60:.0f} min of sound",
@@ -249,21 +246,21 @@ RESULTS = {
 
 @contextlib.contextmanager
 def locked(output: Path, resume: bool) -> Iterator[IO[str]]:
-    """Hold the output folder for one demo, emptied of what an earlier one left unless that is resumed.
+    """Lock the output folder for one demo, and empty it unless an earlier demo is resumed.
 
     Raises:
-        OSError: another demo uses the folder, or it holds files that no demo wrote.
+        OSError: another demo uses the folder, or the folder contains files that no demo wrote.
     """
     if output.exists() and any(output.iterdir()) and not any((output / name).exists() for name in (LOCK, LOG)):
-        raise OSError(f"{output} holds files that no demo wrote: choose another folder with --output")
+        raise OSError(f"{output} contains files that no demo wrote: choose another folder with --output")
     output.mkdir(parents=True, exist_ok=True)
     with (output / LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError(
-                f"{output} is in use by another demo, or by a cluster that a demo kept: stop it, or choose another "
-                "folder with --output"
+                f"{output} is in use by another demo, or by a cluster that a demo left running: stop it, or choose "
+                "another folder with --output"
             ) from None
         if not resume:
             for entry in output.iterdir():
@@ -275,17 +272,17 @@ def locked(output: Path, resume: bool) -> Iterator[IO[str]]:
 
 
 def install_seconds_of_this_run() -> float:
-    """Return the seconds that `make` has just installed for; 0 if it found everything installed."""
+    """Return the duration of the installation by `make` just before this demo; 0 if everything was installed."""
     if not INSTALL_SECONDS.exists() or time.time() - INSTALL_SECONDS.stat().st_mtime > 10:
         return 0.0
     return float(INSTALL_SECONDS.read_text())
 
 
 def ask(config: DemoConfig, corpus: str, audio_root: str) -> tuple[list[dict[str, Any]], float]:
-    """Ask the endpoint about clips of the test split with OpenAI's client.
+    """Send questions about clips of the test split to the endpoint with OpenAI's client.
 
     Returns:
-        Questions with their clips, answers and true answers; and the time of the first answer, in seconds since 1970.
+        Questions with clips, answers and reference answers; and the time of the first answer, in seconds since 1970.
     """
     import openai
 
@@ -295,12 +292,12 @@ def ask(config: DemoConfig, corpus: str, audio_root: str) -> tuple[list[dict[str
 
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{config.port}/v1", api_key="not needed on loopback")
     model = client.models.list().data[0].id
-    chosen: dict[str, Record] = {}
-    heard: set[str] = set()
+    chosen: dict[str, Record] = {}  # one question per family, each about other clips
+    used: set[str] = set()
     for record in read_records(storage.join(corpus, "test.json")):
-        if record.family not in chosen and heard.isdisjoint(record.filepaths):
+        if record.family not in chosen and used.isdisjoint(record.filepaths):
             chosen[record.family] = record
-            heard.update(record.filepaths)
+            used.update(record.filepaths)
     served: list[dict[str, Any]] = []
     first_answer = 0.0
     for record in list(chosen.values())[:QUESTIONS]:
@@ -311,23 +308,25 @@ def ask(config: DemoConfig, corpus: str, audio_root: str) -> tuple[list[dict[str
         completion = client.chat.completions.create(model=model, messages=[{"role": "user", "content": parts}])
         first_answer = first_answer or time.time()
         answer = completion.choices[0].message.content or ""
-        asked = {"question": record.input, "answer": answer, "truth": record.answer, "right": is_right(record, answer)}
-        served.append(asked | {"clips": clips})
+        right = is_right(record, answer)
+        served.append(
+            {"question": record.input, "answer": answer, "truth": record.answer, "right": right, "clips": clips}
+        )
     return served, first_answer
 
 
-def again(config: DemoConfig) -> str:
-    """Return the command that continues the demo with the same options."""
+def resume_command(config: DemoConfig) -> str:
+    """Return the command that resumes the demo with the same options."""
     options = {name: getattr(config, name.lower()) for name in ("CORPUS", "OUTPUT", "PORT", "DASHBOARD_PORT")}
     defaults = DemoConfig()
-    given = [
+    changed = [
         shlex.quote(f"{name}={value}") for name, value in options.items() if value != getattr(defaults, name.lower())
     ]
-    return " ".join(["make demo RESUME=1", *given])
+    return " ".join(["make demo RESUME=1", *changed])
 
 
 def print_report(config: DemoConfig, summary: dict[str, Any], report: str) -> None:
-    """Print scores, questions with answers, where everything is, and what to do next."""
+    """Print scores, example answers, the paths of report and model, and commands to try next."""
     here = Path.cwd()
 
     def shown(path: str) -> str:
@@ -335,52 +334,53 @@ def print_report(config: DemoConfig, summary: dict[str, Any], report: str) -> No
         return f"'{short}'" if " " in short else short
 
     table = [line for line in report.split("\n\n")[1].splitlines() if line.startswith("|")]
-    print(f"\nScores of the model ({summary['parameters']:,} parameters) on clips that it never heard, and of the same")
-    print("model without them; chance is a choice among the given answers. Intervals are 95 %.\n")
+    print(
+        f"\nScores of the model ({summary['parameters']:,} parameters) on test clips, and of the same model with noise"
+    )
+    print("or without audio; chance is a random choice among the given answers. Intervals are 95 %.\n")
     print("\n".join(table))
     if config.corpus:
         print_recordings(storage.read_json(storage.join(config.output, "corpus", "corpus.json")))
     for each in summary["served"][:SHOWN]:
         print(f"\n  {' and '.join(map(shown, each['clips']))}")
-        print(f"  question  {each['question']}\n  answer    {each['answer']}\n  truth     {each['truth']}")
+        print(f"  question   {each['question']}\n  answer     {each['answer']}\n  reference  {each['truth']}")
     folder = shown(config.output)
     clip, question = shown(summary["served"][0]["clips"][0]), summary["served"][0]["question"].replace('"', "'")
-    print(f"\nScores by kind of question, with clips to listen to:  {folder}/evaluation/report.html")
-    print(f"The model:                                            {folder}/model")
-    print(
-        f"{in_words(summary['total_seconds'])} in all, {in_words(summary['first_answer_seconds'])} to the first answer"
-    )
+    print(f"\nReport, with scores by kind of question and clips to play:  {folder}/evaluation/report.html")
+    print(f"Model:                                                      {folder}/model")
+    total, first = in_words(summary["total_seconds"]), in_words(summary["first_answer_seconds"])
+    print(f"Time: {total}, of which {first} until the first answer")
     print("\nNext:")
     if not config.keep:
         print(f'  .venv/bin/mellow ask {clip} "{question}" --model {folder}/model')
-        print(f"  {again(config)} KEEP=1      # the endpoint again, in a minute; it stays up for the next two lines")
+        print(f"  {resume_command(config)} KEEP=1      # start the endpoint again, for the next two lines")
     url = f"http://127.0.0.1:{config.port}"
     print(f'  curl {url}/v1/audio/questions -F file=@{clip} -F question="{question}"')
     print(f"  open {url} in a browser")
-    print("  make demo CORPUS=folder OUTPUT=runs/mine      # train on your recordings: folder/label/*.wav")
+    print("  make demo CORPUS=folder OUTPUT=runs/mine      # train on your recordings in folder/label/*.wav")
 
 
 def print_recordings(corpus: dict[str, Any]) -> None:
-    """Print how many recordings there were, in all and of a label, and what guessing comes to."""
-    numbers = ", ".join(f"{count} {split}" for split, count in corpus["recordings"].items())
-    of_label = [sum(each["recordings"].values()) for each in corpus["labels"]]
+    """Print the number of recordings per split and per label, and the score of guessing."""
+    counts = ", ".join(f"{count} {split}" for split, count in corpus["recordings"].items())
+    per_label = [sum(each["recordings"].values()) for each in corpus["labels"]]
     tested = sum(each["questions"]["test"] > 0 for each in corpus["labels"])
-    print(f"\nRecordings: {numbers}; {min(of_label)} to {max(of_label)} per label or category.")
+    print(f"\nRecordings: {counts}; {min(per_label)} to {max(per_label)} per label or category.")
     chance = corpus["chance"]["test"]
-    print(f"{tested} of {len(of_label)} labels and categories are tested; guessing is right at {chance:.2f}.")
+    print(f"{tested} of {len(per_label)} labels and categories are tested; the score of guessing is {chance:.2f}.")
     for warning in corpus["warnings"]:
         print(f"warning: {warning}")
 
 
 def interrupt(*_: object) -> None:
-    """End the demo once, however often Ctrl-C is pressed: the cluster ends in order."""
+    """End the demo; later signals are ignored, so that the cluster ends in order even if Ctrl-C is pressed again."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def demo(config: DemoConfig) -> None:
-    logging.disable(logging.INFO)  # Ray prints every file that it packs, or leaves out
+    logging.disable(logging.INFO)  # Ray logs every file that it packs or excludes
     for number in ENDING:
         signal.signal(number, interrupt)
     run(config)

@@ -1,9 +1,9 @@
-"""Deploy a model behind the endpoint with the code of this job, and wait until it answers.
+"""Deploy a model behind the endpoint with the code of this job, and wait until it serves requests.
 
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- python jobs/deploy.py --model s3://bucket/model
 
-A model that is already served under the same name answers until replicas of the new one have started and passed the
-gate; if they do not, its configuration is restored. Another --name adds a model.
+A model that is already served under the same name keeps serving until replicas of the new one have started and passed
+the gate; if they fail, the configuration of the old one is restored. Another --name adds a model.
 """
 
 import copy
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 ENDPOINT, TEMPLATE = "endpoint", "mellow"  # applications in the Serve configuration file
-TIMEOUT = 600.0  # seconds; a large model comes from object storage first
+TIMEOUT = 600.0  # seconds; a large model is downloaded from object storage first
 
 Application = dict[str, Any]
 
@@ -51,21 +51,21 @@ class DeployConfig(Section):
 
 
 class Rollout:
-    """Brings one model to a cluster, beside whatever it serves already.
+    """Deployment of one model to a cluster; other models stay.
 
     Raises:
-        SystemExit: the model cannot have the name that it is given.
+        SystemExit: the name of the model is reserved.
     """
 
     def __init__(self, config: DeployConfig, client: "ServeSubmissionClient", environment: dict[str, Any]):
         if config.name == ENDPOINT:
-            raise SystemExit(f"--name {ENDPOINT} is the application that takes HTTP: choose another name")
+            raise SystemExit(f"--name {ENDPOINT} is the name of the HTTP application: choose another name")
         self._config, self._client, self._environment = config, client, environment
         self._file = yaml.safe_load(Path(config.serve).read_text())
         self._file["http_options"] = {"host": config.host, "port": config.port}
         self._templates = {application["name"]: application for application in self._file["applications"]}
         running = client.get_serve_details()["applications"]
-        self._before: dict[str, Application] = {
+        self._previous: dict[str, Application] = {
             name: details["deployed_app_config"] for name, details in running.items() if details["deployed_app_config"]
         }
 
@@ -73,17 +73,17 @@ class Rollout:
         """Deploy; return the state of the endpoint and of the model.
 
         Raises:
-            ChildProcessError: the model did not start, or did not pass the gate; the previous models are served.
+            ChildProcessError: the model did not start or failed the gate; the previous models are still served.
         """
         name = self._config.name
-        served = _models(self._before[ENDPOINT]) if ENDPOINT in self._before else [name]
-        applications = self._before | {name: self._model()}
-        # An endpoint that is up learns of a new name when its replicas have passed.
+        served = _models(self._previous[ENDPOINT]) if ENDPOINT in self._previous else [name]
+        applications = self._previous | {name: self._model()}
+        # A running endpoint gets a new name only after the model's replicas have passed the gate.
         for models in [served] if name in served else [served, [*served, name]]:
             states = self._deploy(applications | {ENDPOINT: self._endpoint(models)}, (ENDPOINT, name))
             if "DEPLOY_FAILED" in states.values():
                 reasons = self._reasons(states)
-                self._return()
+                self._restore()
                 causes = "; ".join(f"{application}: {cause_in(text)}" for application, text in reasons.items())
                 message = f"{self._config.model} is not served as {name!r}: {causes}"
                 raise ChildProcessError(message) from RuntimeError("\n".join(reasons.values()))
@@ -103,13 +103,13 @@ class Rollout:
         return self._with_code(application)
 
     def _with_code(self, application: Application) -> Application:
-        """Return an application that runs the submitted code, with the variables that the file sets besides."""
+        """Return an application with the submitted code and both the file's and the job's environment variables."""
         variables = application.get("runtime_env", {}).get("env_vars", {})
         variables = variables | self._environment.get("env_vars", {})
         return application | {"runtime_env": self._environment | {"env_vars": variables}}
 
     def _deploy(self, applications: dict[str, Application], awaited: tuple[str, ...]) -> dict[str, str]:
-        """Put applications on the cluster; return the states of the `awaited` ones when these have settled."""
+        """Deploy applications; return the states of the `awaited` ones when all run, one failed, or after `TIMEOUT`."""
         self._client.deploy_applications(self._file | {"applications": list(applications.values())})
         until = time.monotonic() + TIMEOUT
         while time.monotonic() < until:
@@ -123,18 +123,18 @@ class Rollout:
     def _reasons(self, states: dict[str, str]) -> dict[str, str]:
         """Return Serve's message for each application that did not start."""
         details = self._client.get_serve_details()["applications"]
-        found = {}
+        reasons = {}
         for name in states:
             deployments = details.get(name, {}).get("deployments", {}).values()
             messages = [deployment["message"] for deployment in deployments if deployment["message"]]
             if states[name] != "RUNNING":
-                found[name] = " ".join(messages) or details.get(name, {}).get("message", "not started")
-        return found
+                reasons[name] = " ".join(messages) or details.get(name, {}).get("message", "not started")
+        return reasons
 
-    def _return(self) -> None:
-        """Put back what was served before, so that replicas that are lost from now on are replaced by its like."""
-        if ENDPOINT in self._before:
-            self._deploy(self._before, tuple(self._before))
+    def _restore(self) -> None:
+        """Restore the previous configuration, so that Serve replaces lost replicas with replicas of the old model."""
+        if ENDPOINT in self._previous:
+            self._deploy(self._previous, tuple(self._previous))
 
 
 def _models(endpoint: Application) -> list[str]:
@@ -146,7 +146,7 @@ def deploy(config: DeployConfig) -> None:
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     context = ray.init()
-    # The job's packages, by the URIs it was submitted with: replicas import what was submitted.
+    # Contains URIs of the job's packages, so that replicas import the submitted code.
     environment = dict(ray.get_runtime_context().runtime_env)
     client = ServeSubmissionClient(f"http://{context.dashboard_url}")
     states = Rollout(config, client, environment).run()

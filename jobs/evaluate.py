@@ -1,7 +1,7 @@
 """Answer the questions of benchmarks with a model, and score the answers.
 
-Submitted again after it was killed, it resumes with the missing answers. With `--against`, the output of another
-evaluation, it fails if a score is significantly lower.
+A killed job, submitted again, answers only the missing questions. With `--against`, the output of another evaluation,
+the job fails if a score is significantly lower.
 
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
     python jobs/evaluate.py --benchmark all --model s3://bucket/model --shards s3://bucket/features \
@@ -25,7 +25,7 @@ def evaluate(config: EvaluateConfig) -> None:
     lower = report.get("comparison", {}).get("lower", [])
     print(json.dumps({"report": config.output, "scores": scores, "lower": lower}))
     if lower:
-        raise SystemExit(f"significantly lower than {config.against}: {', '.join(lower)}")
+        raise SystemExit(f"scores are significantly lower than in {config.against}: {', '.join(lower)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tokens of local clusters: made in a folder of the cluster's own, never in the home folder."""
+"""Tokens of local clusters: created in the cluster's folder, never in the home folder."""
 
 import os
 import subprocess
@@ -12,14 +12,14 @@ from tests.conftest import REPOSITORY
 
 
 @pytest.fixture
-def unnamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An environment that names no token."""
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Environment without a token."""
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.usefixtures("unnamed")
-def test_a_token_is_made_once_and_only_its_owner_reads_it(tmp_path: Path):
+@pytest.mark.usefixtures("no_token")
+def test_token_is_created_once_and_private(tmp_path: Path):
     environment = authentication(tmp_path / "cluster")
     file = Path(environment["RAY_AUTH_TOKEN_PATH"])
     assert file.parent == tmp_path / "cluster"
@@ -29,20 +29,20 @@ def test_a_token_is_made_once_and_only_its_owner_reads_it(tmp_path: Path):
     assert read_token(environment) != read_token(authentication(tmp_path / "other"))
 
 
-def test_a_named_token_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_token_in_environment_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", "of-the-environment")
     assert read_token(authentication(tmp_path)) == "of-the-environment"
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("unnamed")
-def test_a_named_file_that_is_missing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.usefixtures("no_token")
+def test_missing_token_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "absent"))
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/absent.*RAY_AUTH_TOKEN"):
         authentication(tmp_path)
 
 
-# In a process of its own: Ray reads the variables once, when it is imported.
+# In a separate process: Ray reads the variables once, when it is imported.
 FIRST_JOB = """
 import sys
 from pathlib import Path
@@ -54,7 +54,7 @@ with ray.running():
 """
 
 
-def test_the_demos_cluster_takes_a_job_from_an_empty_home_folder(tmp_path: Path):
+def test_demo_cluster_runs_job_with_empty_home(tmp_path: Path):
     home = tmp_path / "home"
     home.mkdir()
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

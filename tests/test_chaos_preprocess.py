@@ -1,4 +1,4 @@
-"""The short form of tests/chaos/kill_preprocess.py: a worker, a node and the driver are killed, and nothing is lost."""
+"""Short run of tests/chaos/kill_preprocess.py: no shard is lost after kills of a worker, a node and the driver."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tests.chaos.kill_preprocess import run
 
 
 @pytest.mark.extended
-def test_a_job_whose_worker_node_and_driver_are_killed_leaves_what_an_undisturbed_one_does(tmp_path: Path):
+def test_killed_job_writes_same_output(tmp_path: Path):
     result = run(tmp_path, kills=3, seed=0, clips=60)
     assert result["kills"] == 3
     assert (result["lost"], result["repeated"], result["different"]) == (0, 0, 0)

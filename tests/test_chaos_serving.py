@@ -1,4 +1,4 @@
-"""The short form of tests/chaos/kill_serving.py: a replica and the controller are killed, and no answer is lost."""
+"""Short run of tests/chaos/kill_serving.py: no answer is lost after kills of a replica and the controller."""
 
 import json
 import subprocess
@@ -11,11 +11,11 @@ from tests.conftest import NEEDS_KUBECTL, REPOSITORY
 
 @NEEDS_KUBECTL
 @pytest.mark.extended
-def test_answers_come_and_are_right_while_a_replica_and_the_controller_are_killed():
+def test_no_answer_is_lost_while_replica_and_controller_are_killed():
     command = [sys.executable, "tests/chaos/kill_serving.py", "--victims", "replica", "controller"]
-    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    result = json.loads(ran.stdout.splitlines()[-1])
+    process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    result = json.loads(process.stdout.splitlines()[-1])
     assert result["requests"] > 100
     assert (result["wrong"], result["lost"]) == (0, 0)
     assert set(result["recovery_of_s"]) == {"replica", "controller"}

@@ -1,4 +1,4 @@
-"""The short form of tests/chaos/kill_training.py: a driver, a worker and a node are killed, and nothing is lost."""
+"""Short run of tests/chaos/kill_training.py: no step is lost after kills of the driver, a worker and a node."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tests.chaos.kill_training import kill_training
 
 
 @pytest.mark.extended
-def test_a_run_whose_driver_worker_and_node_are_killed_commits_what_an_undisturbed_one_does(tmp_path: Path):
+def test_killed_run_commits_same_steps(tmp_path: Path):
     result = kill_training(tmp_path, kills=3, seed=0, steps=140, checkpoint_every=20)
     assert result["kills"] == 3
     assert (result["lost"], result["repeated"], result["different"]) == (0, 0, 0)

@@ -1,4 +1,4 @@
-"""`mellow cluster --local`: the groups of the manifests as real Ray nodes, and no process left behind."""
+"""`mellow cluster --local`: node groups of the manifests as Ray nodes, and cleanup of their processes."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def mellow(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def definition(tmp_path: Path) -> Path:
-    """The local overlay with one node of two groups beside the head, and none of the third."""
+    """Definition with a head and one node each of the groups cpu and serving."""
     patch = [
         {"op": "replace", "path": "/spec/workerGroupSpecs/1/replicas", "value": 0},
         {"op": "replace", "path": "/spec/workerGroupSpecs/2/replicas", "value": 1},
@@ -40,7 +40,7 @@ def definition(tmp_path: Path) -> Path:
 
 
 @NEEDS_KUBECTL
-def test_a_cluster_has_the_groups_of_its_definition_takes_a_job_and_leaves_nothing(definition: Path, tmp_path: Path):
+def test_cluster_has_defined_groups_runs_job_and_leaves_no_process(definition: Path, tmp_path: Path):
     folder, port = tmp_path / "cluster", cluster.free_port()
     processes: list[psutil.Process] = []
     where = ["--local", "--folder", str(folder)]
@@ -67,7 +67,7 @@ def test_a_cluster_has_the_groups_of_its_definition_takes_a_job_and_leaves_nothi
         assert "CPU" not in nodes["head"]
         assert (nodes["cpu"]["CPU"], nodes["serving"]["CPU"]) == (4, 2)
         assert nodes["serving"]["memory"] == 3 << 30
-        # As in the image: the repository is the working folder, and the manifest's variables are there.
+        # As in the image: the repository is the working folder, and the manifest's variables are set.
         assert seen["folder"] == str(REPOSITORY)
         assert (seen["group"], seen["recipe"], seen["threads"]) == ("serving", "tiny", "1")
         processes = [process for node in state.nodes for process in node.processes()]
@@ -81,7 +81,7 @@ def test_a_cluster_has_the_groups_of_its_definition_takes_a_job_and_leaves_nothi
 
 
 def submit(state: cluster.Cluster, folder: Path) -> dict[str, Any]:
-    """Submit a job that looks around, and return what it saw."""
+    """Submit a job that reports its node, folder and variables; return the report."""
     script = folder / "look.py"
     script.write_text(
         "import json, os, ray\n"
@@ -105,7 +105,7 @@ def submit(state: cluster.Cluster, folder: Path) -> dict[str, Any]:
 
 
 @NEEDS_KUBECTL
-def test_groups_and_their_settings_are_read_from_the_rendered_manifests():
+def test_groups_are_read_from_manifests():
     groups = {group.name: group for group in cluster.read_groups(cluster.render(cluster.DEFINITION))}
     assert {name: group.replicas for name, group in groups.items()} == {"head": 1, "cpu": 1, "gpu": 1, "serving": 2}
     assert groups["gpu"].labels == {"ray.io/node-group": "gpu", "ray.io/market-type": "spot"}
@@ -117,20 +117,20 @@ def test_groups_and_their_settings_are_read_from_the_rendered_manifests():
 
 
 @NEEDS_KUBECTL
-def test_a_definition_that_cannot_be_used_is_refused_with_the_reason(tmp_path: Path):
+def test_invalid_definition_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=f"{tmp_path}/missing"):
         cluster.render(tmp_path / "missing")
     with pytest.raises(ValueError, match=r"RayCluster.*ConfigMap, RayJob, ServiceAccount"):
         cluster.read_groups(cluster.render(REPOSITORY / "infra/overlays/local/train"))
 
 
-def test_without_kubectl_one_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_missing_kubectl_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"kubectl.*https://kubernetes\.io"):
         cluster.render(cluster.DEFINITION)
 
 
-def test_a_port_that_is_taken_is_refused_before_anything_starts(tmp_path: Path):
+def test_port_in_use_is_refused(tmp_path: Path):
     with cluster.socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -140,7 +140,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_free_port_is_none_that_the_system_gives_to_others():
+def test_free_ports_are_outside_the_ephemeral_range():
     with cluster.socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         assert taken.getsockname()[1] not in cluster.PORTS
@@ -148,13 +148,13 @@ def test_a_free_port_is_none_that_the_system_gives_to_others():
     assert ports < set(cluster.PORTS) and len(ports) > 90
 
 
-def test_a_process_that_has_a_nodes_number_by_now_is_left_alone():
+def test_process_with_reused_id_is_not_a_node():
     mine = psutil.Process()
     assert mine in cluster.Node("cpu", "127.0.0.2", mine.pid, mine.create_time()).processes()
     assert not cluster.Node("cpu", "127.0.0.2", mine.pid, mine.create_time() - 60).processes()
 
 
-def test_the_command_starts_without_torch_and_without_ray():
+def test_command_line_imports_neither_torch_nor_ray():
     code = "import sys, mellow_platform.cli; print([name for name in ('torch', 'ray') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Configuration: files, overrides, and what is refused."""
+"""Options of jobs: files, flags, validation and help."""
 
 import re
 import runpy
@@ -46,7 +46,7 @@ def error_of(capsys: pytest.CaptureFixture) -> str:
     return capsys.readouterr().err.partition("error: ")[2]
 
 
-def test_flags_outrank_the_file_which_outranks_the_defaults(tmp_path: Path):
+def test_flags_override_file_and_file_overrides_defaults(tmp_path: Path):
     file = tmp_path / "train.yaml"
     file.write_text("learning_rate: 0.5\nmicro_batch: 7\nscaling:\n  workers: 3\n  max_failures: 9\n")
     config = load(TrainConfig, ["--config", str(file), *REQUIRED, "--learning-rate", "3e-4", "--scaling.workers=5"])
@@ -69,14 +69,14 @@ def test_flags_outrank_the_file_which_outranks_the_defaults(tmp_path: Path):
         (["stray"], "'stray'"),
     ],
 )
-def test_a_wrong_flag_is_named_with_its_value(arguments: list[str], message: str, capsys: pytest.CaptureFixture):
+def test_wrong_flag_is_named_with_value(arguments: list[str], message: str, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as stop:
         load(TrainConfig, [*REQUIRED, *arguments])
     assert stop.value.code == 2
     assert re.search(message, error_of(capsys))
 
 
-def test_a_switch_needs_no_value():
+def test_switch_needs_no_value():
     assert load(TrainConfig, [*REQUIRED, "--dry-run"]).dry_run
     assert load(TrainConfig, [*REQUIRED, "--dry-run", "--batch", "3"]).batch == 3
     assert not load(TrainConfig, [*REQUIRED, "--dry-run", "false"]).dry_run
@@ -86,11 +86,11 @@ def test_a_switch_needs_no_value():
     ("text", "split"),
     [("val", ["val"]), ("train,val", ["train", "val"]), ("train, val", ["train", "val"]), ("[test]", ["test"])],
 )
-def test_names_are_a_list_or_separated_by_commas(text: str, split: list[str]):
+def test_names_are_list_or_comma_separated(text: str, split: list[str]):
     assert load(PreprocessConfig, ["--corpus", "/c", "--output", "/o", "--split", text]).split == split
 
 
-def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_name(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_unknown_key_in_file_suggests_nearest_name(tmp_path: Path, capsys: pytest.CaptureFixture):
     file = tmp_path / "train.yaml"
     file.write_text("scaling:\n  worker: 3\n")
     with pytest.raises(SystemExit):
@@ -110,7 +110,7 @@ def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_name(tmp_path: Pat
         (b"lora: {target_modules: [1]}", r"lora\.target_modules.*\b1\b"),
     ],
 )
-def test_a_wrong_file_is_named(content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_invalid_file_is_named(content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture):
     file = tmp_path / "train.yaml"
     if content is not None:
         file.write_bytes(content)
@@ -120,7 +120,7 @@ def test_a_wrong_file_is_named(content: bytes | None, message: str, tmp_path: Pa
     assert re.search(message, error_of(capsys))
 
 
-def test_a_missing_required_field_says_what_it_is(capsys: pytest.CaptureFixture):
+def test_missing_option_is_described(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
         load(CorpusConfig, [])
     error = error_of(capsys)
@@ -133,13 +133,13 @@ def test_encoder_features_need_an_encoder(capsys: pytest.CaptureFixture):
     assert re.search("features.*`encoder`", error_of(capsys))
 
 
-def test_training_begins_in_one_place(capsys: pytest.CaptureFixture):
+def test_training_starts_from_encoder_or_model(capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
         load(TrainConfig, [*REQUIRED, "--init-from", "/m"])
     assert re.search("`encoder`.*`init_from`", error_of(capsys))
 
 
-def test_a_relative_path_in_a_submitted_job_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_relative_path_in_submitted_job_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(SystemExit):
         load(CorpusConfig, ["--output", "runs/x"])
@@ -149,7 +149,7 @@ def test_a_relative_path_in_a_submitted_job_is_refused(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     "file", sorted((REPOSITORY / "jobs" / "configs").glob("mellow-*/*.yaml")), ids=lambda f: f"{f.parent.name}/{f.name}"
 )
-def test_every_shipped_file_fits_its_job(file: Path):
+def test_configuration_file_is_valid(file: Path):
     jobs: dict[str, tuple[type[Section], list[str]]] = {
         "preprocess": (PreprocessConfig, ["--corpus", "/c", "--output", "/o"]),
         "pretrain_encoder": (TaggerConfig, [*REQUIRED[:-2], "--labels", "/l"]),
@@ -162,7 +162,7 @@ RECIPES = sorted((REPOSITORY / "jobs/configs/recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_a_valid_configuration_whose_workers_share_its_batch(recipe: Path):
+def test_recipe_is_valid_and_divides_its_batch(recipe: Path):
     begin = "--init-from" if recipe.stem == "finetune" else "--encoder"
     places = ["--shards", "/s", "--output", "/o", "--storage", "/r", "--run", "x", begin, "/e"]
     config = load(TrainConfig, ["--config", str(recipe), *places])
@@ -170,18 +170,18 @@ def test_every_recipe_is_a_valid_configuration_whose_workers_share_its_batch(rec
     assert config.micro_batch % config.questions_per_pack == 0
 
 
-def test_the_recipes_are_those_that_are_documented():
+def test_recipes_are_the_documented_ones():
     assert [path.stem for path in RECIPES] == ["8-gpus", "encoder-cached", "finetune", "lora", "published", "tiny"]
 
 
 @pytest.mark.parametrize(("file", "points"), [("ablation", 10), ("ablation-tiny", 4)])
-def test_every_grid_of_an_ablation_is_valid(file: str, points: int, monkeypatch: pytest.MonkeyPatch):
+def test_ablation_grid_is_valid(file: str, points: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(REPOSITORY)
     config = load(AblationConfig, ["--config", f"jobs/configs/{file}.yaml", "--output", "/o"])
     assert len(grid_points(config)) == points
 
 
-def test_an_unknown_key_of_a_grid_is_refused_with_the_nearest_name(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_unknown_key_of_grid_suggests_nearest_name(tmp_path: Path, capsys: pytest.CaptureFixture):
     file = tmp_path / "ablation.yaml"
     file.write_text("output: /o\ntrain: {shards: /s, encoder: /e}\ngrid: {projektion: [mlp]}\n")
     with pytest.raises(SystemExit):
@@ -192,7 +192,7 @@ def test_an_unknown_key_of_a_grid_is_refused_with_the_nearest_name(tmp_path: Pat
 @pytest.mark.parametrize(
     "question", ["heard: a dog or a cat?", "is it #1?", "yes", "[a] or b?", "c'était « quoi » ?", "007"]
 )
-def test_text_is_taken_as_it_is_written(question: str):
+def test_text_option_is_not_parsed(question: str):
     for arguments in (["--question", question], [f"--question={question}"]):
         assert load(PredictConfig, ["--model", "m", "--output", "o", "--clips", "c", *arguments]).question == question
 
@@ -205,7 +205,7 @@ def choices(annotation: object) -> tuple[str, ...]:
 
 
 @each_job
-def test_every_option_has_a_complete_help_text(job: str):
+def test_options_have_complete_help(job: str):
     shown = " ".join(command_line(JOBS[job]).format_help().split())
     for name, field in flags(JOBS[job]).items():
         text, options = help_text(field), choices(field.annotation)
@@ -217,7 +217,7 @@ def test_every_option_has_a_complete_help_text(job: str):
 
 
 @each_job
-def test_the_usage_line_has_the_required_options(job: str):
+def test_usage_has_required_options(job: str):
     usage = command_line(JOBS[job]).format_usage()
     required = [dashed(name) for name, field in flags(JOBS[job]).items() if field.is_required()]
     assert re.findall(r"--\S+", usage) == required
@@ -225,7 +225,7 @@ def test_the_usage_line_has_the_required_options(job: str):
 
 
 @each_job
-def test_help_imports_nothing_heavy(job: str):
+def test_help_imports_no_heavy_package(job: str):
     code = (
         "import runpy, sys\n"
         f"sys.argv = ['{job}.py', '--help']\n"
@@ -241,12 +241,12 @@ def test_help_imports_nothing_heavy(job: str):
 
 
 @each_job
-def test_every_job_has_its_options(job: str):
+def test_job_has_its_options(job: str):
     names = runpy.run_path(str(REPOSITORY / "jobs" / f"{job}.py"))
     assert command_line(names[JOBS[job].__name__]).format_help() == command_line(JOBS[job]).format_help()
 
 
-def test_locations_are_those_of_local_paths_and_uris():
+def test_locations_are_paths_and_uris():
     config = EvaluateConfig(
         model="predictions:/answers.jsonl", corpus="/corpus", audio_root={"mmau": "s3://b/mmau", "x": "/x"}, output="/o"
     )
@@ -264,12 +264,12 @@ def test_locations_are_those_of_local_paths_and_uris():
     ("decoder", "found"),
     [("HuggingFaceTB/SmolLM2-135M", []), *((uri, [uri]) for uri in ("./folder", "/folder", "s3://b/f", "smollm.gguf"))],
 )
-def test_a_decoder_is_a_location_if_it_is_a_path(decoder: str, found: list[str]):
+def test_decoder_path_is_a_location(decoder: str, found: list[str]):
     locations = load(TrainConfig, [*REQUIRED, "--decoder", decoder]).locations()
     assert [uri for name, uri, _ in locations if name == "decoder"] == found
 
 
-def test_an_ablation_has_the_locations_of_its_points():
+def test_ablation_has_locations_of_its_points():
     fields = {"output": "/o", "grid": {"encoder": ["/e1", "/e2"]}, "preprocess": {"corpus": "/c"}}
     read = [(name, uri) for name, uri, exists in AblationConfig(**fields).locations() if exists]
     assert read == [

@@ -30,12 +30,12 @@ def before_install(script: Path = DOCTOR, **env: str) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
 
 
-def test_file_runs_on_old_pythons_without_packages():
+def test_file_parses_on_python_3_6_and_imports_only_the_standard_library():
     tree = ast.parse(DOCTOR.read_text(), feature_version=(3, 6))
     imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names
-    assert "__future__" not in imported  # annotations came with 3.7
+    assert "__future__" not in imported  # its annotations are new in 3.7
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_python_version(version: tuple[int, ...], state: str):
     assert ("make PYTHON=python3." in check.remedy) == (state == PROBLEM)
 
 
-def test_before_install_refuses_and_can_be_overridden(tmp_path: Path):
+def test_before_install_fails_on_problems_unless_skipped(tmp_path: Path):
     copy = tmp_path / "a:b" / "platform" / "mellow_platform" / "doctor.py"
     copy.parent.mkdir(parents=True)
     shutil.copy(DOCTOR, copy)
@@ -62,7 +62,7 @@ def test_before_install_refuses_and_can_be_overridden(tmp_path: Path):
     assert f"problem: folder: {tmp_path}/a:b" in skipped.stderr
 
 
-def test_before_install_names_the_missing_venv_package(monkeypatch: pytest.MonkeyPatch):
+def test_missing_venv_package_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "ensurepip", None)  # as on Debian without python3-venv
     check = runpy.run_path(str(DOCTOR))["check_venv"]()
     assert check.state == PROBLEM
@@ -76,7 +76,7 @@ def test_before_install_names_the_missing_venv_package(monkeypatch: pytest.Monke
         ({"memory.max": "4294967296", "cpu.max": "150000 100000"}, "0::/", 4 * GIB, 1.5),
         # The lower limit is that of a parent.
         ({"job/memory.max": str(GIB), "job/step/memory.max": "max"}, "0::/job/step", GIB, None),
-        # Version 1 inside a container: the path is the host's, and what is mounted is the container's own.
+        # Version 1 inside a container: the path is the host's; the container's own cgroup is mounted at the root.
         (
             {
                 "memory/memory.limit_in_bytes": str(2 * GIB),
@@ -101,7 +101,7 @@ def test_cgroup_limits(files: dict[str, str], membership: str, memory, cores, tm
     assert doctor.cgroup_memory(tmp_path, tmp_path / "absent") is None
 
 
-def test_memory_and_cores_are_those_of_the_cgroup():
+def test_cgroup_limits_memory_and_cores():
     memory, cores = doctor.check_memory(4 * GIB), doctor.check_cores(0.5)
     assert (memory.state, cores.state) == (PROBLEM, NOTE)
     assert memory.found.startswith("4.0 GiB") and "cgroup" in memory.found
@@ -129,8 +129,8 @@ def test_folder(tmp_path: Path):
     assert doctor.check_folder(tmp_path / "a space").state == NOTE
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc, which takes no files")
-def test_folder_that_takes_no_files():
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc, which is read-only")
+def test_folder_without_write_permission():
     read_only = doctor.check_folder(Path("/proc"))
     assert read_only.state == PROBLEM and "/proc" in read_only.found
 
@@ -147,7 +147,7 @@ def test_port_in_use():
 
 
 class Dashboard(BaseHTTPRequestHandler):
-    """Ray's dashboard, which answers its version to those with the token, and a healthy endpoint."""
+    """Server of both Ray's version, for requests with the token, and a healthy endpoint."""
 
     def do_GET(self) -> None:
         allowed = self.headers["Authorization"] == f"Bearer {TOKEN}"
@@ -210,7 +210,7 @@ def test_endpoint(dashboard: str):
     assert absent.state == NOTE and str(port) in absent.found
 
 
-def test_loopback_is_not_asked_through_a_proxy(dashboard: str, monkeypatch: pytest.MonkeyPatch):
+def test_requests_to_loopback_bypass_a_proxy(dashboard: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
     assert doctor.check_endpoint(dashboard).state == OK
 
@@ -229,7 +229,7 @@ def test_s3_settings_are_reported_without_secrets(monkeypatch: pytest.MonkeyPatc
         assert not any(secret in str(check) for secret in ("password", "an-access-key", "a-secret"))
 
 
-def test_hub_that_does_not_answer_is_a_note(monkeypatch: pytest.MonkeyPatch):
+def test_silent_hub_is_a_note(monkeypatch: pytest.MonkeyPatch):
     with socket.socket() as silent:  # accepts a connection and sends nothing
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -240,21 +240,21 @@ def test_hub_that_does_not_answer_is_a_note(monkeypatch: pytest.MonkeyPatch):
     assert offline.state == OK and "HF_HUB_OFFLINE" in offline.found
 
 
-def test_browser_is_the_one_that_chromium_names(monkeypatch: pytest.MonkeyPatch):
+def test_chromium_variable_selects_the_browser(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CHROMIUM", sys.executable)
     assert doctor.check_browser() == ("browser", OK, sys.executable, "")
     monkeypatch.setenv("CHROMIUM", "/no/such/program")
     assert doctor.check_browser().state == NOTE
 
 
-def test_programs_that_are_missing_are_notes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_missing_programs_are_notes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
     for check in (doctor.check_java(), doctor.check_kubectl(), doctor.check_browser()):
         assert check.state == NOTE
         assert check.remedy
 
 
-def test_required_packages_that_are_missing_or_old_are_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_missing_and_old_packages_are_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     requirements = ["no-such-package>=1", "numpy<1", "torch>=2", "absent; extra == 'mlflow'"]
     (tmp_path / "pyproject.toml").write_text(f'[project]\nversion = "3.2.1"\ndependencies = {requirements}\n')
     monkeypatch.setattr(doctor, "FOLDER", tmp_path)
@@ -269,25 +269,25 @@ def test_required_packages_that_are_missing_or_old_are_problems(monkeypatch: pyt
     }
 
 
-def test_extras_are_those_of_pyproject():
+def test_extras_match_pyproject():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     packages = {extra.name: extra.packages for extra in doctor.EXTRAS}
     extras = project["optional-dependencies"]
-    del extras["demo"]  # others together
+    del extras["demo"]  # a group of other extras
     assert extras.keys() == packages.keys()
     for name, requirements in extras.items():
         required = " ".join([*requirements, *project["dependencies"]])
         assert all(package in required for package in packages[name])
 
 
-def test_extras_that_are_missing_say_how_to_install_them(monkeypatch: pytest.MonkeyPatch):
+def test_missing_extras_have_an_install_command(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "EXTRAS", (doctor.Extra("otel", ("no-such-package", "numpy"), "traces"),))
     assert doctor.check_extras() == [
         ("otel", NOTE, "traces; missing: no-such-package", "pip install -e '.[otel]'"),
     ]
 
 
-def test_command_prints_a_report_and_exits_by_its_problems():
+def test_command_prints_a_report_and_fails_on_problems():
     command = [sys.executable, "-m", "mellow_platform.cli", "doctor"]
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     text = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -304,7 +304,7 @@ def test_command_prints_a_report_and_exits_by_its_problems():
     assert all(check["remedy"] for check in found["checks"] if check["state"] != OK)
 
 
-def test_report_marks_problems_and_their_remedies():
+def test_report_lists_problems_with_remedies():
     sections = {"Machine": [doctor.Check("memory", PROBLEM, "2.0 GiB", "add memory"), doctor.Check("GPU", OK, "none")]}
     assert doctor.problems(sections) == 1
     assert doctor.as_text(sections).splitlines() == [

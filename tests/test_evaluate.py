@@ -136,9 +136,9 @@ def test_killed_job_resumes(whole: EvaluateConfig, tmp_path: Path, capsys):
 
 
 def test_output_of_other_configuration_raises(whole: EvaluateConfig):
-    with pytest.raises(ValueError, match=r"holds answers of another configuration \(differing: max_new_tokens\)"):
+    with pytest.raises(ValueError, match=r"different: max_new_tokens\)"):
         evaluate(whole.model_copy(update={"max_new_tokens": 7}))
-    with pytest.raises(ValueError, match=r"holds answers of another configuration \(differing: questions\)"):
+    with pytest.raises(ValueError, match=r"different: questions\)"):
         evaluate(whole.model_copy(update={"limit": 3}))
 
 
@@ -160,7 +160,7 @@ def test_unreadable_clips_count_as_failures(made: SimpleNamespace):
     assert [rows[number]["prediction"] for number in (1, 3)] == ["", ""]
     assert rows[1]["detail"] == f"{made.corpus}/audio/gone.flac does not exist"
     strict = configured(made, "too-many-failed", **fields, conditions=["audio", "noise"], max_failed_share=0.25)
-    with pytest.raises(ValueError, match=r"2 of 4 questions have no answer \(missing 1, not_audio 1\) so far"):
+    with pytest.raises(ValueError, match=r"2 of 4 questions .*\(missing 1, not_audio 1\)"):
         evaluate(strict)
 
 
@@ -329,7 +329,7 @@ def test_resubmitted_job_retries_only_unanswered_questions(made: SimpleNamespace
 
     for _ in range(2):
         before = len(server.requests)
-        with pytest.raises(ValueError, match=r"1 of 8 .* have no answer \(unanswered 1\).*submit the job again to ask"):
+        with pytest.raises(ValueError, match=r"1 of 8 .*\(unanswered 1\)"):
             evaluate(config)
     assert asked_since(before).keys() == {"poison?"}
     # A larger share completes the job; a completed job sends no request, not even for the model's name.
@@ -365,7 +365,7 @@ def test_text_only_silence_for_models_that_need_audio(made: SimpleNamespace, lis
     )  # fmt: skip
     evaluate(config)
     config = config.model_copy(update={"conditions": ["audio", "text_only"]})
-    with pytest.raises(ValueError, match=r"3 of 3 questions have no answer \(refused 3\)"):
+    with pytest.raises(ValueError, match=r"3 of 3 questions .*\(refused 3\)"):
         evaluate(config)
     details = pq.read_table(folder / "out/answers/text_only-omit-000000.parquet")["detail"].to_pylist()
     assert all(detail.endswith("set endpoint.text_only: silence") for detail in details)
@@ -406,7 +406,7 @@ def test_question_ids_do_not_depend_on_dropped_records_and_partners(made: Simple
 def test_shards_of_other_encoder_raise(made: SimpleNamespace):
     write_tiny_model(str(made.root / "stranger"), seed=9)
     config = configured(made, "strange", shards=str(made.root / "features"), model=str(made.root / "stranger"))
-    with pytest.raises(ValueError, match=r"was written by an encoder with other weights than .*stranger has"):
+    with pytest.raises(ValueError, match=r"another encoder than that of .*stranger"):
         evaluate(config)
 
 
@@ -420,10 +420,10 @@ def test_unreachable_endpoint_raises(made: SimpleNamespace, loud_and_soft: Path)
 
 
 def test_url_with_password_raises():
-    with pytest.raises(ValueError, match="an address without name, password or query"):
+    with pytest.raises(ValueError, match=r"password.* OPENAI_API_KEY"):
         EvaluateConfig(model="http://me:secret@127.0.0.1/v1", corpus="/c", output="/o")
 
 
 def test_shards_with_endpoint_raise():
-    with pytest.raises(ValueError, match="`shards` hold no audio to send to an endpoint: give `corpus`"):
+    with pytest.raises(ValueError, match=r"`shards` .*endpoint.* `corpus`"):
         EvaluateConfig(model="https://api.example.org/v1", shards="/s", output="/o")

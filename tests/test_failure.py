@@ -1,4 +1,4 @@
-"""The cause of a failure, found inside real errors of Ray."""
+"""Cause of a failure inside Ray's errors."""
 
 import os
 from collections.abc import Callable
@@ -77,7 +77,7 @@ def failure_of(run: Callable, *arguments: object) -> Failure:
 
 
 @pytest.mark.parametrize("run", [run_here, run_task, run_nested, run_data, run_data_in_task])
-def test_the_cause_is_found(run: Callable):
+def test_cause_is_found(run: Callable):
     assert failure_of(run, fail).message == CLIP
     assert failure_of(run, fail_in_turn).message == "a is missing; add it"
     assert failure_of(run, miss_key).message == "KeyError: 'a'"
@@ -86,29 +86,29 @@ def test_the_cause_is_found(run: Callable):
     assert absent.place.startswith("mellow_platform/storage.py:")
 
 
-def test_a_failure_outside_the_project_has_no_place():
+def test_failure_outside_project_has_no_place():
     assert failure_of(ray.data.read_parquet, "/absent").place == ""
 
 
-def test_an_actor_that_does_not_start_has_a_cause():
+def test_cause_of_failed_actor_start():
     assert failure_of(lambda: ray.get(ray.remote(Failing).remote().__call__.remote({}))).message == CLIP
     assert failure_of(lambda: ray.data.range(2).map_batches(Failing, concurrency=1).take_all()).message == CLIP
 
 
 @pytest.mark.extended
-def test_a_training_worker_has_a_cause(tmp_path: Path):
+def test_cause_of_failed_training_worker(tmp_path: Path):
     run_config = RunConfig(storage_path=str(tmp_path), name="run")
     trainer = TorchTrainer(fail, scaling_config=ScalingConfig(num_workers=2), run_config=run_config)
     assert failure_of(trainer.fit).message == CLIP
 
 
-def test_a_dead_worker_is_explained_in_one_line():
+def test_dead_worker_has_one_line_message():
     message = failure_of(run_task, die).message
     assert message.startswith("WorkerCrashedError: ")
     assert "\n" not in message
 
 
-def test_the_log_has_the_remote_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_log_contains_remote_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(ray.exceptions.RayTaskError) as raised:
         run_data(read_absent)

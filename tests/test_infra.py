@@ -1,4 +1,4 @@
-"""The manifests of `infra/`: rendered, checked against the schemas of what reads them, and against the repository."""
+"""Manifests of `infra/`: rendered, and checked against their schemas and against the repository."""
 
 import copy
 import functools
@@ -36,15 +36,15 @@ CRDS = SHARED / "kuberay-crds"
 KUBERNETES = "1.33"
 PLACES = ("local", "gpu")
 JOBS: dict[str, type[Section]] = {"preprocess": PreprocessConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
-# Folders with a kustomization that is applied by itself.
+# Folders whose kustomization can be applied.
 APPLIED = sorted(
     str(file.parent.relative_to(INFRA))
     for file in INFRA.rglob("kustomization.yaml")
     if file.relative_to(INFRA).parts[0] != "components"
 )
 KUBERAY_KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService": "rayservices"}
-NOT_VALIDATED = {"PodMonitor": "its schema comes with the Prometheus operator, and with no package"}
-# What a user creates before, because it is secret.
+NOT_VALIDATED = {"PodMonitor": "no package contains the Prometheus operator's schema"}
+# Secrets that a user must create.
 SECRETS = {"mellow-s3", "mellow-api-keys", "mellow-redis", "mellow-tls"}
 TAG = re.compile(r"(?P<project>[\d.]+)-ray(?P<ray>[\d.]+)-py(?P<python>[\d.]+)-(?P<accelerator>cpu|cuda)")
 
@@ -67,7 +67,7 @@ def groups(spec: Manifest) -> dict[str, Manifest]:
 
 
 def cluster_specs() -> Iterator[tuple[str, Manifest]]:
-    """Yield every cluster that is rendered anywhere, with its folder."""
+    """Yield (folder, spec) of every rendered cluster, including those of jobs and the endpoint."""
     for folder in APPLIED:
         for manifest in rendered(folder):
             spec = manifest.get("spec", {})
@@ -103,34 +103,36 @@ def environment(of: Manifest) -> dict[str, str]:
 
 
 def strict(schema: Any) -> Any:
-    """Return a CRD's schema as a JSON schema that refuses unknown fields, as the API server does when told to."""
+    """Return a CRD's schema as a JSON schema that refuses unknown fields, like the API server's strict validation."""
     if isinstance(schema, list):
         return [strict(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     if schema.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
-    made = {key: strict(value) for key, value in schema.items() if key not in ("description", "properties", "default")}
+    result = {
+        key: strict(value) for key, value in schema.items() if key not in ("description", "properties", "default")
+    }
     if "properties" in schema:
-        made["properties"] = {name: strict(value) for name, value in schema["properties"].items()}
+        result["properties"] = {name: strict(value) for name, value in schema["properties"].items()}
     if schema.get("type") == "object" and not schema.get("x-kubernetes-preserve-unknown-fields"):
-        made.setdefault("additionalProperties", False)
-    return made
+        result.setdefault("additionalProperties", False)
+    return result
 
 
 @functools.cache
 def crd_validator(kind: str) -> jsonschema.Draft202012Validator:
     if not CRDS.is_dir():
-        pytest.skip(f"{CRDS} is absent: no KubeRay schemas to check against")
+        pytest.skip(f"{CRDS} is missing: no KubeRay schemas")
     definition = yaml.load((CRDS / f"ray.io_{KUBERAY_KINDS[kind]}.yaml").read_text(), yaml.CSafeLoader)
     (version,) = [version for version in definition["spec"]["versions"] if version["name"] == "v1"]
     schema = strict(version["schema"]["openAPIV3Schema"])
-    schema["properties"]["metadata"] = {"type": "object"}  # the API server's own
+    schema["properties"]["metadata"] = {"type": "object"}  # its schema is built into the API server
     return jsonschema.Draft202012Validator(schema)
 
 
 def faults(manifest: Manifest) -> list[str]:
-    """Return what is wrong with a manifest by the schema of its kind."""
+    """Return the errors of a manifest under the schema of its kind."""
     kind = manifest["kind"]
     if kind in KUBERAY_KINDS:
         return [f"{error.json_path}: {error.message}" for error in crd_validator(kind).iter_errors(manifest)]
@@ -142,18 +144,18 @@ def faults(manifest: Manifest) -> list[str]:
 
 
 @pytest.mark.parametrize("folder", APPLIED)
-def test_every_rendered_manifest_is_what_its_kind_allows(folder: str):
+def test_rendered_manifests_fit_their_schemas(folder: str):
     for manifest in rendered(folder):
         if manifest["kind"] not in NOT_VALIDATED:
             assert not faults(manifest), f"{manifest['kind']} {manifest['metadata']['name']}"
 
 
-def test_kinds_without_a_schema_are_rendered_and_named():
+def test_kinds_without_schema_are_rendered():
     kinds = {manifest["kind"] for folder in APPLIED for manifest in rendered(folder)}
     assert kinds >= set(NOT_VALIDATED), "a kind in NOT_VALIDATED is rendered nowhere"
 
 
-def test_validation_finds_an_unknown_field_and_a_wrong_type():
+def test_validation_finds_unknown_fields_and_wrong_types():
     cases: list[tuple[str, str, list[Any], Any, str]] = [
         ("gpu", "RayCluster", ["spec", "headGroupSpec", "rayStartParam"], {}, "rayStartParam"),
         ("gpu", "RayCluster", ["spec", "workerGroupSpecs", 0, "maxReplicas"], "16", "maxReplicas"),
@@ -174,7 +176,7 @@ def test_validation_finds_an_unknown_field_and_a_wrong_type():
         assert any(named in fault for fault in found), (path, found)
 
 
-def test_jobs_that_wait_in_kueue_are_what_their_kind_allows(tmp_path: Path):
+def test_jobs_with_kueue_are_valid(tmp_path: Path):
     def relative(folder: str) -> str:
         return os.path.relpath(INFRA / folder, tmp_path)
 
@@ -183,21 +185,21 @@ def test_jobs_that_wait_in_kueue_are_what_their_kind_allows(tmp_path: Path):
     (job,) = [manifest for manifest in cluster.render(tmp_path) if manifest["kind"] == "RayJob"]
     assert not faults(job)
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
-    # The operator accepts `suspend` only of a job whose cluster ends with it.
+    # The operator accepts `suspend` only if the job's cluster ends with the job.
     assert job["spec"]["suspend"] and job["spec"]["shutdownAfterJobFinishes"] and "clusterSelector" not in job["spec"]
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_endpoint_has_the_applications_of_the_serve_configuration(place: str):
+def test_endpoint_has_applications_of_serve_configuration(place: str):
     config = yaml.safe_load(one(f"overlays/{place}/endpoint", "RayService")["spec"]["serveConfigV2"])
     expected = yaml.safe_load((REPOSITORY / "serve/config.yaml").read_text())
     for application in expected["applications"]:
-        application["deployments"][0]["autoscaling_config"]["min_replicas"] = 2  # so that a node can go
+        application["deployments"][0]["autoscaling_config"]["min_replicas"] = 2  # so that a node can be lost
     assert config == expected
-    # Ray's schema ignores what it does not know: what it took over tells.
-    taken = ServeDeploySchema.model_validate(config).model_dump(exclude_unset=True)
-    assert set(config) == set(taken)
-    for given, application in zip(config["applications"], taken["applications"], strict=True):
+    # Ray's schema ignores unknown fields, so the parsed fields are compared.
+    parsed = ServeDeploySchema.model_validate(config).model_dump(exclude_unset=True)
+    assert set(config) == set(parsed)
+    for given, application in zip(config["applications"], parsed["applications"], strict=True):
         assert set(given) == set(application)
         for deployment, options in zip(given["deployments"], application["deployments"], strict=True):
             assert set(deployment) == set(options)
@@ -208,13 +210,13 @@ def test_the_endpoint_has_the_applications_of_the_serve_configuration(place: str
 # One definition
 
 
-def test_node_groups_are_written_in_one_file():
+def test_node_groups_are_defined_in_one_file():
     pattern = re.compile(r"^ *(- )?(groupName|headGroupSpec|workerGroupSpecs|rayVersion):", re.M)
     assert [file for file in INFRA.rglob("*.yaml") if pattern.search(file.read_text())] == [INFRA / "base/cluster.yaml"]
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_jobs_and_endpoint_have_the_groups_of_the_place(place: str):
+def test_jobs_and_endpoint_have_groups_of_overlay(place: str):
     definition = one(f"overlays/{place}/cluster", "RayCluster")["spec"]
     assert list(groups(definition)) == ["head", "cpu", "gpu", "serving"]
     for job in JOBS:
@@ -234,7 +236,7 @@ def test_jobs_and_endpoint_have_the_groups_of_the_place(place: str):
         assert 2 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 
-def test_a_job_without_a_cluster_of_its_own_selects_the_long_lived_one():
+def test_job_without_own_cluster_selects_the_long_lived_one():
     name = one("overlays/gpu", "RayCluster")["metadata"]["name"]
     for job in JOBS:
         spec = one(f"jobs/{job}", "RayJob")["spec"]
@@ -242,18 +244,18 @@ def test_a_job_without_a_cluster_of_its_own_selects_the_long_lived_one():
         assert "rayClusterSpec" not in spec
 
 
-def test_every_cluster_asks_for_a_token_scales_by_itself_and_spares_its_head():
+def test_clusters_require_token_autoscale_and_spare_head():
     for folder, spec in cluster_specs():
         assert spec["authOptions"]["mode"] == "token", folder
         assert spec["enableInTreeAutoscaling"] and spec["autoscalerOptions"]["version"] == "v2", folder
         assert groups(spec)["head"]["resources"] == {"CPU": "0"}, folder
         for name, group in groups(spec).items():
             assert group["labels"]["ray.io/node-group"] == name, folder
-            # The operator takes one or the other.
+            # The operator refuses these parameters if the group also has fields for them.
             assert not {"num-cpus", "num-gpus", "memory", "resources", "labels"} & set(group["rayStartParams"])
 
 
-# What is installed
+# Installed packages
 
 
 def lock(name: str) -> dict[str, str]:
@@ -272,7 +274,7 @@ def project() -> dict[str, Any]:
     return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 
-def test_versions_of_ray_python_and_project_agree_everywhere():
+def test_versions_of_ray_python_and_project_agree():
     tags = set()
     for folder, spec in cluster_specs():
         for group in groups(spec).values():
@@ -295,7 +297,7 @@ def test_versions_of_ray_python_and_project_agree_everywhere():
         assert f"for Python {dockerfile_argument('PYTHON')} on" in file.read_text().splitlines()[0]
 
 
-def test_locked_versions_are_in_the_projects_ranges_and_have_hashes():
+def test_locked_versions_are_in_range_and_hashed():
     locked = lock("requirements.lock")
     extras = project()["optional-dependencies"]
     for line in project()["dependencies"] + extras["mlflow"] + extras["otel"]:
@@ -312,7 +314,7 @@ def test_locked_versions_are_in_the_projects_ranges_and_have_hashes():
             assert "--hash=sha256:" in entry, f"{file.name}: {entry}"
 
 
-def test_the_image_is_made_of_what_is_there_and_nothing_else_is_sent():
+def test_image_copies_only_allowed_files():
     dockerfile = (IMAGE / "Dockerfile").read_text()
     allowed = [line[1:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     copied = re.findall(r"^COPY (?!--from)(\S+) ", dockerfile, re.M)
@@ -329,8 +331,8 @@ def test_the_image_is_made_of_what_is_there_and_nothing_else_is_sent():
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("job", JOBS)
-def test_a_jobs_command_is_one_that_the_repository_has(place: str, job: str, monkeypatch: pytest.MonkeyPatch):
-    """It is run by a shell in the repository's folder, with the settings of the place."""
+def test_entrypoint_is_a_valid_job_command(place: str, job: str, monkeypatch: pytest.MonkeyPatch):
+    """Run as on the cluster: in the repository's folder, with the settings of the overlay as variables."""
     monkeypatch.chdir(REPOSITORY)
     for name, value in one(f"overlays/{place}", "ConfigMap")["data"].items():
         monkeypatch.setenv(name, value)
@@ -341,10 +343,10 @@ def test_a_jobs_command_is_one_that_the_repository_has(place: str, job: str, mon
     program, script, *arguments = shlex.split(expanded)
     assert (program, script) == ("python", f"jobs/{job}.py")
     assert Path(script).is_file()
-    load(JOBS[job], arguments)  # ends the program where an option, or the file of --config, does not exist
+    load(JOBS[job], arguments)  # exits if an option or the file of --config does not exist
 
 
-def test_a_node_that_is_to_stop_is_drained_for_as_long_as_replicas_and_proxies_take():
+def test_nodes_drain_longer_than_replicas_and_proxies():
     deployments = [
         deployment
         for application in yaml.safe_load((REPOSITORY / "serve/config.yaml").read_text())["applications"]
@@ -376,7 +378,7 @@ def test_a_node_that_is_to_stop_is_drained_for_as_long_as_replicas_and_proxies_t
 
 
 @pytest.mark.parametrize("folder", APPLIED)
-def test_containers_run_as_nobody_on_a_file_system_that_they_cannot_write(folder: str):
+def test_containers_are_unprivileged_and_read_only(folder: str):
     for pod in pods(rendered(folder)):
         assert pod["securityContext"]["runAsNonRoot"]
         assert pod["securityContext"]["runAsUser"] > 0
@@ -391,27 +393,27 @@ def test_containers_run_as_nobody_on_a_file_system_that_they_cannot_write(folder
         for name, group in groups(spec).items():
             mounts = {mount["mountPath"] for mount in container(group)["volumeMounts"]}
             assert {"/tmp", "/cache"} <= mounts, "Ray and the model hub need a place to write"
-            # Elsewhere the operator's own asks the HTTP proxy, too.
+            # For other groups the operator adds a probe that also checks the HTTP proxy.
             assert ("readinessProbe" in container(group)) == (name in ("head", "gpu"))
             assert group["template"]["spec"]["automountServiceAccountToken"] == (name == "head")
 
 
 @pytest.mark.parametrize("folder", APPLIED)
-def test_what_a_manifest_refers_to_is_rendered_with_it_or_a_secret_to_be_made(folder: str):
+def test_references_are_rendered_or_known_secrets(folder: str):
     manifests = rendered(folder)
-    there = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in manifests}
+    existing = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in manifests}
     text = yaml.safe_dump(list(manifests))
     for kind, key in (("ServiceAccount", "serviceAccountName"), ("PersistentVolumeClaim", "claimName")):
         for name in re.findall(rf"\b{key}: (\S+)", text):
-            assert (kind, name) in there
+            assert (kind, name) in existing
     for name in re.findall(r"configMapRef:\s+name: (\S+)", text):
-        assert ("ConfigMap", name) in there
+        assert ("ConfigMap", name) in existing
     referred = re.findall(r"secret(?:KeyRef|Ref):\s+(?:key: \S+\s+)?name: (\S+)", text)
     assert set(referred) | set(re.findall(r"secretName: (\S+)", text)) <= SECRETS
     assert not any(manifest["kind"] == "Secret" for manifest in manifests), "a secret in the repository is none"
 
 
-def test_the_gpu_overlay_trains_on_spot_gpus_and_keeps_the_rest_on_demand():
+def test_gpu_overlay_trains_on_spot_and_serves_on_demand():
     spec = groups(one("overlays/gpu", "RayCluster")["spec"])
     capacity = {
         name: group["template"]["spec"].get("nodeSelector", {}).get("karpenter.sh/capacity-type")
@@ -432,7 +434,7 @@ def test_the_gpu_overlay_trains_on_spot_gpus_and_keeps_the_rest_on_demand():
             assert {rule["topologyKey"] for rule in spread} == {"topology.kubernetes.io/zone", "kubernetes.io/hostname"}
 
 
-def test_what_serves_outlives_its_head_and_a_jobs_cluster_needs_no_redis():
+def test_only_long_lived_clusters_have_redis():
     long_lived = one("overlays/gpu", "RayCluster")["spec"]
     service = one("overlays/gpu/endpoint", "RayService")["spec"]["rayClusterConfig"]
     redis = {manifest["metadata"]["name"] for manifest in rendered("overlays/gpu") if manifest["kind"] == "Service"}
@@ -445,18 +447,18 @@ def test_what_serves_outlives_its_head_and_a_jobs_cluster_needs_no_redis():
         assert "gcsFaultToleranceOptions" not in one(f"overlays/gpu/{job}", "RayJob")["spec"]["rayClusterSpec"]
 
 
-def test_only_the_namespace_and_the_operator_reach_the_head():
+def test_network_policy_of_head():
     policies = {item["metadata"]["name"]: item["spec"] for item in rendered("overlays/gpu") if "Policy" in item["kind"]}
     head = policies["mellow-head"]
     assert head["podSelector"]["matchLabels"] == {"ray.io/node-type": "head"}
     everything, *others = head["ingress"]
     assert everything == {"from": [{"podSelector": {}}]}
-    for rule in others:  # from other namespaces, single ports alone
+    for rule in others:  # from other namespaces, only single ports
         assert all("namespaceSelector" in peer for peer in rule["from"])
         assert {port["port"] for port in rule["ports"]} <= {8265, 8000, 8080}
 
 
-def test_the_endpoint_is_upgraded_without_a_gap_and_reached_with_tls():
+def test_endpoint_has_new_cluster_upgrades_and_tls():
     manifests = rendered("overlays/gpu/endpoint")
     service = one("overlays/gpu/endpoint", "RayService")
     assert service["spec"]["upgradeStrategy"]["type"] == "NewCluster"
@@ -472,7 +474,7 @@ def test_the_endpoint_is_upgraded_without_a_gap_and_reached_with_tls():
     assert all(isinstance(budget["minAvailable"], int) for budget in budgets), "of a CRD's pods, only numbers count"
 
 
-def test_the_local_overlay_asks_for_no_gpu_and_little_memory():
+def test_local_overlay_requests_no_gpu_and_little_memory():
     for name, group in groups(one("overlays/local", "RayCluster")["spec"]).items():
         assert "gpu" not in yaml.safe_dump(container(group)["resources"]), name
         assert int(container(group)["resources"]["limits"]["memory"].removesuffix("Gi")) <= 4

@@ -1,4 +1,4 @@
-"""Jobs as programs: how each kind of failure ends."""
+"""Jobs as programs: exit status and message of each kind of failure."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def command(job: str, *arguments: str) -> list[str]:
 
 
 def run(job: str, *arguments: str, status: int = 1, env: dict[str, str] | None = None) -> str:
-    """Run a job that fails with a status, and return its last message: what follows its name on stderr."""
+    """Run a job that fails with a status, and return its last message: the text after its name on stderr."""
     variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | (env or {})
     process = subprocess.run(command(job, *arguments), capture_output=True, text=True, env=variables)
     assert process.returncode == status, process.stderr
@@ -44,12 +44,12 @@ def preprocess(corpus: str, output: str, **env: str) -> str:
     return run("preprocess", "--corpus", corpus, "--output", output, "--size", "mellow-tiny", env=env)
 
 
-def test_a_wrong_option_ends_a_job_with_status_2():
+def test_wrong_option_exits_with_status_2():
     assert "--zero-stage 4" in run("train", "--zero-stage", "4", status=2)
     assert run("train", "--config", "/absent.yaml", status=2).startswith("error: --config /absent.yaml")
 
 
-def test_a_missing_input_is_named_with_its_option(tmp_path: Path):
+def test_missing_input_names_its_option(tmp_path: Path):
     (tmp_path / "file").touch()
     for missing in (tmp_path / "absent", tmp_path / "file" / "below"):
         assert preprocess(str(missing), str(tmp_path / "o")).startswith(f"--corpus {missing}: ")
@@ -58,20 +58,20 @@ def test_a_missing_input_is_named_with_its_option(tmp_path: Path):
     assert message.startswith("--audio-root /absent: ")
 
 
-def test_an_unknown_scheme_is_refused(tmp_path: Path):
+def test_unknown_scheme_is_refused(tmp_path: Path):
     assert preprocess("foo://x", "/o").startswith("--corpus foo://x: scheme 'foo'")
     assert preprocess(str(tmp_path), "gs://x").startswith("--output gs://x: scheme 'gs'")
     assert preprocess(str(tmp_path), "http://h/x").startswith("--output http://h/x")
 
 
-def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path):
+def test_unwritable_output_is_refused(tmp_path: Path):
     (tmp_path / "file").touch()
     output = tmp_path / "file" / "folder"
     message = preprocess(str(tmp_path), str(output))
     assert re.match(rf"--output {output} .*{tmp_path}/file ", message)
 
 
-def test_denied_access_is_named():
+def test_denied_access_names_the_path():
     script = """
 import os, sys
 from mellow_platform import storage
@@ -93,7 +93,7 @@ for uri, exists in ((sys.argv[1] + "/secret", True), (sys.argv[1] + "/o", False)
     assert re.match(f"{folder}/o .*{folder} ", write)
 
 
-def test_a_missing_object_or_bucket_is_named(store: ObjectStore, tmp_path: Path):
+def test_missing_object_or_bucket_is_named(store: ObjectStore, tmp_path: Path):
     assert preprocess("s3://bucket/absent", "/o").startswith("--corpus s3://bucket/absent: ")
     assert preprocess("s3://other/c", "/o").startswith("--corpus s3://other/c: bucket 'other'")
     assert preprocess(str(tmp_path), "s3://other/o").startswith("--output s3://other/o: bucket 'other'")
@@ -106,12 +106,12 @@ def test_wrong_credentials_are_refused(store: ObjectStore):
     assert re.match(r"--corpus s3://bucket/c: .*\bAWS_ACCESS_KEY_ID\b", message)
 
 
-def test_an_endpoint_that_does_not_answer_is_named(store: ObjectStore):
+def test_unreachable_s3_endpoint_is_named(store: ObjectStore):
     message = preprocess("s3://bucket/c", "/o", AWS_ENDPOINT_URL=f"http://{DEAD}")
     assert re.match(rf"--corpus s3://bucket/c: .*\b{DEAD}\b", message)
 
 
-def test_a_throttled_endpoint_is_left_to_the_job(tmp_path: Path):
+def test_check_ignores_throttling(tmp_path: Path):
     with object_store(tmp_path / "s3", failures=1.0, seed=1) as failing:
         script = f"from mellow_platform import storage\nstorage.check('{failing.uri}/c', True)"
         for _ in range(4):
@@ -120,19 +120,19 @@ def test_a_throttled_endpoint_is_left_to_the_job(tmp_path: Path):
 
 
 @pytest.mark.parametrize("scheme", ["", "http://", "ray://"])
-def test_an_absent_cluster_is_named(scheme: str, tmp_path: Path):
+def test_missing_cluster_is_named(scheme: str, tmp_path: Path):
     address = f"{scheme}{DEAD}"
     message = preprocess(str(tmp_path), "/o", RAY_ADDRESS=address)
     assert f"RAY_ADDRESS={address}: " in message
 
 
-def test_a_dashboard_is_no_cluster_address(store: ObjectStore, tmp_path: Path):
+def test_dashboard_address_is_refused(store: ObjectStore, tmp_path: Path):
     message = preprocess(str(tmp_path), "/o", RAY_ADDRESS=store.env["AWS_ENDPOINT_URL"])
     assert message.startswith(f"RAY_ADDRESS={store.env['AWS_ENDPOINT_URL']} ")
 
 
 @pytest.mark.extended
-def test_debug_prints_the_traceback_before_the_message(tmp_path: Path):
+def test_debug_prints_traceback_before_message(tmp_path: Path):
     arguments = ["--model", "random", "--corpus", str(tmp_path), "--output", f"{tmp_path}/o", "--debug"]
     output = tmp_path / "job-driver-raysubmit_x.log"  # as Ray names the output of a submitted job
     with output.open("w") as file:
@@ -146,7 +146,7 @@ def test_debug_prints_the_traceback_before_the_message(tmp_path: Path):
     assert log.read_text() in "\n".join([*before, ""])
 
 
-def test_a_failure_in_a_task_of_ray_ends_with_its_message(tmp_path: Path):
+def test_failure_in_ray_task_ends_with_its_message(tmp_path: Path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "bad.parquet").write_text("not Parquet")
     message = run(
@@ -161,7 +161,7 @@ def test_a_failure_in_a_task_of_ray_ends_with_its_message(tmp_path: Path):
     log.unlink()
 
 
-def test_an_interrupt_ends_a_job_with_status_130_and_one_line(tmp_path: Path):
+def test_interrupt_exits_with_status_130(tmp_path: Path):
     write_corpus(str(tmp_path / "corpus"), {"train": 4, "val": 1, "test": 1})
     arguments = ["--corpus", f"{tmp_path}/corpus", "--output", f"{tmp_path}/o", "--size", "mellow-tiny"]
     job = subprocess.Popen(

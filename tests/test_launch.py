@@ -1,4 +1,4 @@
-"""How a Ray cluster on this machine is started: paths with spaces, temporary folders, the first job."""
+"""Start of a Ray cluster on this machine: paths with spaces, temporary folders, the first job."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from mellow_platform import local_ray
 from mellow_platform.launch import programs, temporary_folder
 from tests.conftest import REPOSITORY
 
-# In a process of its own: Ray reads its variables once, and this process may have a cluster.
+# In a separate process: Ray reads its variables once, and this process may have a cluster.
 TASK = """
 from mellow_platform.launch import prepare_process
 prepare_process()
@@ -31,14 +31,14 @@ def environment(tmp_path: Path) -> Path:
     return folder / "environment" / Path(sys.executable).parent.name / Path(sys.executable).name
 
 
-def test_a_process_whose_path_has_a_space_starts_workers(environment: Path):
+def test_workers_start_from_path_with_space(environment: Path):
     result = subprocess.run([str(environment), "-c", TASK], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert result.stdout.split() == ["answered"], result.stderr
 
 
-def test_a_job_waits_for_the_agent_that_starts_it():
+def test_submission_waits_for_agent():
     class Client:
-        """As Ray's, whose dashboard answers before its agent has joined."""
+        """Client of a dashboard whose agent joins after the first submission."""
 
         answers: ClassVar[list[Any]] = [RuntimeError("status code 500: No available agent to submit job"), "job-1"]
 
@@ -55,9 +55,7 @@ def test_a_job_waits_for_the_agent_that_starts_it():
         local_ray._submit(client, "python jobs/train.py", {})
 
 
-def test_programs_are_found_by_a_path_without_spaces(
-    environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_programs_have_path_without_spaces(environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert programs(tmp_path) == Path(sys.executable).parent
     monkeypatch.setattr(sys, "executable", str(environment))
     for _ in range(2):
@@ -67,7 +65,7 @@ def test_programs_are_found_by_a_path_without_spaces(
 
 
 @pytest.mark.parametrize("parent", ["with space", "long" * 20])
-def test_a_temporary_folder_is_short_and_has_no_space(parent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_temporary_folder_is_short_without_spaces(parent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / parent).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / parent))
     folder = temporary_folder()

@@ -1,4 +1,4 @@
-"""The repository as a whole: its `platform/` never shadows Python's own, and its scripts start from any folder."""
+"""Repository as a whole: `platform/` does not shadow Python's module, and scripts start from any folder."""
 
 import os
 import subprocess
@@ -11,14 +11,14 @@ from mellow_platform.extras import require
 from tests.conftest import REPOSITORY
 
 
-def test_python_started_in_the_repository_root_imports_the_standard_platform():
+def test_repository_does_not_shadow_platform():
     code = "import platform, json; print(platform.python_version())"
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == ".".join(map(str, sys.version_info[:3]))
 
 
-def test_importing_lower_layers_does_not_import_higher_ones():
+def test_lower_layers_do_not_import_higher_ones():
     code = (
         "import sys, mellow_platform.data.builtin_corpora, mellow_platform.data.audio;"
         "print([n for n in sys.modules if n.startswith('mellow_platform.') and n.split('.')[1] not in"
@@ -37,7 +37,7 @@ SCRIPTS = sorted(
     "script", [path for path in SCRIPTS if "__main__" in path.read_text()], ids=lambda path: path.stem
 )
 @pytest.mark.extended
-def test_a_benchmark_chaos_or_fuzz_run_starts_as_a_script_without_a_python_path(script: Path, tmp_path: Path):
+def test_script_starts_without_python_path(script: Path, tmp_path: Path):
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, str(script), "--help"]
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -45,7 +45,7 @@ def test_a_benchmark_chaos_or_fuzz_run_starts_as_a_script_without_a_python_path(
     assert "usage:" in result.stdout
 
 
-# Of every extra: what `pip install mellow-platform` alone leaves out.
+# Packages of extras, which `pip install mellow-platform` does not install.
 EXTRAS = ["deepspeed", "tensorboard", "pycocoevalcap", "datasketch", "py3langid", "gguf", "mlflow"]
 WITHOUT_EXTRAS = f"""
 import importlib.abc, importlib.util, sys
@@ -66,12 +66,12 @@ import mellow_platform.synthesis.synthesize_job, mellow_platform.training.ablati
 """
 
 
-def test_every_part_loads_without_the_extras():
+def test_modules_import_without_extras():
     result = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
-def test_a_missing_extra_is_named_with_the_command_that_installs_it():
+def test_missing_extra_is_named_with_install_command():
     require("numpy", extra="metrics")
     with pytest.raises(ImportError, match=r"no_such_package is not installed: .*\[metrics\]"):
         require("numpy", "no_such_package", extra="metrics")

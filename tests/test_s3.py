@@ -1,4 +1,4 @@
-"""All data in object storage: preprocess, train and evaluate for a few steps against a real S3 server on loopback."""
+"""Data in object storage: preprocess, train and evaluate for a few steps with an S3 server on loopback; retries."""
 
 import threading
 from collections.abc import Iterator
@@ -32,20 +32,20 @@ from tests.small_corpus import write_corpus
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An empty bucket on an S3 server; the standard AWS variables point to it."""
+    """Empty bucket on an S3 server, set in the standard AWS variables."""
     with object_store(tmp_path_factory.mktemp("s3")) as store:
         yield store.uri
 
 
 @pytest.fixture(scope="module")
 def cluster_on_s3(bucket: str) -> str:
-    """A Ray cluster whose workers know the S3 server."""
+    """Bucket of a Ray cluster whose workers have the AWS variables of the S3 server."""
     SharedRay.use()
     return bucket
 
 
 @pytest.mark.extended
-def test_the_whole_path_runs_in_object_storage(cluster_on_s3: str):
+def test_pipeline_runs_in_object_storage(cluster_on_s3: str):
     def uri(name: str) -> str:
         return storage.join(cluster_on_s3, name)
 
@@ -77,12 +77,12 @@ def test_the_whole_path_runs_in_object_storage(cluster_on_s3: str):
     assert not model.training
 
 
-def test_a_missing_folder_is_named(bucket: str):
+def test_missing_folder_is_named(bucket: str):
     with pytest.raises(FileNotFoundError, match="s3://bucket/nothing"):
         storage.local_copy("s3://bucket/nothing")
 
 
-def test_a_file_that_another_process_wrote_after_a_listing_is_read(bucket: str):
+def test_listings_are_not_cached(bucket: str):
     folder = storage.join(bucket, "listed")
     storage.write_bytes(storage.join(folder, "first"), b"1")
     assert storage.list_folder(folder) == ["first"]
@@ -92,7 +92,7 @@ def test_a_file_that_another_process_wrote_after_a_listing_is_read(bucket: str):
     assert storage.size(storage.join(folder, "second")) > 0
 
 
-def test_writes_are_read_back_and_reads_are_not_stale(bucket: str):
+def test_reads_are_not_stale(bucket: str):
     uri = storage.join(bucket, "some", "value.json")
     assert not storage.exists(uri)
     for value in ({"step": 1}, {"step": 2}):
@@ -101,7 +101,7 @@ def test_writes_are_read_back_and_reads_are_not_stale(bucket: str):
         assert storage.read_json(uri) == value
 
 
-def test_an_upload_does_not_wait_for_a_server_that_reads_the_body_first(monkeypatch: pytest.MonkeyPatch):
+def test_upload_does_not_wait_for_100_continue(monkeypatch: pytest.MonkeyPatch):
     class Handler(BaseHTTPRequestHandler):
         def handle_expect_100(self) -> bool:
             return True  # without `100 Continue`
@@ -119,7 +119,7 @@ def test_an_upload_does_not_wait_for_a_server_that_reads_the_body_first(monkeypa
         monkeypatch.setenv(name, value)
     S3.clear_instance_cache()
     try:
-        # In a thread, so that an upload that waits fails the test and does not block it.
+        # In a thread, so that a blocked upload fails the test and does not block it.
         upload = threading.Thread(target=storage.write_bytes, args=("s3://bucket/object", b"bytes"), daemon=True)
         upload.start()
         upload.join(20)
@@ -131,7 +131,7 @@ def test_an_upload_does_not_wait_for_a_server_that_reads_the_body_first(monkeypa
         server.server_close()
 
 
-def test_a_checkpoint_is_written_to_and_read_from_the_bucket(bucket: str):
+def test_checkpoint_is_written_to_and_read_from_bucket(bucket: str):
     config, extractor = MellowConfig.from_size("mellow-tiny"), MellowFeatureExtractor.from_size("mellow-tiny")
     model = MellowForConditionalGeneration(config)
     processor = MellowProcessor(extractor, train_tokenizer(["a loud tone"]))
@@ -141,7 +141,7 @@ def test_a_checkpoint_is_written_to_and_read_from_the_bucket(bucket: str):
     assert all(torch.equal(value, back[name]) for name, value in model.state_dict().items())
 
 
-def test_failing_requests_are_repeated_whatever_the_operation(tmp_path: Path):
+def test_failed_requests_are_retried_for_every_operation(tmp_path: Path):
     with object_store(tmp_path, failures=0.2) as store:
         folder = f"{store.uri}/many"
         names = [f"{number:03d}" for number in range(12)]
@@ -159,7 +159,7 @@ def test_failing_requests_are_repeated_whatever_the_operation(tmp_path: Path):
         assert 0.1 < store.failed / store.requests < 0.4
 
 
-def test_an_error_that_stays_is_raised_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_permanent_errors_are_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with object_store(tmp_path, failures=1e-9) as store:
         before = store.requests
         with pytest.raises(FileNotFoundError):

@@ -1,6 +1,6 @@
-"""The token of a Ray cluster that this machine starts for itself: the demo's, `mellow cluster up`'s, a job's, a test's.
+"""Token of a Ray cluster on this machine, started by the demo, `mellow cluster up`, a job or a test.
 
-Ray's own default is a token in `~/.ray`, which a read-only home folder cannot hold and which would stay there.
+Ray's default is a token in `~/.ray`, which fails if the home folder is read-only, and which is never deleted.
 """
 
 import os
@@ -13,33 +13,33 @@ NAMES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")  # Ray's variables, in the ord
 
 
 def authentication(folder: Path) -> dict[str, str]:
-    """Return the variables with which a cluster, and whoever talks to it, has a token.
+    """Return the environment variables that give a cluster and its clients their token.
 
-    A token that the environment names is kept. Without one, the token is the file `auth_token` in `folder`, which is
-    written if it is missing, readable by its owner only. The home folder is neither read nor written.
+    A token in the environment is kept. Otherwise the token is the file `auth_token` in `folder`, readable by its owner
+    only, and written if it is missing. The home folder is neither read nor written.
 
     Raises:
         FileNotFoundError: RAY_AUTH_TOKEN_PATH names a file that does not exist.
     """
-    named = {name: os.environ[name] for name in NAMES if os.environ.get(name)}
-    if not named:
+    variables = {name: os.environ[name] for name in NAMES if os.environ.get(name)}
+    if not variables:
         file = folder.absolute() / TOKEN
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
             file.touch(mode=0o600)
             file.write_text(secrets.token_hex(32))
-        named = {"RAY_AUTH_TOKEN_PATH": str(file)}
-    read_token(named)
-    return {"RAY_AUTH_MODE": "token"} | named
+        variables = {"RAY_AUTH_TOKEN_PATH": str(file)}
+    read_token(variables)
+    return {"RAY_AUTH_MODE": "token"} | variables
 
 
 def is_ray_running() -> bool:
-    """Tell whether `ray start` has started a cluster here, which `ray.init` then connects to with its token."""
+    """Return whether `ray start` started a cluster on this machine; `ray.init` then connects to it with its token."""
     return Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster").exists()
 
 
 def read_token(environment: Mapping[str, str] = os.environ) -> str:
-    """Return the token that Ray uses in an environment, for the header `Authorization: Bearer`.
+    """Return Ray's token in an environment, for the header `Authorization: Bearer`.
 
     Raises:
         FileNotFoundError: the token is missing.

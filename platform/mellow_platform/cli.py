@@ -1,6 +1,6 @@
 """The command `mellow`: ask a model, check this machine, convert and publish model folders, run a local cluster.
 
-mellow ask clip.wav "what is heard?"
+mellow ask clip.wav "which sounds are in the clip?"
 mellow doctor
 mellow convert v0.ckpt models/mellow-v0
 mellow export models/mellow-v0 v0.ckpt
@@ -10,7 +10,7 @@ mellow cluster up --local
 mellow cluster status --local
 mellow cluster down --local
 
-Each command imports what it needs when it runs: torch takes seconds, and help has to be quick.
+Each command imports its packages when it runs: torch takes seconds to import, and `--help` should be quick.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 INTERRUPTED = 130  # exit status after Ctrl-C, by convention of shells
-WINDOWS = ("first", "each", "pair")  # `mellow_platform.inference.windows.RULES`, which takes numpy to import
+WINDOWS = ("first", "each", "pair")  # copy of `mellow_platform.inference.windows.RULES`, whose module imports numpy
 
 
 def ask(arguments: argparse.Namespace) -> None:
@@ -81,16 +81,16 @@ def upload(arguments: argparse.Namespace) -> str:
 def cluster_up(arguments: argparse.Namespace) -> str:
     from mellow_platform import cluster
 
-    started = cluster.up(
+    running = cluster.up(
         arguments.definition or cluster.DEFINITION,
         arguments.folder or cluster.FOLDER,
         arguments.dashboard_port,
         arguments.object_store_memory,
     )
-    # What the shell has already, a token among it, is not printed.
-    needed = {name: value for name, value in started.environment.items() if os.environ.get(name) != value}
-    exports = " ".join(f"{name}={value}" for name, value in needed.items())
-    return f"""{started.status()}
+    # Variables that the shell has already are not printed: RAY_AUTH_TOKEN is secret.
+    missing = {name: value for name, value in running.environment.items() if os.environ.get(name) != value}
+    exports = " ".join(f"{name}={value}" for name, value in missing.items())
+    return f"""{running.status()}
 
 to submit jobs and deploy:
   export {exports}
@@ -114,7 +114,7 @@ def cluster_down(arguments: argparse.Namespace) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line; each command's `run` does the work and returns what to print, or None."""
+    """Return the parser; each command sets `run`, a function that returns text to print, or None."""
     top = argparse.ArgumentParser(
         prog="mellow",
         description="Ask Mellow about sounds, check this machine, convert and publish models, run a local cluster.",
@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
     add_ask_command(commands.add_parser("ask", help="answer a question about one or two audio clips"))
-    doctor = "check this machine, the installation and the services, and say how to fix what is wrong"
+    doctor = "check this machine, the installation and the services, and print a remedy for each problem"
     command = commands.add_parser(
         "doctor",
         help=doctor,
@@ -172,11 +172,11 @@ def add_ask_command(command: argparse.ArgumentParser) -> None:
     """Add the arguments of `ask`."""
     command.description = (
         "Answer a question about one or two audio clips. The answer is written to stdout token by token; several "
-        "answers are written one per line, after the seconds of the clips that they are about."
+        "answers are written one per line, each after the seconds of its part of the clips."
     )
     command.epilog = (
-        "environment: OPENAI_API_KEY is the endpoint's key (none is needed on this machine); OPENAI_MODEL chooses a "
-        "model of the endpoint (default: the first that it lists)"
+        "environment: OPENAI_API_KEY is the API key of the endpoint (not needed on this machine); OPENAI_MODEL is the "
+        "name of the model at the endpoint (default: the first model that the endpoint lists)"
     )
     command.usage = '%(prog)s CLIP [CLIP] "QUESTION" [options]'
     command.add_argument(
@@ -185,33 +185,34 @@ def add_ask_command(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model",
         metavar="FOLDER_OR_URL",
-        help="model folder, or URL of an endpoint that speaks OpenAI's chat completions (default: runs/demo/model if "
-        "it exists, else http://127.0.0.1:8000/v1)",
+        help="model folder, or URL of an OpenAI-compatible endpoint (default: runs/demo/model if it exists, else "
+        "http://127.0.0.1:8000/v1)",
     )
     command.add_argument(
         "--choice",
         action="append",
         default=[],
         metavar="TEXT",
-        help="answer to score; repeat it for each. Prints a probability and the answer per line, the likeliest first",
+        help="answer to score; repeat the option for each answer. Prints one answer per line with its probability, the "
+        "likeliest first",
     )
     command.add_argument(
-        "--max-new-tokens", type=int, default=64, metavar="N", help="tokens an answer is cut to (default: %(default)s)"
+        "--max-new-tokens", type=int, default=64, metavar="N", help="longest answer, in tokens (default: %(default)s)"
     )
     command.add_argument(
         "--temperature",
         type=float,
         default=0.0,
         metavar="T",
-        help="0 takes the most likely token, more draws tokens at random (default: %(default)s)",
+        help="sampling temperature; 0 always takes the most likely token (default: %(default)s)",
     )
-    command.add_argument("--seed", type=int, metavar="N", help="seed of drawn tokens (default: another one every time)")
+    command.add_argument("--seed", type=int, metavar="N", help="seed of sampling (default: a new one each time)")
     command.add_argument(
         "--window",
         choices=WINDOWS,
         default="first",
-        help="part of a clip longer than 10 s: the first 10 s, each 10 s with an answer of its own, or the first and "
-        "the last 10 s as a pair of clips (default: %(default)s)",
+        help="part of a clip longer than 10 s: first (the first 10 s), each (every 10 s, with one answer each), or "
+        "pair (the first and the last 10 s as two clips) (default: %(default)s)",
     )
     command.set_defaults(run=ask)
 
@@ -221,19 +222,17 @@ def add_cluster_commands(command: argparse.ArgumentParser) -> None:
     commands = command.add_subparsers(required=True, metavar="COMMAND", title="commands")
     up = commands.add_parser("up", help="start the nodes and wait until all have joined")
     up.add_argument(
-        "--definition", type=Path, help="folder that `kubectl kustomize` renders (default: infra/overlays/local)"
+        "--definition", type=Path, help="folder to render with `kubectl kustomize` (default: infra/overlays/local)"
     )
     up.add_argument("--dashboard-port", type=int, default=8265, help="port of Ray's dashboard (default: %(default)s)")
     up.add_argument(
         "--object-store-memory",
         type=int,
         default=512 << 20,
-        help="object store of each node, in bytes (default: %(default)s)",
+        help="size of each node's object store, in bytes (default: %(default)s)",
     )
     up.set_defaults(run=cluster_up)
-    status = commands.add_parser(
-        "status", help="print the node groups, their nodes that are alive, and their resources"
-    )
+    status = commands.add_parser("status", help="print the node groups with their live nodes and resources")
     status.set_defaults(run=cluster_status)
     down = commands.add_parser("down", help="end every process of the cluster")
     down.set_defaults(run=cluster_down)
@@ -249,23 +248,23 @@ def add_cluster_commands(command: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line `arguments` (default: the program's own).
+    """Run the command line `arguments` (default: `sys.argv`).
 
-    A known error ends it with status 1 and a message, Ctrl-C with status 130.
+    A known error ends the program with status 1 and a message, Ctrl-C with status 130.
     """
     top = parser()
-    chosen, others = top.parse_known_args(arguments)
-    if others:
-        # argparse takes the clip and the question apart if an option is between them.
-        if chosen.run is not ask or any(word.startswith("-") for word in others):
-            top.error(f"unrecognized arguments: {' '.join(others)}")
-        chosen.words += others
+    command, rest = top.parse_known_args(arguments)
+    if rest:
+        # argparse returns the question as unrecognized if an option precedes it: CLIP --seed 1 QUESTION.
+        if command.run is not ask or any(word.startswith("-") for word in rest):
+            top.error(f"unrecognized arguments: {' '.join(rest)}")
+        command.words += rest
     try:
-        result = chosen.run(chosen)
+        result = command.run(command)
         if result:
             print(result, flush=True)
     except BrokenPipeError:
-        # The reader of stdout (`| head`) is gone: without this, Python reports it once more at exit.
+        # The reader of stdout (`| head`) is closed: without this, Python reports the error again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         top.exit(1)
     except (ValueError, OSError) as error:

@@ -1,8 +1,8 @@
-"""The cluster of `infra/` on this machine: its node groups as real Ray nodes, without Kubernetes.
+"""Cluster of `infra/` on this machine: its node groups as Ray nodes, without Kubernetes.
 
-The groups are read from the rendered manifests, with the resources, labels and settings that these give them. Each
-node is a `ray start` of its own with a loopback address of its own, and outlives the process that started it. A file
-in `runs/cluster` says what runs, so that another process finds it, and ends it.
+Groups are read from the rendered manifests, with their resources, labels and settings. Each node is one `ray start`
+with its own loopback address, and outlives the process that started it. A state file in `runs/cluster` lists the nodes,
+so that another process can find and stop them.
 """
 
 import contextlib
@@ -33,19 +33,19 @@ FOLDER = REPOSITORY / "runs" / "cluster"
 STATE = "cluster.json"
 HEAD = "head"
 GROUP_LABEL = "ray.io/node-group"
-STARTS = 4  # of a node: Ray gives it a fixed time to come up, which a busy machine exceeds
-JOIN_SECONDS = 180.0  # for a node
+STARTS = 4  # attempts per node: Ray gives a node a fixed time to start, which a busy machine exceeds
+JOIN_SECONDS = 180.0  # timeout until nodes have joined
 STOP_SECONDS = 10.0
-PORTS = range(20_000, 32_768)  # of which a cluster's own are chosen
+PORTS = range(20_000, 32_768)  # range of a cluster's ports; see `free_port`
 
 
 @dataclass(frozen=True)
 class Group:
-    """A node group as the definition has it.
+    """Node group of the definition.
 
     Attributes:
-        resources: logical ones of a node, by Ray's names (CPU, GPU, memory in bytes, any other).
-        env: variables of its nodes that mean the same here.
+        resources: logical resources per node, by Ray's names (CPU, GPU, memory in bytes, any other).
+        env: environment variables of the nodes, except secrets and paths that exist only in containers.
     """
 
     name: str
@@ -57,10 +57,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Node:
-    """A running node: the process `ray start`, which ends when the node does.
+    """Running node: a process `ray start`, which ends with the node.
 
     Attributes:
-        started: when the process did (seconds since the epoch), which tells it from a later one with its number.
+        started: start time of the process, in seconds since 1970; a later process with the same id has another.
     """
 
     group: str
@@ -69,10 +69,10 @@ class Node:
     started: float
 
     def processes(self) -> list[psutil.Process]:
-        """Return what is alive of the node: `ray start`, what it started, and what of that it has left behind."""
+        """Return the node's live processes: `ray start`, its descendants, and orphans of its session."""
         leader = self._leader()
         if leader and abs(leader.create_time() - self.started) > 1:
-            return []  # the number belongs to another process by now
+            return []  # another process has the id now
         found = set()
         with contextlib.suppress(psutil.NoSuchProcess):
             found = {leader, *leader.children(recursive=True)} if leader else set()
@@ -95,13 +95,14 @@ class Node:
 
 @dataclass
 class Cluster:
-    """A running cluster of this machine.
+    """Running cluster on this machine.
 
     Attributes:
-        folder: where the cluster's state and the nodes' logs are.
-        temporary: where Ray's sockets, logs and spilled objects are; with a short name, as paths of sockets have to be.
-        address: of the GCS, host:port, for `ray.init`.
-        dashboard: URL that jobs are submitted to.
+        folder: folder of the cluster's state and the nodes' logs.
+        temporary: folder of Ray's sockets, logs and spilled objects; short, because paths of sockets are limited.
+        address: address of the GCS, host:port, for `ray.init`.
+        dashboard: URL to submit jobs to.
+        object_store_memory: bytes per node.
     """
 
     folder: Path
@@ -114,10 +115,10 @@ class Cluster:
 
     @classmethod
     def load(cls, folder: Path = FOLDER) -> "Cluster":
-        """Return the cluster that was started with this folder.
+        """Return the running cluster of a folder.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: no cluster was started with the folder.
         """
         try:
             state = json.loads((folder / STATE).read_text())
@@ -135,12 +136,12 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables with which `ray job submit` and `serve deploy` find the cluster."""
+        """Environment variables with which `ray job submit` and `serve deploy` connect to the cluster."""
         addresses = {"RAY_ADDRESS": self.dashboard, "RAY_DASHBOARD_ADDRESS": self.dashboard}
         return addresses | authentication(self.folder)
 
     def start_node(self, group: Group) -> Node:
-        """Start one more node of a group; it joins by itself some seconds later."""
+        """Start one more node of a group, which joins some seconds later, and return it."""
         is_head = group.name == HEAD
         taken = {node.address for node in self.nodes}
         address = next(ip for ip in (f"127.0.0.{number}" for number in range(1, 255)) if ip not in taken)
@@ -162,10 +163,10 @@ class Cluster:
         return node
 
     def members(self) -> list[dict[str, Any]]:
-        """Return what Ray knows of the nodes that are alive.
+        """Return Ray's state of every live node (`/api/v0/nodes`).
 
         Raises:
-            ConnectionError: the dashboard does not answer; the message says what to do.
+            ConnectionError: the dashboard does not respond, or refuses the token.
         """
         request = urllib.request.Request(f"{self.dashboard}/api/v0/nodes?detail=1&limit=1000")
         request.add_header("Authorization", f"Bearer {read_token(authentication(self.folder))}")
@@ -174,18 +175,18 @@ class Cluster:
                 nodes = json.load(response)["data"]["result"]["result"]
         except urllib.error.HTTPError as error:
             raise ConnectionError(
-                f"{self.dashboard} answers {error.code} {error.reason}: was RAY_AUTH_TOKEN another one when the "
-                "cluster was started?"
+                f"{self.dashboard} responds {error.code} {error.reason}; set RAY_AUTH_TOKEN to its value when the "
+                "cluster was started"
             ) from error
         except OSError as error:
             raise ConnectionError(
-                f"{self.dashboard} does not answer ({error}); logs are in {self.folder}, `mellow cluster down --local` "
-                "ends what is left"
+                f"{self.dashboard} does not respond ({error}); logs are in {self.folder}. Remaining processes end with "
+                "`mellow cluster down --local`."
             ) from error
         return [node for node in nodes if node["state"] == "ALIVE"]
 
     def status(self) -> str:
-        """Return a table of the groups, their nodes that are alive, and what these have.
+        """Return a table of the groups with live and expected nodes, resources per node, and addresses.
 
         Raises:
             ConnectionError: see `members`.
@@ -201,18 +202,17 @@ class Cluster:
         return "\n".join(lines)
 
     def down(self) -> None:
-        """End every process of the cluster and delete its temporary folder and its state; logs stay."""
-        started = self._processes()
+        """End every process of the cluster and delete its temporary folder and its state file; logs are kept."""
+        processes = self._processes()
         for node in self.nodes:
             if node.alive:
-                # `ray start` ends its node on this.
-                os.kill(node.pid, signal.SIGTERM)
-        wait(started, STOP_SECONDS)
-        left = started | self._processes()
-        for process in left:
+                os.kill(node.pid, signal.SIGTERM)  # `ray start` then ends its node
+        wait(processes, STOP_SECONDS)
+        processes |= self._processes()
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        wait(left, STOP_SECONDS)
+        wait(processes, STOP_SECONDS)
         shutil.rmtree(self.temporary, ignore_errors=True)
         (self.folder / STATE).unlink(missing_ok=True)
 
@@ -226,7 +226,7 @@ class Cluster:
             f"--num-cpus={group.resources.get('CPU', 0):g}", f"--num-gpus={group.resources.get('GPU', 0):g}",
             f"--resources={json.dumps(other)}", f"--object-store-memory={self.object_store_memory}",
             "--labels=" + ",".join(f"{name}={value}" for name, value in group.labels.items()),
-            # Nodes of one machine cannot all have Ray's usual ports.
+            # Nodes on one machine cannot share Ray's default ports.
             f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}",
             f"--metrics-export-port={free_port()}", f"--runtime-env-agent-port={free_port()}",
             "--min-worker-port=0", "--max-worker-port=0",
@@ -243,7 +243,7 @@ class Cluster:
 
     def _start_nodes(self) -> None:
         """Start every node of every group and wait until all have joined."""
-        # Started all at once, nodes of a small machine keep each other from coming up in the time that Ray gives them.
+        # On a small machine, many nodes that start at once slow each other down beyond the time that Ray gives a node.
         at_once = max(1, (os.cpu_count() or 1) // 2)
         starts: Counter[str] = Counter()
         for group in self.groups:
@@ -253,12 +253,12 @@ class Cluster:
         self._wait_until_joined(starts, missing=0)
 
     def _wait_until_joined(self, starts: Counter[str], missing: int) -> None:
-        """Wait until no more than so many nodes are on their way; start those again that did not come up."""
+        """Wait until at most `missing` nodes have not joined; restart nodes that ended, `STARTS - 1` times at most."""
         until = time.monotonic() + JOIN_SECONDS
         while time.monotonic() < until:
             for node in [node for node in self.nodes if not node.alive]:
                 if starts[node.address] == STARTS:
-                    raise ChildProcessError(f"a node of the group {node.group} does not start:\n{self._log(node)}")
+                    raise ChildProcessError(f"a node of group {node.group} does not start:\n{self._log(node)}")
                 self.nodes.remove(node)
                 starts[self.start_node(self._group(node.group)).address] += 1
             with contextlib.suppress(ConnectionError):
@@ -291,22 +291,22 @@ def up(
     """Start the groups of a definition and return the cluster when all nodes have joined.
 
     Args:
-        definition: folder that `kubectl kustomize` renders, with a RayCluster in it.
-        object_store_memory: bytes of each node.
+        definition: folder that `kubectl kustomize` renders, with one RayCluster.
+        object_store_memory: bytes per node.
 
     Raises:
-        OSError: one is up already, the port is taken, kubectl is not installed, or a node does not start.
-        ValueError: the definition cannot be rendered, or has no RayCluster.
+        OSError: a cluster is up already, the port is in use, kubectl is not installed, or a node does not start.
+        ValueError: the definition cannot be rendered, or contains no RayCluster.
     """
     with contextlib.suppress(FileNotFoundError):
-        before = Cluster.load(folder)
-        if any(node.alive for node in before.nodes):
+        existing = Cluster.load(folder)
+        if any(node.alive for node in existing.nodes):
             raise FileExistsError(
-                f"a cluster is up already ({before.dashboard}): use it, or end it with `mellow cluster down --local`"
+                f"a cluster is up already ({existing.dashboard}): use it, or end it with `mellow cluster down --local`"
             )
-        before.down()  # what a machine that was switched off has left
+        existing.down()  # leftovers, for example of a machine that was switched off
     if is_taken(dashboard_port):
-        raise OSError(f"port {dashboard_port} is in use: stop what listens there, or choose another --dashboard-port")
+        raise OSError(f"port {dashboard_port} is in use: stop its program, or choose another --dashboard-port")
     groups = read_groups(render(definition))
     folder.mkdir(parents=True, exist_ok=True)
     for log in folder.glob("*.log"):
@@ -328,16 +328,16 @@ def up(
 
 
 def render(definition: Path) -> list[dict[str, Any]]:
-    """Return the manifests that a folder renders to.
+    """Return the manifests that `kubectl kustomize` renders from a folder.
 
     Raises:
         FileNotFoundError: kubectl is not installed.
-        ValueError: the folder cannot be rendered; the message is kubectl's.
+        ValueError: the folder cannot be rendered; the message contains kubectl's.
     """
     if not (kubectl := shutil.which("kubectl")):
         raise FileNotFoundError(
-            "kubectl is not installed, and the node groups are rendered with it: "
-            "https://kubernetes.io/docs/tasks/tools (no Kubernetes is needed)"
+            "kubectl is not installed; it renders the node groups, without a Kubernetes cluster. Install it: "
+            "https://kubernetes.io/docs/tasks/tools"
         )
     result = subprocess.run([kubectl, "kustomize", str(definition)], capture_output=True, text=True)
     if result.returncode:
@@ -351,17 +351,17 @@ def read_groups(manifests: list[dict[str, Any]]) -> list[Group]:
     Raises:
         ValueError: there is no RayCluster.
     """
-    # What the autoscaler on Kubernetes reads from the same fields, so that a node has the same here as there.
+    # The autoscaler's own function, so that a node has the same resources and labels here as on Kubernetes.
     from ray.autoscaler._private.kuberay.autoscaling_config import _generate_available_node_types_from_ray_cr_spec
 
     specs = [manifest["spec"] for manifest in manifests if manifest["kind"] == "RayCluster"]
     if not specs:
         kinds = ", ".join(sorted({manifest["kind"] for manifest in manifests}))
-        raise ValueError(f"no RayCluster among the manifests ({kinds}): choose a definition that renders one")
+        raise ValueError(f"no RayCluster among the manifests ({kinds}): choose a definition that contains one")
     head, workers = specs[0]["headGroupSpec"], specs[0]["workerGroupSpecs"]
     types = list(_generate_available_node_types_from_ray_cr_spec(specs[0]).values())
     settings = {item["metadata"]["name"]: item["data"] for item in manifests if item["kind"] == "ConfigMap"}
-    named = [(HEAD, 1, head), *((group["groupName"], group["replicas"], group) for group in workers)]
+    groups = [(HEAD, 1, head), *((group["groupName"], group["replicas"], group) for group in workers)]
     return [
         Group(
             name,
@@ -370,15 +370,15 @@ def read_groups(manifests: list[dict[str, Any]]) -> list[Group]:
             {GROUP_LABEL: name} | node_type["labels"],
             _container_env(spec["template"]["spec"]["containers"][0], settings),
         )
-        for (name, replicas, spec), node_type in zip(named, types, strict=True)
+        for (name, replicas, spec), node_type in zip(groups, types, strict=True)
     ]
 
 
 def free_port() -> int:
-    """Return a TCP port that nothing on this machine listens on.
+    """Return a free TCP port of this machine, from `PORTS`.
 
-    Systems give the ports from 32768 on to programs that ask for any, and Ray's processes ask for dozens: one of those
-    could be gone before it is used. Ray's workers have the ports from 10002 to 19999.
+    Above this range, the system assigns ports to programs that request any port, as Ray's processes do by the dozen: a
+    free one could be taken before it is used. Below it, Ray's workers use the ports from 10002 to 19999.
     """
     for _ in range(1000):
         port = secrets.choice(PORTS)  # a seed of `random` would give two processes the same ports
@@ -389,7 +389,7 @@ def free_port() -> int:
 
 
 def _container_env(container: dict[str, Any], settings: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Return a container's variables, but for secrets, and paths in its volumes, which this machine does not have."""
+    """Return a container's variables, except secrets and paths in its volumes, which do not exist on this machine."""
     env: dict[str, str] = {}
     for source in container.get("envFrom", []):
         env |= settings.get(source.get("configMapRef", {}).get("name"), {})
@@ -399,31 +399,31 @@ def _container_env(container: dict[str, Any], settings: dict[str, dict[str, str]
 
 
 def _environment(group: Group, scripts: Path) -> dict[str, str]:
-    """Return the variables of a node: the group's, unless this process's own say otherwise, and what the image has.
+    """Return the variables of a node: the group's, overridden by this process's, and the image's search paths.
 
     Args:
         scripts: folder of `python` and `ray`, which jobs start by name.
     """
-    own = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
-    path = [str(scripts), own.get("PATH", "")]
-    python_path = [str(REPOSITORY), str(REPOSITORY / "platform"), own.get("PYTHONPATH", "")]
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+    path = [str(scripts), inherited.get("PATH", "")]
+    python_path = [str(REPOSITORY), str(REPOSITORY / "platform"), inherited.get("PYTHONPATH", "")]
     return (
         group.env
-        | own
+        | inherited
         | {
             "PATH": os.pathsep.join(filter(None, path)),
             "PYTHONPATH": os.pathsep.join(filter(None, python_path)),
-            # The endpoint's port is that of the head's proxy: other nodes' proxies would share it, and take some of the
-            # connections with them when they end.
+            # The endpoint's port belongs to the head's proxy: proxies of other nodes would share it, and drop their
+            # connections when their node ends.
             "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(free_port()),
-            # On a machine without GPUs Ray otherwise hides them from what asks for none, and warns that it does.
+            # Otherwise Ray hides GPUs from tasks that request none, and warns about it even on machines without GPUs.
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         }
     )
 
 
 def is_taken(port: int) -> bool:
-    """Tell whether something on this machine listens on a TCP port of its loopback address."""
+    """Return whether a program listens on a TCP port of the loopback address."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
@@ -435,7 +435,7 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def wait(processes: set[psutil.Process], seconds: float) -> None:
-    """Wait until all have ended, at most so long."""
+    """Wait until all processes have ended, for `seconds` at most."""
     until = time.monotonic() + seconds
     while any(process.is_running() and _runs(process) for process in processes) and time.monotonic() < until:
         time.sleep(0.1)

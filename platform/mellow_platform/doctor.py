@@ -2,8 +2,8 @@
 
 python3 platform/mellow_platform/doctor.py --before-install
 
-which `make` runs with whatever Python there is. Therefore this file uses the standard library only, and syntax that
-Python 3.6 reads: annotations that are newer than that are quoted, and `:=` is not used.
+`make` runs the latter with any Python. Therefore this file uses only the standard library and syntax of Python 3.6:
+newer annotations are quoted, and `:=` is not used.
 """
 
 import argparse
@@ -24,23 +24,23 @@ SKIP = "MELLOW_SKIP_CHECKS"
 WIDTH = 110  # of the report, in characters
 
 _ROOT = Path(__file__).resolve().parents[2]
-FOLDER = _ROOT if (_ROOT / "pyproject.toml").exists() else Path.cwd()  # checkout, if the package is part of one
+FOLDER = _ROOT if (_ROOT / "pyproject.toml").exists() else Path.cwd()  # checkout that contains the package, if any
 
 # Python versions for which Ray 2.60 and PyTorch 2.9 to 2.13 have wheels.
 OLDEST, NEWEST = (3, 11), (3, 14)
-GLIBC = (2, 28)  # of PyTorch's and pyarrow's wheels (manylinux_2_28)
+GLIBC = (2, 28)  # oldest glibc of PyTorch's and pyarrow's wheels (manylinux_2_28)
 GIB = 1 << 30
-MEMORY = 7.5 * GIB  # what the kernel reports of 8 GiB
-FREE_MEMORY = 4.5 * GIB  # for `make demo`, whose processes take 4.2 at most
+MEMORY = 7.5 * GIB  # the kernel reports less than the 8 GiB of a machine
+FREE_MEMORY = 4.5 * GIB  # for `make demo`, whose processes use 4.2 GiB at most
 INSTALL_DISK, RUN_DISK, PIP_DISK = 10 * GIB, 2 * GIB, 4 * GIB
-FULL = 0.95  # share of a disk from which on Ray writes no objects to it
+FULL = 0.95  # share of used disk space above which Ray spills no objects
 SHARED_MEMORY = GIB  # object store of `make demo`
 
 MAIN = ("ray", "torch", "transformers", "numpy", "pyarrow", "soundfile", "openai", "fastapi")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ENDPOINT, DASHBOARD = "http://127.0.0.1:8000", "http://127.0.0.1:8265"
 PORTS = {
-    8000: ("endpoint", "stop the program that listens there, or pass another --port"),
+    8000: ("the endpoint", "stop the program that listens there, or pass another --port"),
     8265: ("Ray's dashboard", "stop the program that listens there, or pass another --dashboard-port"),
     6379: ("`ray start --head`", "stop the program that listens there, or pass another --port to `ray start`"),
 }
@@ -61,7 +61,7 @@ class Check(NamedTuple):
 
 
 class Extra(NamedTuple):
-    """Optional dependencies that pyproject.toml groups under one name."""
+    """Group of optional dependencies in pyproject.toml."""
 
     name: str
     packages: "tuple[str, ...]"
@@ -85,9 +85,9 @@ def check_python(version: "tuple[int, ...]" = sys.version_info[:3]) -> Check:
     if OLDEST <= version[:2] <= NEWEST:
         return Check("python", OK, found)
     others = [f"python{OLDEST[0]}.{minor}" for minor in range(OLDEST[1], NEWEST[1] + 1)]
-    # One that is found may be a shim of pyenv that refuses to run.
-    there = next((name for name in others if _run(name, "--version")), "")
-    remedy = f"run `make PYTHON={there} ...`" if there else f"install one, then run `make PYTHON={others[0]} ...`"
+    # Each candidate is run, because it may be a shim of pyenv that refuses to run.
+    usable = next((name for name in others if _run(name, "--version")), "")
+    remedy = f"run `make PYTHON={usable} ...`" if usable else f"install one, then run `make PYTHON={others[0]} ...`"
     supported = "{}.{} to {}.{}".format(*OLDEST, *NEWEST)
     return Check("python", PROBLEM, f"{found}; Ray and PyTorch have packages for {supported}", remedy)
 
@@ -114,7 +114,7 @@ def check_system() -> Check:
 
 
 def check_venv() -> Check:
-    """Check that `python -m venv` works, which Debian and Ubuntu package apart from Python."""
+    """Check that `python -m venv` works, which Debian and Ubuntu ship as a separate package."""
     missing = [name for name in ("venv", "ensurepip") if find_spec(name) is None]
     if not missing:
         return Check("venv", OK, "available")
@@ -124,7 +124,7 @@ def check_venv() -> Check:
 
 
 def check_cores(limit: "float | None" = None) -> Check:
-    """Report processor cores that this process may use; `limit` is the cgroup's."""
+    """Report processor cores that this process may use; `limit` is the cgroup's limit."""
     machine = os.cpu_count() or 1
     usable = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine)
     if limit is not None:
@@ -138,7 +138,7 @@ def check_cores(limit: "float | None" = None) -> Check:
 
 
 def check_memory(limit: "int | None" = None) -> Check:
-    """Check physical memory, or `limit` (bytes, the cgroup's) if that is lower."""
+    """Check physical memory, or the cgroup's `limit` in bytes if that is lower."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found = _gib(total)
     if limit is not None and limit < total:
@@ -156,7 +156,7 @@ def check_memory(limit: "int | None" = None) -> Check:
 
 
 def check_disk(folder: Path = FOLDER, needed: int = RUN_DISK) -> Check:
-    """Check free space where the virtual environment and the runs are."""
+    """Check free disk space for the virtual environment and for runs."""
     usage = shutil.disk_usage(str(folder))
     found = f"{_gib(usage.free)} free at {folder}"
     if usage.free < needed:
@@ -169,7 +169,7 @@ def check_disk(folder: Path = FOLDER, needed: int = RUN_DISK) -> Check:
 
 
 def check_pip_space() -> Check:
-    """Check free space where pip unpacks wheels."""
+    """Check free disk space in the temporary directory, in which pip unpacks wheels."""
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     found = f"{_gib(free)} free at {folder}"
@@ -180,9 +180,9 @@ def check_pip_space() -> Check:
 
 
 def check_folder(folder: Path = FOLDER) -> Check:
-    """Check that a virtual environment can be made in `folder`: path, write permission, symbolic links."""
+    """Check that a virtual environment can be created in `folder`: path, write permission, symbolic links."""
     if os.pathsep in str(folder):
-        found = f"{folder} contains {os.pathsep!r}: Python refuses to make a virtual environment there"
+        found = f"{folder} contains {os.pathsep!r}: Python refuses to create a virtual environment there"
         return Check("folder", PROBLEM, found, "rename the folder")
     if not folder.is_dir():
         return Check("folder", PROBLEM, f"{folder} is not a folder", "run this from a checkout")
@@ -190,16 +190,16 @@ def check_folder(folder: Path = FOLDER) -> Check:
         with tempfile.TemporaryDirectory(prefix=".doctor-", dir=str(folder)) as probe:
             (Path(probe) / "link").symlink_to(probe)
     except OSError as error:
-        found = f"{folder} takes no files and symbolic links: {error.strerror}"
-        return Check("folder", PROBLEM, found, "move the checkout to a local disk where you may write")
+        found = f"{folder}: files or symbolic links cannot be created: {error.strerror}"
+        return Check("folder", PROBLEM, found, "move the checkout to a local disk with write permission")
     if " " in str(folder):
         remedy = "the demo, jobs and `mellow cluster up` work; workers of your own `ray start` fail: move the checkout"
-        return Check("folder", NOTE, f"{folder} has a space in its path", remedy)
+        return Check("folder", NOTE, f"{folder} contains a space", remedy)
     return Check("folder", OK, str(folder))
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
-    """Check the size of the memory file system that Ray's object store is in (Linux)."""
+    """Check the size of the memory file system of Ray's object store (Linux)."""
     if not folder.is_dir():
         return Check("shared memory", OK, f"no {folder}: Ray uses temporary files")
     usage = shutil.disk_usage(str(folder))
@@ -211,7 +211,7 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
 
 
 def check_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> "Check | None":
-    """Report vector instructions that the engine's kernels use; None if the system does not list them."""
+    """Report vector instructions that the engine uses; None if the system does not list them."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
@@ -227,7 +227,7 @@ def check_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> "Check | None":
 
 
 def check_gpu() -> Check:
-    """Check that PyTorch can use the GPUs, if there are any; torch is imported only then."""
+    """Check that PyTorch can use the GPUs; torch is imported only if the machine has a GPU."""
     names = _run("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     if not names and not list(Path("/dev").glob("nvidia[0-9]*")):
         return Check("GPU", OK, "none: models run on the CPU")
@@ -245,12 +245,12 @@ def check_gpu() -> Check:
 
 
 def check_java() -> Check:
-    """Look for Java: macOS has a `java` that only asks to install one, so that it is run."""
+    """Check that `java` runs: the one of macOS may only ask the user to install Java."""
     version = _run("java", "-version")
     if version:
         lines = version.splitlines()
         return Check("java", OK, next((line for line in lines if "version" in line), lines[0]))
-    remedy = "METEOR and SPICE are left out of caption metrics; Debian, Ubuntu: sudo apt install default-jre-headless"
+    remedy = "caption metrics omit METEOR and SPICE; on Debian and Ubuntu: sudo apt install default-jre-headless"
     return Check("java", NOTE, "missing", remedy)
 
 
@@ -269,12 +269,12 @@ def check_kubectl() -> Check:
     path = shutil.which("kubectl")
     if path:
         return Check("kubectl", OK, path)
-    remedy = "`mellow cluster up` and infra/ need it: https://kubernetes.io/docs/tasks/tools"
+    remedy = "`mellow cluster up` and infra/ require it: https://kubernetes.io/docs/tasks/tools"
     return Check("kubectl", NOTE, "missing", remedy)
 
 
 def check_project() -> "list[Check]":
-    """Compare installed packages with what the project requires (pyproject.toml, or the installed metadata)."""
+    """Compare installed packages with the project's requirements (pyproject.toml, or the installed metadata)."""
     version, requirements = _project()
     checks = [Check("mellow-platform", OK, f"{version} at {Path(__file__).resolve().parent}")]
     try:
@@ -298,7 +298,7 @@ def check_project() -> "list[Check]":
 
 
 def check_extras() -> "list[Check]":
-    """List optional dependencies: versions, or how to install what is missing."""
+    """List optional dependencies: versions, or the command that installs missing ones."""
     checks = []
     for extra in EXTRAS:
         versions = {package: _version(package) for package in extra.packages}
@@ -319,11 +319,11 @@ def check_port(port: int, used_by: str, remedy: str) -> Check:
         taken = probe.connect_ex(("127.0.0.1", port)) == 0
     if not taken:
         return Check(name, OK, f"free (default of {used_by})")
-    return Check(name, NOTE, f"in use (default of {used_by}); `lsof -i :{port}` shows by what", remedy)
+    return Check(name, NOTE, f"in use (default of {used_by}); `lsof -i :{port}` shows the program", remedy)
 
 
 def check_cluster() -> Check:
-    """Ask Ray's dashboard for its version, with Ray's token if there is one."""
+    """Request the version from Ray's dashboard, with Ray's token if there is one."""
     address = os.environ.get("RAY_ADDRESS", "")
     url = address or DASHBOARD
     if not url.startswith(("http://", "https://")):
@@ -332,17 +332,18 @@ def check_cluster() -> Check:
     host, token = _host(url), _ray_token()
     status, body = _get(url.rstrip("/") + "/api/version", token)
     if status in (401, 403):
-        found = "{} answers {}: {}".format(host, status, "another token is needed" if token else "a token is needed")
+        found = "{} responds {}: {}".format(host, status, "the token is wrong" if token else "a token is required")
         remedy = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token, or copy it to ~/.ray/auth_token"
         return Check("Ray cluster", NOTE, found, remedy)
     if status is None:
         start = "`mellow cluster up --local` or `make demo KEEP=1` starts one"
         remedy = "correct or unset RAY_ADDRESS" if address else start
-        return Check("Ray cluster", NOTE, f"{host} does not answer ({body})", remedy)
+        return Check("Ray cluster", NOTE, f"{host} does not respond ({body})", remedy)
     try:
         version = json.loads(body)["ray_version"]
     except (ValueError, KeyError, TypeError):
-        return Check("Ray cluster", NOTE, f"{host} answers {status}, but is not Ray's dashboard", "correct RAY_ADDRESS")
+        found = f"{host} responds {status}, but is not Ray's dashboard"
+        return Check("Ray cluster", NOTE, found, "correct RAY_ADDRESS")
     return Check("Ray cluster", OK, f"Ray {version} at {host}")
 
 
@@ -351,13 +352,13 @@ def check_endpoint(url: str = ENDPOINT) -> Check:
     if status == 200:
         return Check("endpoint", OK, f"healthy at {_host(url)}")
     if status is None:
-        return Check("endpoint", NOTE, f"{_host(url)} does not answer ({body})", "`make demo KEEP=1` starts one")
+        return Check("endpoint", NOTE, f"{_host(url)} does not respond ({body})", "`make demo KEEP=1` starts one")
     remedy = "another program uses the port: stop it, or serve on another port"
-    return Check("endpoint", NOTE, f"{_host(url)} answers {status} to /healthz", remedy)
+    return Check("endpoint", NOTE, f"{_host(url)} responds {status} to /healthz", remedy)
 
 
 def check_s3() -> Check:
-    """Report the S3 host and where keys come from, never the keys."""
+    """Report the S3 host and the source of the keys, never the keys."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     host = _host(endpoint) if endpoint else "AWS"
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -376,27 +377,27 @@ def check_s3() -> Check:
 
 
 def check_hub() -> Check:
-    """Check that the model hub can be reached within a second."""
+    """Check that the model hub responds within a second."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return Check("model hub", OK, "not checked: HF_HUB_OFFLINE is set")
     url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     status, body = _get(url + "/api/models?limit=1", timeout=1.0)
     if status is None or status >= 400:
         found = f"{_host(url)} is not reachable ({body if status is None else status})"
-        remedy = "only `mellow push` and models of the hub need it; HF_HUB_OFFLINE=1 avoids waiting for it"
+        remedy = "only `mellow push` and models from the hub need it; HF_HUB_OFFLINE=1 avoids timeouts"
         return Check("model hub", NOTE, found, remedy)
     return Check("model hub", OK, f"{_host(url)} is reachable")
 
 
 def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> "int | None":
-    """Return the memory limit in bytes of this process's cgroup (version 1 or 2) and of those above; None without."""
+    """Return the lowest memory limit, in bytes, of this process's cgroup (version 1 or 2) and its parents, or None."""
     files = _cgroup_files("memory", "memory.max", "memory.limit_in_bytes", root, membership)
     limits = [int(file.read_text()) for file in files if file.read_text().strip().isdigit()]
     return min(limits) if limits else None
 
 
 def cgroup_cores(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> "float | None":
-    """Return the limit of processor cores of this process's cgroup and of those above; None without."""
+    """Return the lowest limit of processor cores of this process's cgroup and its parents, or None."""
     limits = []
     for file in _cgroup_files("cpu", "cpu.max", "cpu.cfs_quota_us", root, membership):
         values = file.read_text().split()
@@ -408,9 +409,9 @@ def cgroup_cores(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/
 
 
 def _cgroup_files(controller: str, name: str, name_v1: str, root: Path, membership: Path) -> "list[Path]":
-    """Return a setting's files from this process's cgroup up to the root.
+    """Return the existing files of a setting, from this process's cgroup up to the root.
 
-    Inside a container the path may be the host's, which is not mounted: the root then is the container's own cgroup.
+    Inside a container the cgroup's path may be the host's, which is not mounted; the container's cgroup is the root.
     """
     try:
         lines = membership.read_text().splitlines()
@@ -428,7 +429,7 @@ def _cgroup_files(controller: str, name: str, name_v1: str, root: Path, membersh
 
 
 def _available_memory() -> "int | None":
-    """Return the bytes that programs can still take without swapping (Linux); None elsewhere."""
+    """Return available memory in bytes (Linux); None on other systems."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -441,7 +442,7 @@ def _gib(size: float) -> str:
 
 
 def _run(program: str, *arguments: str) -> str:
-    """Return what a program prints; an empty text if it is missing or fails."""
+    """Return a program's output; empty if the program is missing or fails."""
     path = shutil.which(program)
     if not path:
         return ""
@@ -462,7 +463,7 @@ def _version(package: str) -> "str | None":
 
 
 def _project() -> "tuple[str, list[str]]":
-    """Return version and requirements of the project: of the checkout, or of the installed package outside of one."""
+    """Return version and requirements of the checkout, or of the installed package if there is no checkout."""
     from importlib import metadata
 
     file = FOLDER / "pyproject.toml"
@@ -478,7 +479,7 @@ def _project() -> "tuple[str, list[str]]":
 
 
 def _ray_token() -> str:
-    """Return the token that Ray's commands would send; empty if there is none."""
+    """Return the token that Ray's commands send; empty if there is none."""
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
     try:
         return os.environ.get("RAY_AUTH_TOKEN") or file.read_text().strip()
@@ -495,9 +496,9 @@ def _host(url: str) -> str:
 
 
 def _get(url: str, token: str = "", timeout: float = 2.0) -> "tuple[int | None, str]":
-    """Return status and body of a GET request; None and the reason if no HTTP response came within `timeout` seconds.
+    """Return status and body of a GET request; None and the reason without an HTTP response within `timeout` seconds.
 
-    Loopback addresses are not asked for through a proxy.
+    Requests to loopback addresses bypass proxies.
     """
     import http.client
     import threading
@@ -520,7 +521,7 @@ def _get(url: str, token: str = "", timeout: float = 2.0) -> "tuple[int | None, 
         except (OSError, ValueError, http.client.HTTPException) as error:
             results.append((None, str(getattr(error, "reason", None) or error)))
 
-    # The time-out of a socket does not cover the look-up of its host's name.
+    # The timeout of a socket does not cover the lookup of its host name.
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
     thread.join(timeout)
@@ -528,13 +529,13 @@ def _get(url: str, token: str = "", timeout: float = 2.0) -> "tuple[int | None, 
 
 
 def before_install() -> "list[Check]":
-    """Run the checks without which installation fails late."""
+    """Run the checks that predict failures late in the installation."""
     machine = [check_python(), check_system(), check_venv(), check_memory(cgroup_memory())]
     return [*machine, check_folder(), check_disk(needed=INSTALL_DISK), check_pip_space()]
 
 
 def run() -> "dict[str, list[Check]]":
-    """Run all checks; returns them by section."""
+    """Run all checks and return their results by section."""
     instructions = check_instructions()
     return {
         "Python and packages": [check_python(), *check_project()],
@@ -566,7 +567,7 @@ def problems(sections: "dict[str, list[Check]]") -> int:
 
 
 def as_text(sections: "dict[str, list[Check]]") -> str:
-    """Return the report: a line per check, and a remedy under it if there is one."""
+    """Return the report: one line per check, with its remedy, if any, on the next."""
     lines = []
     for title, checks in sections.items():
         lines.append(title)
@@ -587,8 +588,8 @@ def as_json(sections: "dict[str, list[Check]]") -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Check this machine before the project is installed on it.")
-    help = "required; print only what would make the installation fail"
+    parser = argparse.ArgumentParser(description="Check this machine before installation.")
+    help = "required; print only problems of the installation"
     parser.add_argument("--before-install", action="store_true", required=True, help=help)
     parser.parse_args()
     found = [check for check in before_install() if check.state != OK]

@@ -1,13 +1,13 @@
-"""Packages that only some users need: the optional dependencies of pyproject.toml, imported where they are used."""
+"""Optional dependencies of pyproject.toml ("extras"), imported only by the functions that use them."""
 
 from importlib.util import find_spec
 
 
 def require(*modules: str, extra: str) -> None:
-    """Make sure that modules of an extra are installed, without importing them.
+    """Check that modules of an extra are installed, without importing them.
 
     Raises:
-        ImportError: one is not; the message has the command that installs it.
+        ImportError: a module is not installed; the message contains the command that installs the extra.
     """
     missing = [module for module in modules if find_spec(module) is None]
     if missing:

@@ -1,4 +1,4 @@
-"""Why a job failed: the cause inside the errors of Ray, in one message, and a log file with the whole traceback."""
+"""Cause of a job's failure: one message from inside Ray's nested errors, and a log file with the whole traceback."""
 
 import re
 import tempfile
@@ -13,31 +13,31 @@ COLOR = re.compile(r"\x1b\[\d*m")
 ERRNO = re.compile(r"\[Errno \d+\] (?P<reason>[^:]+): '(?P<path>[^']+)'")
 FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 OWN_FILE = re.compile(r".*/(mellow_platform/.+\.py)|(?!.*/site-packages/).*/((?:jobs|serve)/.+\.py)")
-# Errors whose messages are sentences; of other errors (KeyError: 'x') the class says more than the message.
+# Errors whose messages are sentences; messages of other errors (KeyError: 'x') are shown with the class.
 SENTENCES = {
     "ChildProcessError", "ConnectionError", "ConnectionRefusedError", "FileExistsError", "FileNotFoundError",
     "IsADirectoryError", "NotADirectoryError", "OSError", "PermissionError", "RuntimeError", "TimeoutError",
     "ValueError",
 }  # fmt: skip
-RAY_DATA = "UserCodeException"  # end of the names of Ray Data's errors around those of the functions that it applies
+RAY_DATA = "UserCodeException"  # suffix of the classes in which Ray Data wraps errors of mapped functions
 LONGEST = 1000  # characters of a message
-JOB_LOG = "job-driver-"  # name of the file that Ray writes the output of a submitted job to
+JOB_LOG = "job-driver-"  # prefix of the file to which Ray writes the output of a submitted job
 
 
 class Failure:
     """The cause of an error.
 
     Attributes:
-        message: of the cause itself, without the texts of Ray around it.
-        place: `file:line` of this project that raised it; empty if unknown.
+        message: message of the cause, without Ray's text around it.
+        place: `file:line` in this project that raised it; empty if unknown.
     """
 
     def __init__(self, error: BaseException):
-        cause, around = error, None
+        cause, wrapper = error, None
         while inner := _inside(cause):
-            cause, around = inner, cause
-        text = COLOR.sub("", str(around)) if around else "".join(traceback.format_tb(error.__traceback__))
-        # Ray Data sends the error of a function that it applies only as text, in the traceback.
+            cause, wrapper = inner, cause
+        text = COLOR.sub("", str(wrapper)) if wrapper else "".join(traceback.format_tb(error.__traceback__))
+        # Ray Data sends the error of a mapped function only as text, in the traceback.
         is_text = type(cause).__name__.endswith(RAY_DATA)
         self.message = cause_in(text) if is_text else _phrase(type(cause).__name__, _text(cause))
         self.place = _place(text)
@@ -46,8 +46,8 @@ class Failure:
 def write_log(error: BaseException, job: str) -> Path:
     """Write the traceback of an error to a new file and return its path.
 
-    For a submitted job the file is beside its output, in the log folder of Ray's session, which the dashboard lists.
-    Otherwise it is in the temporary directory.
+    The file of a submitted job is beside the job's output, in the log folder of Ray's session, which the dashboard
+    lists. Otherwise it is in the temporary directory.
 
     Raises:
         OSError: the file cannot be written.
@@ -64,17 +64,17 @@ def write_log(error: BaseException, job: str) -> Path:
 
 
 def _inside(error: BaseException) -> BaseException | None:
-    """Return the error that an error of Ray contains, if any."""
+    """Return the error that one of Ray's errors wraps, or None."""
     if not type(error).__module__.startswith("ray."):
         return None
-    workers = getattr(error, "worker_failures", {})  # by rank: of Ray Train
-    first = error.args[0] if error.args else None  # of an actor that failed to start
+    workers = getattr(error, "worker_failures", {})  # Ray Train: errors by rank
+    first = error.args[0] if error.args else None  # error of an actor that failed to start
     candidates = (*workers.values(), getattr(error, "controller_failure", None), getattr(error, "cause", None), first)
     return next((each for each in candidates if isinstance(each, BaseException)), None)
 
 
 def _text(error: BaseException) -> str:
-    """Return an error's message; Ray's own is followed by lines of details, which are left out."""
+    """Return an error's message, without the lines of details that follow Ray's own messages."""
     text = COLOR.sub("", str(error)).strip()
     if not type(error).__module__.startswith("ray."):
         return text
@@ -83,7 +83,7 @@ def _text(error: BaseException) -> str:
 
 
 def cause_in(text: str) -> str:
-    """Return the message of the error in a remote traceback, without those that Ray Data raised from it.
+    """Return the message of the last error in a remote traceback that is not one of Ray Data's wrappers.
 
     Text without a traceback is returned unchanged.
     """
@@ -105,6 +105,6 @@ def _phrase(kind: str, message: str) -> str:
 
 
 def _place(text: str) -> str:
-    """Return the last place in a traceback that is in this project."""
+    """Return `file:line` of the innermost frame of a traceback that is in this project; empty if there is none."""
     places = [(OWN_FILE.fullmatch(file), line) for file, line in FRAME.findall(text)]
     return next((f"{file[1] or file[2]}:{line}" for file, line in reversed(places) if file), "")

@@ -1,7 +1,7 @@
-"""Run a job from the command line.
+"""Entry point of jobs on the command line.
 
-A job module imports only this module and its options; whatever its work needs (torch, ray) is imported inside the
-function that does the work:
+A job module imports only this module and its options; heavy packages (torch, ray) are imported inside the function that
+does the work:
 
     def train(config: TrainConfig) -> None:
         from mellow_platform.training.finetune import finetune
@@ -10,7 +10,7 @@ function that does the work:
     if __name__ == "__main__":
         run(TrainConfig, train)
 
-So `--help`, wrong options, missing inputs and an absent cluster are answered before anything heavy is imported.
+So `--help`, wrong options, missing inputs and a missing cluster are reported before any heavy import.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ from mellow_platform.launch import prepare_process
 from mellow_platform.settings import DEBUG, Options, Section, dashed, load
 
 CONNECT_SECONDS = 1.5
-FAILED, INTERRUPTED = 1, 130  # exit statuses; 2 is that of a wrong option
+FAILED, INTERRUPTED = 1, 130  # exit statuses; a wrong option has status 2
 
 
 def run(schema: type[Options], work: Callable[[Options], None], cluster: bool = True) -> None:
-    """Read the options of a job from the command line, check what they name, and do the work.
+    """Read the options of a job from the command line, check the cluster, files and folders in them, and call `work`.
 
-    A failure ends the program with one message as its last output and status 1; the traceback is in a log file, and on
-    the terminal with --debug. A wrong option ends it with status 2, Ctrl-C with status 130.
+    A failure ends the program with status 1 and one message as its last output; the traceback is in a log file, and
+    with --debug also on the terminal. A wrong option ends the program with status 2, Ctrl-C with status 130.
 
     Args:
         cluster: whether the job runs on the Ray cluster at RAY_ADDRESS.
@@ -62,10 +62,10 @@ def run(schema: type[Options], work: Callable[[Options], None], cluster: bool = 
 
 
 def check_locations(config: Section) -> None:
-    """Check every file and folder in the options.
+    """Check that every file and folder in the options can be read or written.
 
     Raises:
-        SystemExit: one cannot be read or written; the message names the option.
+        SystemExit: a check failed; the message names the option.
     """
     for name, uri, exists in config.locations():
         try:
@@ -75,10 +75,10 @@ def check_locations(config: Section) -> None:
 
 
 def check_cluster(address: str) -> None:
-    """Check that a Ray cluster can be at an address; `auto` and `local` are left to Ray.
+    """Check that a program listens at the address of a Ray cluster; addresses without a port (`auto`) are not checked.
 
     Raises:
-        SystemExit: nothing listens there, or it is the address of a dashboard.
+        SystemExit: no program listens there, or the address is that of a dashboard.
     """
     url = urlsplit(address if "://" in address else f"//{address}")
     try:
@@ -96,13 +96,13 @@ def check_cluster(address: str) -> None:
         ) from error
     if url.scheme in ("http", "https"):
         raise SystemExit(
-            f"RAY_ADDRESS={address} is the address of a dashboard, which jobs are submitted to: run `ray job submit "
+            f"RAY_ADDRESS={address} is the address of a dashboard; submit the job to it: `ray job submit "
             f"--working-dir . --runtime-env infra/runtime_env.yaml -- python {sys.argv[0]} ...`"
         )
 
 
 def explain(error: BaseException) -> str:
-    """Return the message for a failed job, and write the traceback to a log file."""
+    """Write the traceback of a failed job to a log file, and return the job's message with the path of that file."""
     failure = Failure(error)
     place = f"raised at {failure.place}, " if failure.place else ""
     if DEBUG in sys.argv:
@@ -110,17 +110,17 @@ def explain(error: BaseException) -> str:
     try:
         return f"{failure.message}\n({place}traceback in {write_log(error, _program().stem)}; {DEBUG} prints it here)"
     except OSError as fault:
-        return f"{failure.message}\n({place}no log file for the traceback: {fault}; {DEBUG} prints it here)"
+        return f"{failure.message}\n({place}traceback not written: {fault}; {DEBUG} prints it here)"
 
 
 def end(message: str, status: int) -> NoReturn:
-    """End the program with a message that is its last output.
+    """End the program with a status and a message, which is its last output.
 
-    The job leaves the cluster first, because Ray prints the output of workers until then.
+    The job disconnects from the cluster first, because Ray prints output of workers until then.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     ray = sys.modules.get("ray")
-    with contextlib.suppress(Exception):  # of a Ray that is half imported, or whose cluster is lost
+    with contextlib.suppress(Exception):  # Ray may be half imported, or its cluster lost
         if ray and ray.is_initialized():
             ray.shutdown()
     sys.stdout.flush()

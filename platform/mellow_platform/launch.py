@@ -1,7 +1,7 @@
-"""What a Ray cluster on this machine is started with: a token, a temporary folder, and a path of Python without spaces.
+"""Preparation for a Ray cluster on this machine: token, temporary folder, and a path to Python without spaces.
 
-Ray starts its workers through a shell and does not quote the interpreter's path, so an environment whose path has a
-space is used through a link.
+Ray starts its workers through a shell and does not quote the interpreter's path. An environment whose path contains a
+space is therefore used through a symbolic link.
 """
 
 import atexit
@@ -13,23 +13,23 @@ from pathlib import Path
 
 from mellow_platform.authentication import authentication
 
-LONGEST_PARENT = 30  # characters: a socket's path may have 107, and Ray puts 60 to 70 of its own after the folder
+LONGEST_PARENT = 30  # characters: a socket's path may have 107, of which Ray appends 60 to 70 to the folder
 
 
 def temporary_folder(prefix: str = "ray-") -> Path:
-    """Create a temporary folder whose path is short and has no space, as Ray needs it; return its path."""
+    """Create a temporary folder whose path is short and contains no space, as Ray requires; return the path."""
     parent = tempfile.gettempdir()
     usable = len(parent) < LONGEST_PARENT and " " not in parent
     return Path(tempfile.mkdtemp(prefix=prefix, dir=None if usable else "/tmp"))
 
 
 def programs(folder: Path) -> Path:
-    """Return the folder with this environment's `python` and `ray`, by a path without spaces.
+    """Return the folder of this environment's `python` and `ray`, as a path without spaces.
 
-    Start `ray` as `python ray`: its first line names the interpreter by the path with the space.
+    Start `ray` as `python ray`: the first line of the script names the interpreter by the path with the space.
 
     Args:
-        folder: where a link to the environment is created if its path has a space; must outlive the cluster.
+        folder: folder for a link to the environment, created if its path contains a space; must outlive the cluster.
     """
     here = Path(sys.executable).parent
     if " " not in str(here):
@@ -43,8 +43,7 @@ def programs(folder: Path) -> Path:
 def prepare_process() -> None:
     """Prepare this process to start clusters with `ray.init`: set the token's variables and `sys.executable`.
 
-    What is created for them is deleted when the process ends. Call it before `import ray`, which reads the variables
-    once.
+    Call it before `import ray`, which reads the variables once. The temporary folder is deleted when the process ends.
     """
     folder = temporary_folder("mellow-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

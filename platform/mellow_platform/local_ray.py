@@ -1,7 +1,7 @@
-"""A Ray cluster of one node on this machine, which takes jobs as any other cluster does.
+"""Ray cluster of one node on this machine, to which jobs are submitted as to any other cluster.
 
-Its token, logs and jobs' output are in a folder of the caller's. Nothing outside that folder and the temporary
-directory is written, and no process of the cluster outlives it.
+Token, logs and output of jobs are in a folder that the caller chooses. The cluster writes nothing outside this folder
+and the temporary directory, and leaves no process behind.
 """
 
 import collections
@@ -31,33 +31,33 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 LOG = "ray.log"
-START_SECONDS = 90.0  # until the dashboard answers, on a busy machine
+START_SECONDS = 90.0  # timeout until the dashboard responds, on a busy machine
 STOP_SECONDS = 10.0
-LOOK_SECONDS = 0.2  # between two looks at a job
-MESSAGE_LINES = 20  # of a failed job that are shown at most; all are in its log
+POLL_SECONDS = 0.2  # between two requests for a job's status
+MESSAGE_LINES = 20  # most lines of a failed job in an error; all are in its log
 OBJECT_STORE_MEMORY = 1_000_000_000  # bytes
 
 
 class JobError(RuntimeError):
-    """A submitted job failed; the message is the job's own, with the place of its log."""
+    """Failure of a submitted job; the message is the job's own, with the path of its log."""
 
 
 class LocalRay:
-    """A cluster that runs inside `with ray.running():`.
+    """Cluster that runs inside `with ray.running():`.
 
     Attributes:
-        folder: of logs (`ray.log`, `<job>.log`) and of whatever the caller keeps there.
-        port: HTTP port for the endpoint; nothing listens on it before a model is deployed.
-        environment: variables of the cluster, and of whoever submits jobs to it.
-        metrics_port: where Ray's Prometheus metrics are.
-        kept: set it inside the block, and the cluster outlives the block.
+        folder: folder of the token, of logs (`ray.log`, `<job>.log`) and of the caller's files.
+        port: HTTP port for the endpoint, unused until a model is deployed.
+        environment: environment variables of the cluster and of its clients.
+        metrics_port: HTTP port of Ray's Prometheus metrics.
+        kept: set it to True inside the block to leave the cluster running after the block.
     """
 
     def __init__(self, folder: Path, cpus: int, port: int | None = None, dashboard_port: int | None = None):
         """
         Args:
             cpus: logical CPUs of the cluster.
-            port: by default a free one, and so is `dashboard_port`.
+            port: HTTP port for the endpoint; by default a free one, like `dashboard_port`.
 
         Raises:
             FileNotFoundError: RAY_AUTH_TOKEN_PATH names a file that does not exist.
@@ -66,17 +66,17 @@ class LocalRay:
         self.port, self.dashboard_port = port or free_port(), dashboard_port or free_port()
         self.metrics_port = free_port()
         self.kept = False
-        # Another cluster's address is not this one's.
+        # The address of another cluster, if any, is not inherited.
         inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_JOB_ID")}
         self.environment = (
             inherited
             | authentication(folder)
             | {
                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-                # Every core is busy while the endpoint starts; the default of 5 s is too short for that.
+                # Every core is busy while the endpoint starts, so the default of 5 s is too short.
                 "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
                 "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-                # Ray ends workers that are idle for a second; a job's next tasks would load every library again.
+                # By default Ray ends workers after an idle second, and a job's next tasks load every library again.
                 "RAY_idle_worker_killing_time_threshold_ms": "600000",
                 "PYTHONWARNINGS": "ignore",
             }
@@ -96,19 +96,19 @@ class LocalRay:
 
     @contextlib.contextmanager
     def running(self, lock: IO[str] | None = None) -> Iterator[None]:
-        """Start the cluster, wait until it takes jobs, and end it after the block.
+        """Start the cluster, wait until its dashboard responds, and end the cluster after the block.
 
         Args:
-            lock: an open file that stays open as long as the cluster runs.
+            lock: open file that `ray start` inherits, so that a lock on it lasts as long as the cluster.
 
         Raises:
             OSError: a port is in use.
-            ChildProcessError: Ray does not start; the message has the end of its log.
+            ChildProcessError: Ray does not start; the message contains the end of its log.
         """
         for option, port in (("port", self.port), ("dashboard-port", self.dashboard_port)):
             if is_taken(port):
-                raise OSError(f"port {port} is in use: stop what listens there, or choose another --{option}")
-        # A folder of its own, so that `ray.init` elsewhere does not find the cluster.
+                raise OSError(f"port {port} is in use: stop its program, or choose another --{option}")
+        # Not Ray's default folder, so that `ray.init` in other processes does not find the cluster.
         self._temporary = temporary_folder()
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self.folder / LOG
@@ -128,7 +128,7 @@ class LocalRay:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,  # Ctrl-C ends the cluster through `_stop`, not in the middle of its work
+                start_new_session=True,  # Ctrl-C must not reach the cluster, which `_stop` ends
                 pass_fds=[lock.fileno()] if lock else [],
             )
         try:
@@ -159,17 +159,17 @@ class LocalRay:
     def submit(
         self, job: str, *arguments: str, seen: Callable[[str], None] = lambda line: print(line, flush=True)
     ) -> dict[str, Any]:
-        """Run `jobs/<job>.py` on the cluster to its end; return the JSON object that it printed last.
+        """Run `jobs/<job>.py` on the cluster and return the last JSON object that it printed.
 
         Args:
-            seen: gets every line that the job prints; all of them are also in `<job>.log`.
+            seen: called with every line that the job prints; the lines are also in `<job>.log`.
 
         Raises:
             JobError: the job failed.
         """
-        # Loading Ray takes a second, and it reads the token's variables once.
+        # Ray reads the token's variables once, when it is imported below; the import takes a second.
         os.environ.update({name: self.environment[name] for name in authentication(self.folder)})
-        # Ray warns that it leaves out .git, as infra/runtime_env.yaml does anyway.
+        # Without default excludes, Ray does not warn that it excludes .git, which infra/runtime_env.yaml excludes too.
         os.environ["RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES"] = ""
         from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -186,11 +186,11 @@ class LocalRay:
         with log.open("a") as file:
             ended = False
             while not ended:
-                time.sleep(LOOK_SECONDS)
+                time.sleep(POLL_SECONDS)
                 status = client.get_job_status(submitted)
                 ended = status.is_terminal()
                 new = printed.read_bytes()[offset:] if printed.exists() else b""
-                # A line that is not complete is read with its rest; bars of progress end in a carriage return.
+                # An incomplete line is read later, with its rest; progress bars end in a carriage return.
                 new = new if ended else new[: max(map(new.rfind, (b"\n", b"\r"))) + 1]
                 offset += len(new)
                 for line in new.decode(errors="replace").splitlines():
@@ -201,9 +201,9 @@ class LocalRay:
                         with contextlib.suppress(json.JSONDecodeError):
                             result = json.loads(line)
         if status != JobStatus.SUCCEEDED:
-            # A job that fails ends with its name and the message.
-            begins = [number for number, line in enumerate(last) if line.startswith(f"{job}.py: ")]
-            message = list(last)[begins[-1] if begins else 0 :]
+            # The last output of a failed job is its name with a message.
+            starts = [number for number, line in enumerate(last) if line.startswith(f"{job}.py: ")]
+            message = list(last)[starts[-1] if starts else 0 :]
             reason = "\n".join(message) or client.get_job_info(submitted).message
             raise JobError(f"{reason.strip()}\n  log of the job: {log}")
         return result
@@ -217,16 +217,16 @@ class LocalRay:
                 urllib.request.urlopen(f"{self.dashboard}/api/version", timeout=2).close()
                 return
             except urllib.error.HTTPError:
-                return  # it answers, and asks for the token
+                return  # the dashboard responds, and requires the token
             except OSError:
                 time.sleep(0.2)
         raise ChildProcessError(
-            f"Ray's dashboard did not answer at {self.dashboard} in {START_SECONDS:.0f} s: see {log}"
+            f"Ray's dashboard at {self.dashboard} did not respond within {START_SECONDS:.0f} s: see {log}"
         )
 
 
 def _submit(client: "JobSubmissionClient", entrypoint: str, runtime_env: dict[str, Any]) -> str:
-    """Submit a job, as soon as the agent that starts jobs has joined the cluster; return its id."""
+    """Submit a job as soon as the agent that starts jobs has joined the cluster; return the job's id."""
     until = time.monotonic() + START_SECONDS
     while True:
         try:
@@ -234,7 +234,7 @@ def _submit(client: "JobSubmissionClient", entrypoint: str, runtime_env: dict[st
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > until:
                 raise
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 def _created(pid: int) -> float:

@@ -1,13 +1,13 @@
-"""Values of options that several modules read. Registries with the same names are in modules that import torch."""
+"""Valid values of options of several modules. Registries with the same names are in modules that import torch."""
 
 from typing import Literal
 
 Size = Literal["mellow-v0", "mellow-tiny"]
 Features = Literal["logmel", "encoder", "waveform"]
 Encoder = Literal["htsat", "cnn14", "whisper"]
-Tagger = Literal["htsat", "cnn14"]  # encoders that have a head for tags
+Tagger = Literal["htsat", "cnn14"]  # encoders with a tagging head
 Projection = Literal["mellow", "linear", "mlp", "transformer"]
 Dtype = Literal["float32", "int8", "bfloat16"]
 
-# Of ReasonAQA, the questions that a large language model wrote from captions; 70 % of the train split.
+# Questions of ReasonAQA that a large language model wrote from captions: 70 % of the train split.
 SYNTHETIC_SUBTYPES = ["Clotho-MCQ", "Clotho-Detail", "AudioCaps-MCQ", "AudioCaps-Detail"]

@@ -1,4 +1,4 @@
-"""Progress as lines of a job's log: how far, how fast, how long still."""
+"""Progress of a job as lines of its log: share done, speed, time left."""
 
 import time
 from dataclasses import dataclass, field
@@ -8,16 +8,15 @@ PAUSE = 10.0  # seconds between two lines
 
 @dataclass
 class Progress:
-    """Counts what is done of `total` and prints a line now and then, and at the end.
+    """Counter of finished items that prints a line every `PAUSE` seconds, and the last one when all are done.
 
     Attributes:
-        what: name of the stage and of what it counts.
-        total: of these.
-        done: so many are, those of an earlier run too.
-        rejected_are: the word for those that nothing could be made of.
+        items: noun of the items in the lines.
+        done: number of finished items; `new` of them in this run, `rejected` of them failed.
+        rejected_are: word for failed items in the lines.
     """
 
-    what: str
+    items: str
     total: int
     done: int = 0
     rejected: int = 0
@@ -29,7 +28,7 @@ class Progress:
 
     def __post_init__(self) -> None:
         if self.done:
-            print(f"{self.what}: {self.done} of {self.total} are done already", flush=True)
+            print(f"{self.items}: {self.done} of {self.total} are done already", flush=True)
 
     def add(self, count: int, rejected: int = 0, audio_seconds: float = 0.0) -> None:
         self.done += count
@@ -46,10 +45,10 @@ class Progress:
 
     def line(self) -> str:
         left = self.seconds / max(self.new, 1) * (self.total - self.done)
-        parts = [f"{self.what}: {self.done} of {self.total} ({100 * self.done / max(self.total, 1):.0f} %)"]
+        parts = [f"{self.items}: {self.done} of {self.total} ({100 * self.done / max(self.total, 1):.0f} %)"]
         if self.rejected:
             parts.append(f"{self.rejected} {self.rejected_are}")
         if self.audio_seconds:
-            parts.append(f"{self.audio_seconds / self.seconds:.0f} audio-seconds a second")
+            parts.append(f"{self.audio_seconds / self.seconds:.0f} audio-seconds per second")
         parts.append(f"{left:.0f} s left" if self.done < self.total else f"{self.seconds:.0f} s")
         return ", ".join(parts)

@@ -1,19 +1,20 @@
-"""What a job needs to be resumed after a kill: preprocess, predict, evaluate and synthesize are built on this.
+"""Jobs that resume after a kill: output folders, parts, receipts and failure budgets of the four resumable jobs.
 
-A job cuts its work into parts, each a fixed range of its input. Its output folder contains
+Preprocess, predict, evaluate and synthesize divide their input into parts, which are processed in parallel on Ray. A
+job first claims its output folder, so that a job with other options or input is refused there, and then writes parts:
 
-    configuration.json            options that the output depends on, with a digest of them and of the input; first
-    <kind>/<part>.parquet         rows of a part, written as one file
-    receipts/<kind>/<part>.json   written after the part's file: the part is done
+    configuration.json            the claim: options that the output depends on, and a digest of options and input
+    <kind>/<part>.parquet         rows of one part, written as one file
+    receipts/<kind>/<part>.json   counts of the part, written after its file: the part is finished
 
-Name and bytes of a part's file are a function of options and input. A job that was killed skips parts with a receipt;
-a part that is done twice overwrites itself.
+A job that is submitted again skips finished parts; in these, evaluate and synthesize only retry requests that may still
+succeed. A part keeps its name in every run, so that a part that is processed twice replaces its file and does not add
+one. Each job counts failed items (clips, questions, requests) and stops as soon as they exceed its failure budget.
 
-`ray.data.checkpoint.CheckpointConfig` of Ray 2.60 is not used. It skips rows that were written and batches the others
-again, so that file names contain a new uuid per run and their rows depend on the moment of the kill; it commits by
-renaming, which object storage does not have; it skips rows only behind a Read operator, by an id that one output row
-may have, although a question can have several answers; and it deletes its ids at the end of a run, so that a finished
-job would do everything again.
+`ray.data.checkpoint.CheckpointConfig` of Ray 2.60 does not fit: it writes file names with a new uuid per run, whose
+rows depend on the moment of the kill; it commits by renaming, which object storage does not support; it skips rows only
+after a Read operator, by an id that one output row may have, although a question can have several answers; and it
+deletes its ids when a run succeeds, so that a finished job would repeat all work.
 """
 
 import hashlib
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
     import ray.data
 
 CONFIGURATION, RECEIPTS = "configuration.json", "receipts"
-# Ray repeats the work of a lost worker or node without limit; an error of the project's own code ends the job at once.
+# Ray retries tasks of a lost worker or node without limit; an error of the project's own code ends the job at once.
 RETRY_LOST_WORKERS = {"max_retries": -1}
-CALLS_PER_ACTOR = 2  # the next part starts while the last answers of one are written; one would leave an engine idle
+CALLS_PER_ACTOR = 2  # with one, an engine would be idle between the last answers of a block and the next block
 
 
 def digest(value: Any) -> str:
@@ -42,52 +43,52 @@ def digest(value: Any) -> str:
 
 
 def part_name(number: int) -> str:
-    """Return the name of part `number`, which its file and its receipt have: 000007."""
+    """Return the name of part `number`, for its file and its receipt: 000007."""
     return f"{number:06d}"
 
 
 def part_ranges(items: int, size: int) -> dict[str, range]:
-    """Return the items of each part, `size` of them but for the last, by the part's name."""
+    """Return the range of items of each part, by part name; the last part may have fewer than `size` items."""
     starts = range(0, items, size)
     return {part_name(number): range(start, min(start + size, items)) for number, start in enumerate(starts)}
 
 
-def claim(folder: str, options: dict[str, Any], depends_on: str, contents: str, marker: str) -> None:
-    """Reserve an output folder for a job, or check that it is reserved for this one.
+def claim(folder: str, options: dict[str, Any], job_digest: str, contents: str, marker: str) -> None:
+    """Claim an output folder for a job, or check that an earlier run of the same job claimed it.
 
     Args:
-        options: options that the output depends on, for the error.
-        depends_on: digest of everything that the output depends on: options, input, model.
+        options: options that the output depends on; the error names those that differ.
+        job_digest: digest of everything that the output depends on: options, input, model.
         contents: noun of the output in errors ("shards").
-        marker: file that the job writes last.
+        marker: manifest or report of a finished job; without a claim, an earlier version of the project wrote it.
 
     Raises:
-        ValueError: the folder is reserved for another job, finished or not; the message names the options that differ.
+        ValueError: the folder contains output of another job, finished or not.
     """
     uri = storage.join(folder, CONFIGURATION)
     if not storage.exists(uri):
         if storage.exists(storage.join(folder, marker)):
             raise ValueError(f"{folder} contains {contents} of an earlier version; choose another output or delete it")
-        storage.write_json(uri, {"digest": depends_on, "configuration": options})
+        storage.write_json(uri, {"digest": job_digest, "configuration": options})
         return
     claimed = storage.read_json(uri)
-    if claimed["digest"] == depends_on:
+    if claimed["digest"] == job_digest:
         return
     differing = [name for name, value in options.items() if claimed["configuration"].get(name) != value]
     raise ValueError(
         f"{folder} contains {contents} of another configuration (different: {', '.join(differing) or 'the input'}); "
-        f"set output to {folder}-{depends_on[:8]}, or delete the folder"
+        f"set output to {folder}-{job_digest[:8]}, or delete the folder"
     )
 
 
 def claimed_options(folder: str) -> dict[str, Any]:
-    """Return the options that a folder is reserved with; empty if it is not reserved."""
+    """Return the options in the claim of a folder; empty if the folder is not claimed."""
     uri = storage.join(folder, CONFIGURATION)
     return storage.read_json(uri)["configuration"] if storage.exists(uri) else {}
 
 
 def is_finished(folder: str, marker: str) -> bool:
-    """Return whether a job wrote its last file, `marker`; if so, say it in the log."""
+    """Return whether a folder contains `marker`, the file that its job writes last; log it if so."""
     finished = storage.exists(storage.join(folder, marker))
     if finished:
         print(f"{folder} is finished: nothing to do", flush=True)
@@ -95,7 +96,7 @@ def is_finished(folder: str, marker: str) -> bool:
 
 
 def read_receipts(folder: str, kind: str) -> dict[str, dict[str, Any]]:
-    """Return the receipts of the parts of a kind (`clips`, `records/test`, `answers`) that are done, by name."""
+    """Return the receipts of finished parts of a kind (`clips`, `records/test`, `answers`), by part name."""
     files = set(storage.list_folder(storage.join(folder, kind)))
     names = [name.removesuffix(".json") for name in storage.list_folder(storage.join(folder, RECEIPTS, kind))]
     names = [name for name in names if f"{name}.parquet" in files]
@@ -105,7 +106,7 @@ def read_receipts(folder: str, kind: str) -> dict[str, dict[str, Any]]:
 
 
 def write_part(folder: str, kind: str, name: str, table: "pa.Table", receipt: dict[str, Any]) -> dict[str, Any]:
-    """Write a part's file, then its receipt; return the receipt with the file's path in the folder and its SHA-256."""
+    """Write a part's file, then its receipt; return the receipt with the path (`file`) and SHA-256 (`digest`) added."""
     file = f"{kind}/{name}.parquet"
     receipt = receipt | {"file": file, "digest": storage.write_table(storage.join(folder, file), table)}
     storage.write_json(storage.join(folder, RECEIPTS, kind, f"{name}.json"), receipt)
@@ -114,13 +115,13 @@ def write_part(folder: str, kind: str, name: str, table: "pa.Table", receipt: di
 
 @dataclass
 class FailureBudget:
-    """Failed items of a job, counted by reason, against the share of them that is allowed.
+    """Failed items of a job by reason, and the share of items that may fail.
 
     Attributes:
         items: noun of the items in the error ("clips").
-        total: number of items.
-        max_share: largest share of failed items.
-        remedy: start of the advice in the error.
+        total: number of items, failed or not.
+        max_share: largest share of `total` that may fail.
+        remedy: first part of the advice in the error.
     """
 
     items: str
@@ -130,13 +131,13 @@ class FailureBudget:
     failed: Counter[str] = field(default_factory=Counter)
 
     def add(self, reasons: Mapping[str, int], detail: str | None = None) -> None:
-        """Count failed items by reason.
+        """Add failed items, as counts by reason.
 
         Args:
-            detail: error of one of them.
+            detail: error message of one of these items, as an example.
 
         Raises:
-            ValueError: more items failed than the share allows.
+            ValueError: more than `max_share` of the items failed.
         """
         self.failed.update(reasons)
         if self.is_exceeded:
@@ -155,7 +156,7 @@ class FailureBudget:
 
 
 def dataset_of_parts(parts: Sequence["pa.Table"]) -> "ray.data.Dataset":
-    """Return a Ray Data set with one block per part, without progress bars: a job's log is lines of text."""
+    """Return a Ray dataset with one block per part, without progress bars, which would garble a job's log."""
     import ray.data
 
     dataset = ray.data.from_arrow(list(parts))
@@ -171,11 +172,11 @@ def map_on_actors(
     num_gpus: float = 0.0,
     num_cpus: float | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Call `actor(*arguments)`, which maps a table to a table, on every block; yield the rows of each result.
+    """Map every block to a table on a pool of actors `actor(*arguments)`; yield the rows of each result.
 
     Args:
         workers: largest number of actors. Ray Data starts with one: a fixed number could take every CPU of the cluster
-            and wait for input from tasks that wait for a CPU.
+            and then wait for input from tasks that wait for a CPU.
         num_cpus: logical CPUs per actor; None is Ray Data's default.
     """
     import ray.data
@@ -194,6 +195,6 @@ def map_on_actors(
         num_cpus=num_cpus,
         num_gpus=num_gpus or None,
     )
-    # Parts are written as soon as they arrive: a prefetched one would be lost with the driver.
+    # Callers write or count a result when it arrives; a prefetched one would be lost with the driver.
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield batch.to_pylist()

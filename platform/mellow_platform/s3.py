@@ -1,8 +1,8 @@
 """S3 as a filesystem: endpoint and credentials, retries, and the check before a job starts.
 
 Endpoint and credentials come from the standard AWS variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_REGION). Requests that meet a temporary failure (throttling, a 5xx response, a lost
-connection) are retried here, for every operation: callers see only permanent errors.
+AWS_SECRET_ACCESS_KEY, AWS_REGION). Requests of every operation are retried after temporary failures (throttling, a 5xx
+response, a lost connection): callers see only permanent errors.
 """
 
 from typing import Any
@@ -14,13 +14,13 @@ from botocore.handlers import add_expect_header  # type: ignore[import-untyped] 
 from s3fs import S3FileSystem
 
 OPTIONS = {
-    # botocore's own retries with exponential back-off, about half a minute in all. They cover every request, also
-    # listings, unlike those of s3fs, which retries reads whose body breaks off. Refusals (403, 404) are not retried.
+    # botocore's retries with exponential back-off, about half a minute in all. They cover every request, including
+    # listings; s3fs itself retries only reads whose body breaks off. 403 and 404 responses are not retried.
     "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 8}},
     # A cached listing does not show files that other processes write.
     "use_listings_cache": False,
 }
-# Before a job starts, an endpoint that does not respond or refuses the keys is reported at once.
+# Without retries: before a job starts, an endpoint that does not respond or refuses the keys is reported at once.
 CHECK_OPTIONS = {
     "config_kwargs": {
         "retries": {"mode": "standard", "total_max_attempts": 1},
@@ -41,8 +41,8 @@ WRONG_KEYS = {
 class S3(S3FileSystem):
     """S3FileSystem whose requests have no header `Expect: 100-continue`.
 
-    botocore adds the header to every upload, and aiohttp then waits for the server's permission without a timeout: a
-    server that reads the body first, or that fails before it asks for one, would block the upload forever.
+    botocore adds the header to every upload, and aiohttp then waits for `100 Continue` without a timeout: a server that
+    reads the body first, or fails before it responds, would block the upload forever.
     """
 
     def __init__(self, **options: Any):
@@ -57,14 +57,14 @@ def connect(uri: str, options: dict[str, Any] = OPTIONS) -> tuple[S3, str]:
 
 
 def check_object(uri: str, exists: bool) -> None:
-    """Check that an s3:// URI can be read or written; errors that retries may resolve are left to the job.
+    """Check that an s3:// URI can be read or written; errors that retries may resolve are ignored.
 
     Args:
-        exists: the object or folder must exist; otherwise its bucket must.
+        exists: whether the object or folder must exist, or only its bucket.
 
     Raises:
-        OSError: it cannot; the message names the cause and what to check.
-        ValueError: another error of the S3 client.
+        OSError: the check failed; the message contains the cause and a remedy.
+        ValueError: any other error of the S3 client.
     """
     fs, path = connect(uri, CHECK_OPTIONS)
     fs.retries = 1
@@ -84,7 +84,7 @@ def check_object(uri: str, exists: bool) -> None:
         raise PermissionError(f"{uri}: there are no S3 credentials; set {keys}") from error
     except exceptions.ConnectionError as error:
         endpoint = urlsplit(str(error.kwargs.get("endpoint_url", ""))).netloc
-        raise ConnectionError(f"{uri}: the S3 endpoint {endpoint} does not answer; check AWS_ENDPOINT_URL") from error
+        raise ConnectionError(f"{uri}: the S3 endpoint {endpoint} does not respond; check AWS_ENDPOINT_URL") from error
     except (OSError, exceptions.HTTPClientError):
         return  # the job retries
     except exceptions.BotoCoreError as error:
@@ -94,7 +94,7 @@ def check_object(uri: str, exists: bool) -> None:
 def _check_bucket(fs: S3, bucket: str) -> None:
     """Raise s3fs's error if a bucket does not exist or the credentials are wrong.
 
-    Credentials that may not list the whole bucket are valid: they may read or write a part of it.
+    Credentials without permission to list the bucket are valid, because they may read or write a part of it.
     """
     try:
         fs.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
@@ -104,5 +104,5 @@ def _check_bucket(fs: S3, bucket: str) -> None:
 
 
 def _code(error: OSError) -> str:
-    """Return S3's code of an error that s3fs translated."""
+    """Return the S3 error code behind an error of s3fs; empty if there is none."""
     return getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", "")

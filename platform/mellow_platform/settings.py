@@ -1,7 +1,7 @@
 """Options of a job: typed sections, read from a YAML file and the command line, and their `--help`.
 
 Each job takes `--config FILE` and a flag per field (`--learning-rate 3e-4`, `--scaling.workers 4`). This module imports
-nothing heavy, so that `--help` and a wrong option are answered at once.
+no heavy package, so that `--help` and errors about options appear at once.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from mellow_platform import storage
 
 DEBUG = "--debug"
-LISTED = 12  # most names that an error lists; --help lists all
+LISTED = 12  # most names in an error; --help lists all
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Metavar:
 
 @dataclass(frozen=True)
 class Location:
-    """Marker of fields that hold URIs.
+    """Marker of fields that contain URIs.
 
     Attributes:
-        exists: whether the job reads it, so that it must exist at the start; otherwise the job writes a folder there.
-        uri: returns the URI in a value, or None if the value names something else.
+        exists: True if the job reads the URI, which must then exist at the start; False if the job writes a folder.
+        uri: function that returns the URI in a value, or None if the value is not a URI.
     """
 
     exists: bool
@@ -49,7 +49,7 @@ def _separated(value: Any) -> Any:
 
 
 def _model(value: str) -> str:
-    """Return a model with local paths made absolute; names and URLs of endpoints stay as they are."""
+    """Return the option `model` with a local path made absolute; other values are unchanged."""
     if value.startswith("predictions:"):
         return f"predictions:{storage.absolute(value.removeprefix('predictions:'))}"
     return value if _model_uri(value) is None else storage.absolute(value)
@@ -62,7 +62,7 @@ def _model_uri(value: str) -> str | None:
 
 
 def _decoder_uri(value: str) -> str | None:
-    """Return the path or URI of a decoder; None for the name of a model on the Hugging Face hub."""
+    """Return the path or URI of a decoder; None if it is the name of a model on the Hugging Face hub."""
     return value if "://" in value or value.startswith(("/", ".")) or value.endswith(".gguf") else None
 
 
@@ -75,17 +75,17 @@ Model = Annotated[
     str, AfterValidator(_model), Metavar("URI|random|constant:TEXT|predictions:URI"), Location(True, _model_uri)
 ]
 Name = Annotated[str, Metavar("NAME")]
-Separated = BeforeValidator(_separated)  # of lists: [val, test] or, shorter in a shell, val,test
+Separated = BeforeValidator(_separated)  # lists may be written as [val, test] or, shorter in a shell, val,test
 Names = Annotated[list[Name], Separated]
 
 
 class Section(BaseModel):
-    """Base of all options: unknown names are refused, values are validated."""
+    """Base class of options, which refuses unknown names and invalid values."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
 
     def locations(self) -> list[tuple[str, str, bool]]:
-        """Return field, URI and whether it must exist, for every URI in the options."""
+        """Return (field, URI, whether the URI must exist) of every URI in the options."""
         found = []
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
@@ -101,10 +101,10 @@ Options = TypeVar("Options", bound=Section)
 
 
 def load(schema: type[Options], arguments: Sequence[str] | None = None) -> Options:
-    """Return the options in the command line `arguments` (default: the program's own).
+    """Return the options in the command line `arguments` (default: `sys.argv`).
 
     A flag takes precedence over the file of `--config`, which takes precedence over the defaults. Errors end the
-    program with status 2 and a message that names the option, its value and what is valid.
+    program with status 2 and a message with the option, its value and the valid values.
     """
     fields, parser = flags(schema), command_line(schema)
     known, unknown = parser.parse_known_args(arguments)
@@ -136,13 +136,13 @@ def load(schema: type[Options], arguments: Sequence[str] | None = None) -> Optio
 
 
 def validated(schema: type[Options], values: dict[str, Any], typed: dict[str, str] | None = None) -> Options:
-    """Return options with these values.
+    """Return `values` as options.
 
     Args:
         typed: values as written on the command line, by dotted name.
 
     Raises:
-        ValueError: a value is not valid; the message names the option, the value and what is valid.
+        ValueError: a value is not valid; the message contains the option, its value and the valid values.
     """
     try:
         return schema(**values)
@@ -155,7 +155,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     """Return the options in a YAML file.
 
     Raises:
-        ValueError: the file cannot be read, or contains something else.
+        ValueError: the file cannot be read, is not YAML, or is not a mapping.
     """
     try:
         values = yaml.safe_load(Path(path).read_text())
@@ -169,7 +169,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def command_line(schema: type[Section]) -> argparse.ArgumentParser:
-    """Return the parser of a job's options; it keeps values as text."""
+    """Return the parser of a job's options, which returns values as text."""
     fields = flags(schema)
     required = {name: field for name, field in fields.items() if field.is_required()}
     parser = argparse.ArgumentParser(
@@ -206,7 +206,7 @@ def command_line(schema: type[Section]) -> argparse.ArgumentParser:
 
 
 class _Help(argparse.HelpFormatter):
-    """Help in which a switch that is off by default is shown without a value, and no value is optional."""
+    """Help formatter that shows no value for switches that are off by default, and no brackets around other values."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=28)
@@ -222,7 +222,7 @@ class _Help(argparse.HelpFormatter):
 
 
 def flags(schema: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
-    """Return every field that is an option, by dotted name."""
+    """Return every option of `schema` and of the sections inside it, by dotted name."""
     fields: dict[str, FieldInfo] = {}
     for name, field in schema.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
@@ -252,7 +252,7 @@ def metavar(field: FieldInfo) -> str:
 
 
 def help_text(field: FieldInfo) -> str:
-    """Return the description with its default; a description that contains one already explains a missing value."""
+    """Return the description and the default, unless the option has none or the description contains it."""
     text, default = field.description or "", field.default
     if field.is_required() or "(default: " in text or default in (None, [], {}):
         return text
@@ -267,7 +267,7 @@ def help_text(field: FieldInfo) -> str:
 
 
 def nearest(name: str, valid: Collection[str]) -> str:
-    """Return the end of an error about an unknown name: the most similar valid one, else all of them."""
+    """Return the end of an error about an unknown name: the most similar valid name, or else all valid names."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]}?"
@@ -314,9 +314,9 @@ def _texts(value: Any) -> list[str]:
 
 
 def _explain(error: Any, fields: dict[str, FieldInfo], typed: dict[str, str]) -> str:
-    """Return one problem of pydantic's as a sentence about the option."""
+    """Return one of pydantic's errors as a sentence about the option."""
     parts = list(map(str, error["loc"]))
-    # Further parts of a place are the items of a list and the alternatives of a union.
+    # Parts of a location after the option's name are items of a list and alternatives of a union.
     name = next(
         (known for end in range(len(parts), 0, -1) if (known := ".".join(parts[:end])) in fields), ".".join(parts)
     )
@@ -337,9 +337,9 @@ def _line(error: Exception) -> str:
 
 
 def _value(text: str, annotation: Any) -> Any:
-    """Return a flag's text for a field: as written if the field takes only text, else as YAML reads it.
+    """Return a flag's value: its text as written if the field takes only text, otherwise the text parsed as YAML.
 
-    A question may contain a colon, and a name may be a number; `null` is None unless text is required.
+    So a question may contain a colon, and a name may be a number; `null` is None unless the field requires text.
 
     Raises:
         yaml.YAMLError: the text is not YAML.
@@ -348,7 +348,7 @@ def _value(text: str, annotation: Any) -> Any:
     kinds = {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in alternatives}
     if kinds - {type(None)} == {str}:
         return None if text == "null" and annotation is not str else text
-    try:  # YAML takes 1e-3 for text
+    try:  # YAML reads 1e-3 as text
         return float(text) if "e" in text.lower() else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
         return text if text.startswith("/") or "://" in text else yaml.safe_load(text)

@@ -1,8 +1,7 @@
-"""The one place that turns a URI (a local path or s3://bucket/prefix) into a filesystem.
+"""Files and folders by URI: a local path or s3://bucket/prefix. No other module chooses a filesystem.
 
-S3 is in `mellow_platform.s3`: endpoint, credentials, retries.
-
-fsspec, s3fs and pyarrow are imported when they are needed: `--help` of a job needs none of them.
+`mellow_platform.s3` contains endpoint, credentials and retries of S3. fsspec, s3fs and pyarrow are imported by the
+functions that use them, because `--help` of a job needs none of them.
 """
 
 import atexit
@@ -26,15 +25,15 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
     from pyarrow import fs as arrow_fs
 
-PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}")  # names of files that are being written on a disk
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}")  # names of unfinished files on a disk
 
 
 def absolute(uri: str) -> str:
-    """Return `uri` with a local path made absolute; other schemes are returned as they are.
+    """Return a local path as an absolute one; URIs with a scheme are unchanged.
 
     Raises:
-        ValueError: an empty URI, or a relative path inside a submitted Ray job. Its working directory is a temporary
-            copy that the cluster deletes, and no other node sees it.
+        ValueError: the URI is empty, or a relative path in a submitted Ray job, whose working directory is a temporary
+            copy that the cluster deletes and that other nodes cannot see.
     """
     if not uri:
         raise ValueError("the URI is empty; set a path or an s3:// URI")
@@ -43,30 +42,30 @@ def absolute(uri: str) -> str:
     path = Path(uri).expanduser()
     if not path.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise ValueError(
-            f"{uri!r} is relative, and a submitted job runs in a temporary copy of the working directory: "
-            "give an absolute path that every node sees, or an s3:// URI"
+            f"{uri!r} is relative, and a submitted job runs in a temporary copy of the working directory; "
+            "set an absolute path that every node can see, or an s3:// URI"
         )
     return str(path.absolute())
 
 
 def join(uri: str, *parts: str) -> str:
-    """Return `uri` extended by path `parts`; an absolute or s3:// last part stands for itself."""
+    """Return `uri` extended by path `parts`; an absolute path or URI among them replaces everything before it."""
     for part in parts:
         uri = part if "://" in part or part.startswith("/") else f"{uri.rstrip('/')}/{part}"
     return uri
 
 
 def check(uri: str, exists: bool) -> None:
-    """Raise an error if a job cannot read `uri` (`exists`), or cannot write a folder there.
+    """Check that a job can read `uri` (if `exists`), or else that it can write a folder there.
 
-    The check takes a second at most. Throttling and 5xx answers are no error here: the job itself retries them.
+    Throttling and 5xx responses of S3 are not errors here, because the job retries them.
 
     Raises:
-        FileNotFoundError: there is no such file, folder or bucket.
+        FileNotFoundError: the file, folder or bucket does not exist.
         PermissionError: access is denied, or the credentials are wrong or missing.
-        ConnectionError: the S3 endpoint does not answer.
+        ConnectionError: the S3 endpoint does not respond.
         ValueError: the scheme is unknown, or the URI malformed.
-        OSError: a file is in the way of the folder.
+        OSError: a parent of the folder is a file.
     """
     if "://" not in uri:
         _check_path(Path(uri), exists)
@@ -92,14 +91,14 @@ def _check_path(path: Path, exists: bool) -> None:
             path.stat()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(
-                f"{path}: no such file or folder; check the path, which every node of the cluster must see"
+                f"{path}: no such file or folder; check the path, which every node of the cluster must be able to see"
             ) from error
         except OSError as error:
             raise PermissionError(f"{path}: {error.strerror}; check its permissions") from error
         if not os.access(path, os.R_OK):
             raise PermissionError(f"{path} is not readable: permission denied; check its permissions")
         return
-    # The folder is made by the job, with its parents: in the nearest one that exists.
+    # The job creates the folder and its missing parents, so the nearest existing parent must be writable.
     parent = next(each for each in (path, *path.parents) if os.path.lexists(each))
     if not parent.is_dir():
         raise NotADirectoryError(f"{path} cannot be written: {parent} is not a folder; choose another folder")
@@ -119,7 +118,7 @@ def filesystem(uri: str) -> "tuple[AbstractFileSystem, str]":
 
 
 def arrow_filesystem(uri: str) -> "tuple[arrow_fs.FileSystem, str]":
-    """Return the pyarrow filesystem of `uri` (what Ray and Parquet take) and the path inside it."""
+    """Return the pyarrow filesystem of `uri`, for Ray and Parquet, and the path inside it."""
     from pyarrow import fs as arrow_fs
 
     fs, path = filesystem(uri)
@@ -137,7 +136,7 @@ def read_bytes(uri: str) -> bytes:
     """Return all bytes of a file.
 
     Raises:
-        FileNotFoundError: it does not exist.
+        FileNotFoundError: the file does not exist.
     """
     fs, path = filesystem(uri)
     try:
@@ -149,29 +148,29 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_range(uri: str, offset: int, size: int) -> bytes:
-    """Return `size` bytes of a file from `offset` on."""
+    """Return `size` bytes of a file, starting at byte `offset`."""
     fs, path = filesystem(uri)
     return fs.cat_file(path, start=offset, end=offset + size)
 
 
 def open_read(uri: str) -> Any:
-    """Return a binary file object that reads `uri` from its beginning, in pieces."""
+    """Return a binary file object that reads `uri` in blocks."""
     fs, path = filesystem(uri)
     return fs.open(path, "rb")
 
 
 def size(uri: str) -> int:
-    """Return the bytes of a file.
+    """Return the size of a file in bytes.
 
     Raises:
-        FileNotFoundError: it does not exist.
+        FileNotFoundError: the file does not exist.
     """
     fs, path = filesystem(uri)
     return fs.info(path)["size"]
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write `data` so that `uri` holds all of it or is absent: rename on a disk, one put on an object store."""
+    """Write a file atomically: by renaming on a disk, as one object on an object store."""
     fs, path = filesystem(uri)
     if "file" not in fs.protocol:
         fs.pipe_file(path, data)
@@ -182,7 +181,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     with partial.open("wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())  # a name whose bytes a power cut took would pass for a whole file
+        os.fsync(file.fileno())  # otherwise a power cut can leave the final name without its bytes
     partial.replace(target)
 
 
@@ -198,7 +197,7 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def write_table(uri: str, table: "pa.Table") -> str:
-    """Write `table` as one Parquet file, whole or not at all, and return the SHA-256 of its bytes."""
+    """Write `table` as one Parquet file, atomically, and return the SHA-256 of its bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -210,7 +209,7 @@ def write_table(uri: str, table: "pa.Table") -> str:
 
 
 def read_tables(uris: list[str], columns: list[str] | None = None, rows: "pc.Expression | None" = None) -> "pa.Table":
-    """Read Parquet files of one schema as one table, in the order given: all of them, or some columns or rows.
+    """Read Parquet files of one schema as one table, in the order of `uris`, with all or some columns and rows.
 
     Raises:
         ValueError: a file is not Parquet.
@@ -229,7 +228,7 @@ def read_tables(uris: list[str], columns: list[str] | None = None, rows: "pc.Exp
 
 @contextlib.contextmanager
 def parquet_errors(uri: str) -> "Iterator[None]":
-    """Name the file `uri` in the errors of code that reads it.
+    """Add the file's URI to Parquet errors inside the `with` block.
 
     Raises:
         ValueError: the file is not Parquet, or damaged.
@@ -250,11 +249,10 @@ def upload(folder: str | Path, uri: str) -> None:
 
 
 def local_copy(uri: str) -> Path:
-    """Return a local folder (or file) with the contents of `uri`: itself when it is local, else a download kept
-    while the process lives.
+    """Return a local folder or file with the contents of `uri`; a download is deleted when the process ends.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: the file or folder does not exist.
     """
     fs, path = filesystem(uri)
     if not fs.exists(path):
@@ -276,7 +274,7 @@ def local_copy(uri: str) -> Path:
 
 
 def list_folder(uri: str) -> list[str]:
-    """Return the names of what is in the folder `uri`, sorted; nothing where there is no such folder."""
+    """Return the names in the folder `uri`, sorted; an empty list if the folder does not exist."""
     fs, path = filesystem(uri)
     if not fs.exists(path):
         return []
@@ -284,12 +282,10 @@ def list_folder(uri: str) -> list[str]:
 
 
 def find(uri: str) -> list[tuple[str, int]]:
-    """Return path below the folder `uri` and bytes of every file in it, sorted; hidden ones are left out.
-
-    A file in place of the folder is refused, as is its absence.
+    """Return (path below the folder `uri`, size in bytes) of every file in it, sorted, without hidden files.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist, is empty, or is a file.
     """
     fs, path = filesystem(uri)
     found = fs.find(path, detail=True)
@@ -300,7 +296,7 @@ def find(uri: str) -> list[tuple[str, int]]:
 
 
 def remove_partial(uri: str) -> None:
-    """Delete what writers that were killed left below the folder `uri`; no writer may be at work there."""
+    """Delete unfinished files of killed writers below the folder `uri`; no writer may be active there."""
     fs, path = filesystem(uri)
     if "file" in fs.protocol:
         for file in Path(path).rglob(".*"):
@@ -309,7 +305,7 @@ def remove_partial(uri: str) -> None:
 
 
 def delete_folder(uri: str) -> None:
-    """Delete the folder `uri` and all that is in it; it need not be there."""
+    """Delete the folder or file `uri`, if it exists, with its contents."""
     fs, path = filesystem(uri)
     if fs.exists(path):
         fs.rm(path, recursive=True)

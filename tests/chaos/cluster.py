@@ -1,7 +1,7 @@
-"""A cluster of several Ray nodes on this machine whose workers, nodes and drivers can be killed with SIGKILL.
+"""Cluster of several Ray nodes on this machine whose workers, nodes and drivers can be killed with SIGKILL.
 
-Each node is a `ray start` of its own: the head at this machine's address, where drivers connect, the others each at a
-loopback address. The cluster's files stand in a folder of its own, so that it is nobody's default cluster.
+Each node is one `ray start` with its own loopback address; drivers connect to the head at 127.0.0.1. The cluster's
+files are in its own folder, so that `ray.init` in other processes does not connect to it by default.
 """
 
 import contextlib
@@ -24,16 +24,16 @@ from tests.conftest import REPOSITORY
 from tests.object_storage import wait_for_port
 
 DRIVER, WORKER, NODE = "driver", "worker", "node"
-START_SECONDS = 180  # that nodes may take: a `ray start` gives up after half a minute, and is started again
-# What does no work of a job: idle workers, agents, and the actors of Ray's own bookkeeping (ray::_StatsActor).
+START_SECONDS = 180  # timeout until nodes have joined; a `ray start` ends after half a minute, and is started again
+# Prefixes of processes without work of a job: idle workers, agents, and Ray's internal actors (ray::_StatsActor).
 NOT_BUSY = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_")
 
 
 class ChaosCluster(contextlib.AbstractContextManager):
-    """A head and `nodes` more nodes of `cpus` logical CPUs each; ends with the `with` block.
+    """Head and `nodes` more nodes with `cpus` logical CPUs each, which end with the `with` block.
 
     Args:
-        env: variables of every node and driver besides this process's own (a storage server's, say).
+        env: additional environment variables of every node and driver (those of a storage server, for example).
         head_cpus: logical CPUs of the head, whose node is never killed.
     """
 
@@ -50,7 +50,7 @@ class ChaosCluster(contextlib.AbstractContextManager):
         self.address = f"127.0.0.1:{free_port()}"
         self.env = os.environ | authentication(self.folder) | {
             "RAY_ADDRESS": self.address,
-            # A silent node counts as lost after seconds, not the better part of a minute.
+            # A node that does not respond counts as lost after seconds, not after most of a minute.
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "5000",
             "RAY_health_check_failure_threshold": "3",
@@ -77,12 +77,12 @@ class ChaosCluster(contextlib.AbstractContextManager):
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def add_node(self) -> None:
-        """Start one more node; it joins by itself some seconds later."""
+        """Start one more node, which joins some seconds later."""
         self.addresses += 1
         self.nodes.append(self._start(f"127.0.0.{self.addresses}", self.cpus, f"--address={self.address}"))
 
     def run_driver(self, command: list[str], log: Path) -> subprocess.Popen:
-        """Start a program of this Python on the cluster; its output is added to `log`."""
+        """Start a Python program on the cluster and append its output to `log`."""
         with log.open("a") as output:
             driver = subprocess.Popen(
                 [sys.executable, *command], cwd=REPOSITORY, env=self.env, stdout=output, stderr=subprocess.STDOUT
@@ -91,18 +91,18 @@ class ChaosCluster(contextlib.AbstractContextManager):
         return driver
 
     def busy_workers(self) -> list[psutil.Process]:
-        """Return the worker processes that run a task or an actor now."""
-        found = []
+        """Return the worker processes that run a task or an actor."""
+        workers = []
         for node in [self.head, *self.nodes]:
             for process in _family(node):
                 with contextlib.suppress(psutil.Error):
                     title = process.cmdline()[:1]
                     if title and title[0].startswith("ray::") and not title[0].startswith(NOT_BUSY):
-                        found.append(process)
-        return found
+                        workers.append(process)
+        return workers
 
     def host_of(self, title: str) -> subprocess.Popen | None:
-        """Return a node, not the head, that runs a worker whose title begins so; None where there is none."""
+        """Return a node, except the head, with a worker whose title starts with `title`; None without one."""
         for node in self.nodes:
             for process in _family(node):
                 with contextlib.suppress(psutil.Error):
@@ -111,34 +111,34 @@ class ChaosCluster(contextlib.AbstractContextManager):
         return None
 
     def give_notice(self, node: subprocess.Popen, seconds: int = 60) -> None:
-        """Tell Ray that a node will be taken away in `seconds`, as a cloud's preemption notice does."""
+        """Tell Ray that a node will be removed in `seconds`, as a cloud's preemption notice does."""
         (node_id,) = [
             node_id for node_id, member in self._members().items() if member.node_manager_address == self.ips[node.pid]
         ]
-        # What `ray drain-node` calls, without the seconds that it takes to start, in which a short run gets to its end.
+        # Same call as `ray drain-node`, without its start of some seconds, during which a short run could finish.
         reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
         deadline = (time.time_ns() // 1_000_000) + 1000 * seconds
         GcsClient(address=self.address).drain_node(node_id.hex(), reason, "preempted", deadline)
 
     def kill_node(self, node: subprocess.Popen) -> None:
-        """Kill a node and start another in its place."""
+        """Kill a node and start another one."""
         self.nodes.remove(node)
         _kill(node)
         self.add_node()
         self._replace_ended()
 
-    def kill(self, what: str, rng: random.Random, driver: subprocess.Popen) -> str:
-        """Kill one thing of the kind `what` with SIGKILL and return what it was; a killed node is replaced.
+    def kill(self, kind: str, rng: random.Random, driver: subprocess.Popen) -> str:
+        """Kill the driver, a random busy worker or a random node with SIGKILL; return its description.
 
-        Nothing is killed, and "" returned, where no worker is at work at the moment, or the driver has ended.
+        A killed node is replaced. Returns "" if no worker is busy or the driver has ended.
         """
-        if what == DRIVER:
+        if kind == DRIVER:
             if driver.poll() is not None:
                 return ""
             driver.kill()
             driver.wait()
             return f"driver {driver.pid}"
-        if what == NODE:
+        if kind == NODE:
             node = rng.choice(self.nodes)
             self.kill_node(node)
             return f"node {node.pid}"
@@ -168,24 +168,24 @@ class ChaosCluster(contextlib.AbstractContextManager):
         return node
 
     def _replace_ended(self) -> None:
-        """Start nodes again that did not come up: Ray gives a node a fixed time, which a busy machine exceeds."""
+        """Restart nodes that ended: Ray gives a node a fixed time to start, which a busy machine exceeds."""
         for node in [node for node in self.nodes if node.poll() is not None]:
             self.nodes.remove(node)
             self.add_node()
 
     def _members(self) -> dict:
-        """Return what Ray knows of the nodes that are alive, by id."""
+        """Return Ray's state of every live node, by id."""
         nodes = GcsClient(address=self.address).get_all_node_info()
         return {node_id: node for node_id, node in nodes.items() if node.state == gcs_pb2.GcsNodeInfo.ALIVE}
 
     def _wait_for_nodes(self, count: int) -> None:
         for _ in range(START_SECONDS):
-            if (found := len(self._members())) == count:
+            if (joined := len(self._members())) == count:
                 return
             self._replace_ended()
             time.sleep(1)
         logs = "\n".join(log.read_text()[-2000:] for log in self.folder.glob("*.log"))
-        raise TimeoutError(f"{count} nodes were started, and {found} are there:\n{logs}")
+        raise TimeoutError(f"{joined} of {count} nodes joined within {START_SECONDS} s:\n{logs}")
 
 
 def _family(process: subprocess.Popen) -> list[psutil.Process]:
@@ -196,7 +196,7 @@ def _family(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """Kill a process with all that it started, as a machine that loses power does."""
+    """Kill a process and its descendants, as a power failure does."""
     family = _family(process)
     process.kill()
     for member in family:

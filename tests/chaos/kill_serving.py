@@ -1,13 +1,13 @@
-"""Kill what serves, under load, and count the answers that were wrong or did not come.
+"""Kill parts of the endpoint under load, and count wrong and lost answers.
 
 python tests/chaos/kill_serving.py               # six minutes on two cores
-python tests/chaos/kill_serving.py --rounds 3    # each is killed three times
+python tests/chaos/kill_serving.py --rounds 3    # three kills of each kind
 
-On the local cluster (`mellow cluster up --local`), with a random tiny model on two serving nodes, clients ask without
-pause, half of them for streams, half of them greedily, and never repeat a request. While they do, one model replica,
-one serving node with all that runs on it, and the Serve controller on the head are killed with SIGKILL; in place of the
-node another one starts, as Kubernetes would have it. Every answer is compared with the one that was given before
-anything was killed. A kill is recovered from when both replicas run again and the controller answers.
+On the local cluster (`mellow cluster up --local`), with a random tiny model on two serving nodes, clients send requests
+without pause and without retries: half of the clients stream, and half of the requests are greedy. Meanwhile one model
+replica, one serving node with all its processes, and the Serve controller on the head are killed with SIGKILL; a new
+node replaces the killed one, as on Kubernetes. Every answer is compared with the answer to the same request before the
+kills. Recovery ends when both replicas run again and the controller responds.
 """
 
 import argparse
@@ -45,27 +45,27 @@ CLIENTS = 8
 CLIPS = 12
 TOKENS = 48
 REPLICAS = 2
-CALM_SECONDS = 8.0  # of load before a kill, and after what it took to recover
-PATIENCE = 240.0  # seconds that recovery may take
+CALM_SECONDS = 8.0  # seconds of load before a kill, and after the recovery
+PATIENCE = 240.0  # timeout of recovery, in seconds
 JSON = {"Content-Type": "application/json"}
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A request that has one right answer: greedy, or drawn with its seed."""
+    """Request with one right answer: greedy, or sampled with a seed."""
 
     sound: int
     greedy: bool
     stream: bool
 
     def body(self) -> bytes:
-        drawn: dict[str, Any] = {} if self.greedy else {"temperature": 1.0, "seed": self.sound}
-        return question(clip(self.sound, seconds=2.0), max_tokens=TOKENS, stream=self.stream, **drawn)
+        sampling: dict[str, Any] = {} if self.greedy else {"temperature": 1.0, "seed": self.sound}
+        return question(clip(self.sound, seconds=2.0), max_tokens=TOKENS, stream=self.stream, **sampling)
 
 
 @dataclass
 class Tally:
-    """What became of the requests."""
+    """Counts of requests, wrong and lost answers, and the right answers by (sound, greedy)."""
 
     expected: dict[tuple[int, bool], str]
     requests: int = 0
@@ -88,7 +88,7 @@ class Tally:
 
 
 def answer_of(client: httpx.Client, ask: Ask) -> tuple[str | None, str]:
-    """Return the answer to a request, or None and why there is none."""
+    """Return (answer, "") of a request, or (None, reason)."""
     try:
         if not ask.stream:
             response = client.post("/v1/chat/completions", content=ask.body(), headers=JSON)
@@ -107,18 +107,18 @@ def answer_of(client: httpx.Client, ask: Ask) -> tuple[str | None, str]:
                     if "error" in event:
                         return None, f"error event: {event['error']['message']}"
                     text += event["choices"][0]["delta"].get("content") or ""
-        return (text, "") if done else (None, "the stream ended silently")
+        return (text, "") if done else (None, "the stream ended without [DONE]")
     except (httpx.HTTPError, ValueError, KeyError) as error:
         return None, repr(error)
 
 
 class Chaos:
-    """A local cluster that serves, and the means to kill parts of it."""
+    """Local cluster with the endpoint, and methods that kill parts of it."""
 
     def __init__(self, folder: Path):
         self.model = str(folder / "model")
         write_tiny_model(self.model)
-        os.environ["MELLOW_MODEL"] = self.model  # the nodes' own
+        os.environ["MELLOW_MODEL"] = self.model  # nodes inherit it
         self.cluster = cluster.up(folder=folder / "cluster", dashboard_port=cluster.free_port())
         self.url = f"http://127.0.0.1:{cluster.free_port()}"
         self._deploy(folder)
@@ -129,33 +129,33 @@ class Chaos:
         config["http_options"] = {"host": host, "port": int(port)}
         model = config["applications"][1]["deployments"][0]
         model["autoscaling_config"] |= {"min_replicas": REPLICAS, "max_replicas": REPLICAS}
-        # Else both may be on the node that is killed; on GPU nodes there is room for one on each.
+        # Otherwise both may be on the killed node; a GPU node has room for one replica only.
         model["max_replicas_per_node"] = 1
         file = folder / "serve.yaml"
         file.write_text(yaml.safe_dump(config))
         program = str(Path(sys.executable).with_name("serve"))
         environment = os.environ | self.cluster.environment
         subprocess.run([program, "deploy", str(file)], env=environment, check=True, cwd=REPOSITORY)
-        self.wait(lambda: httpx.get(f"{self.url}/readyz", timeout=10).status_code == 200, "an answer")
+        self.wait(lambda: httpx.get(f"{self.url}/readyz", timeout=10).status_code == 200, "readiness")
         self.wait(self.is_whole, f"{REPLICAS} replicas")
 
     def is_whole(self, without: Collection[int] = ()) -> bool:
-        """Whether all replicas run, and none of them in a process that is dead."""
+        """Return whether all replicas run, none of them in the killed processes `without`."""
         pids = {replica["pid"] for replica in self.replicas()}
         return len(pids) == REPLICAS and pids.isdisjoint(without)
 
     def replicas(self) -> list[dict[str, Any]]:
         return replicas_of(serve_details(self.cluster.dashboard), "mellow")
 
-    def wait(self, until: Callable[[], bool], what: str) -> float:
-        """Wait until something is so and return the seconds that it took."""
+    def wait(self, until: Callable[[], bool], event: str) -> float:
+        """Wait until a condition is true and return the seconds that it took; `event` names it in the error."""
         start = time.monotonic()
         while time.monotonic() - start < PATIENCE:
             with contextlib.suppress(httpx.HTTPError, KeyError):
                 if until():
                     return time.monotonic() - start
             time.sleep(0.25)
-        raise TimeoutError(f"{what}: not within {PATIENCE:g} s; logs are in {self.cluster.temporary}")
+        raise TimeoutError(f"{event}: not within {PATIENCE:g} s; logs are in {self.cluster.temporary}")
 
     def kill_replica(self, rng: random.Random) -> Callable[[], bool]:
         victim = rng.choice(self.replicas())
@@ -192,32 +192,32 @@ def _title(process: psutil.Process) -> str:
 
 @contextlib.contextmanager
 def load(url: str, tally: Tally, seed: int) -> Iterator[None]:
-    """Have clients ask without pause while the block runs; those that wait at its end are waited for."""
-    over = threading.Event()
+    """Run clients that send requests without pause during the block, and wait for their last answers."""
+    stop = threading.Event()
 
-    def ask_on(number: int) -> None:
+    def send_requests(number: int) -> None:
         rng = random.Random(f"{seed} {number}")
         with httpx.Client(base_url=url, timeout=PATIENCE) as client:
-            while not over.is_set():
+            while not stop.is_set():
                 ask = Ask(rng.randrange(CLIPS), rng.random() < 0.5, number % 2 == 0)
                 start = time.monotonic()
                 tally.count(ask, *answer_of(client, ask), time.monotonic() - start)
 
-    clients = [threading.Thread(target=ask_on, args=(number,)) for number in range(CLIENTS)]
+    clients = [threading.Thread(target=send_requests, args=(number,)) for number in range(CLIENTS)]
     for client in clients:
         client.start()
     try:
         yield
     finally:
-        over.set()
+        stop.set()
         for client in clients:
             client.join()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=VICTIMS, help="what is killed, in this order")
-    parser.add_argument("--rounds", type=int, default=1, help="times that each is killed")
+    parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=VICTIMS, help="parts to kill, in this order")
+    parser.add_argument("--rounds", type=int, default=1, help="number of kills per part")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -232,7 +232,7 @@ def main() -> None:
 
 
 def run(chaos: Chaos, victims: Sequence[str], seed: int) -> dict[str, Any]:
-    """Kill one victim after the other under load; return the counts."""
+    """Kill the victims one by one under load; return the counts."""
     rng = random.Random(seed)
     expected: dict[tuple[int, bool], str] = {}
     with httpx.Client(base_url=chaos.url, timeout=PATIENCE) as client:
@@ -240,9 +240,9 @@ def run(chaos: Chaos, victims: Sequence[str], seed: int) -> dict[str, Any]:
             for greedy in (True, False):
                 answer, reason = answer_of(client, Ask(sound, greedy, False))
                 if answer is None:
-                    raise RuntimeError(f"there is no answer before anything is killed: {reason}")
+                    raise RuntimeError(f"no answer before the first kill: {reason}")
                 expected[sound, greedy] = answer
-    print(f"{len(set(expected.values()))} different answers to {len(expected)} questions")
+    print(f"{len(set(expected.values()))} distinct answers to {len(expected)} questions")
     total = Tally(expected)
     recovery: dict[str, float] = {}
     kills = dict(zip(VICTIMS, (chaos.kill_replica, chaos.kill_node, chaos.kill_controller), strict=True))
@@ -250,15 +250,15 @@ def run(chaos: Chaos, victims: Sequence[str], seed: int) -> dict[str, Any]:
         tally = Tally(expected)
         with load(chaos.url, tally, seed + number):
             time.sleep(CALM_SECONDS)
-            took = chaos.wait(kills[name](rng), f"recovery from the loss of a {name}")
+            seconds = chaos.wait(kills[name](rng), f"recovery from the loss of a {name}")
             time.sleep(CALM_SECONDS)
         print(
-            f"{name}: recovered in {took:.1f} s; {tally.requests} requests, {tally.wrong} wrong, {tally.lost} lost, "
-            f"the slowest answer in {tally.slowest:.1f} s"
+            f"{name}: recovered in {seconds:.1f} s; {tally.requests} requests, {tally.wrong} wrong, {tally.lost} lost, "
+            f"slowest answer {tally.slowest:.1f} s"
         )
         for reason, count in tally.reasons.items():
             print(f"  {count} times {reason}")
-        recovery[name] = round(max(took, recovery.get(name, 0.0)), 1)
+        recovery[name] = round(max(seconds, recovery.get(name, 0.0)), 1)
         total.requests += tally.requests
         total.wrong += tally.wrong
         total.lost += tally.lost

@@ -1,7 +1,7 @@
 """Replies of a model to the questions of benchmarks, collected on Ray Data in parts that a resumed job skips.
 
-A part (`mellow_platform.resumable`) is a range of the questions under one condition, so that a further condition is
-answered without repeating the others.
+A part (`mellow_platform.resumable`) is a range of the questions under one condition, so that a condition can be added
+later without repeating the others. Questions that an endpoint left unanswered are retried until the job is finished.
 """
 
 import hashlib
@@ -45,8 +45,8 @@ from mellow_platform.resumable import (
 )
 
 ANSWERS, REPORT = "answers", "report.json"
-SERVED = "served_model"  # the field in configuration.json for what an endpoint calls its model
-CLIPS_OF_THE_MEAN = 64  # clips whose mean is the input under the condition text_only
+SERVED = "served_model"  # field in configuration.json: name of the model at the endpoint
+MEAN_CLIPS = 64  # clips whose mean is the input under the condition text_only
 
 ANSWER_SCHEMA = pa.schema(
     [
@@ -62,15 +62,15 @@ ANSWER_SCHEMA = pa.schema(
 def collect_replies(
     config: EvaluateConfig, questions: Sequence[ModelInput], source: QuestionSource
 ) -> dict[str, list[Reply]]:
-    """Return a model's replies to all questions, in order, by condition; questions that have a reply are skipped.
+    """Return a model's replies to all questions, in order, by condition; answered questions are not repeated.
 
     Raises:
-        ValueError: under a condition more than the allowed share of the questions failed, the shards were written by
+        ValueError: more than the allowed share of the questions under a condition failed, the shards were written by
             another encoder, or `output` contains other answers.
         ConnectionError: the endpoint cannot be reached; its answers are kept for the next run.
     """
     conditions = [name for name in config.conditions if name != "chance"]
-    # Questions about the same clips are neighbours: their clips are read once, and found in the engine's caches.
+    # Sorted by clips, so that the clips of neighbouring questions are read once and are in the engine's caches.
     order = sorted(range(len(questions)), key=lambda row: (questions[row].clips, row))
     columns = {"row": order, "prompt": [questions[row].prompt for row in order]}
     table = pa.table(columns | {"clips": [list(questions[row].clips) for row in order]})
@@ -83,25 +83,24 @@ def collect_replies(
         for condition in conditions
         for name, rows in ranges.items()
     }
-    done = {name: each for name, each in read_receipts(config.output, ANSWERS).items() if name in parts}
-    works = any(receipt["questions"] > sum(receipt["failed"].values()) for receipt in done.values())
-    if len(done) < len(parts) or any(
-        budget.is_exceeded for budget in _budgets(done, conditions, table, config).values()
-    ):
-        # Questions that an endpoint did not answer are retried, but not those of a finished job.
-        done = {name: receipt for name, receipt in done.items() if UNANSWERED not in receipt["failed"]}
-    budgets = _budgets(done, conditions, table, config)
+    finished = {name: each for name, each in read_receipts(config.output, ANSWERS).items() if name in parts}
+    works = any(receipt["questions"] > sum(receipt["failed"].values()) for receipt in finished.values())
+    budgets = _budgets(finished, conditions, table, config)
+    if len(finished) < len(parts) or any(budget.is_exceeded for budget in budgets.values()):
+        # Questions that an endpoint did not answer are retried, except those of a finished job.
+        finished = {name: receipt for name, receipt in finished.items() if UNANSWERED not in receipt["failed"]}
+        budgets = _budgets(finished, conditions, table, config)
     for condition, budget in budgets.items():
-        details = (each["first"] for each in done.values() if each["condition"] == condition and each["first"])
+        details = (each["first"] for each in finished.values() if each["condition"] == condition and each["first"])
         budget.add({}, next(details, None))
     progress = Progress(
         "questions",
         len(table) * len(conditions),
-        sum(receipt["questions"] for receipt in done.values()),
+        sum(receipt["questions"] for receipt in finished.values()),
         rejected_are="without an answer",
     )
-    missing = [{"name": name} | part for name, part in parts.items() if name not in done]
-    clips = list(dict.fromkeys(clip for question in questions for clip in question.clips))[:CLIPS_OF_THE_MEAN]
+    missing = [{"name": name} | part for name, part in parts.items() if name not in finished]
+    clips = list(dict.fromkeys(clip for question in questions for clip in question.clips))[:MEAN_CLIPS]
     for receipt in _answer_parts(config, table, missing, clips, key, model, works):
         progress.add(receipt["questions"], sum(receipt["failed"].values()))
         budgets[receipt["condition"]].add(receipt["failed"], receipt["first"])
@@ -115,7 +114,7 @@ def collect_replies(
 def _budgets(
     receipts: dict[str, dict[str, Any]], conditions: Sequence[str], questions: pa.Table, config: EvaluateConfig
 ) -> dict[str, FailureBudget]:
-    """Return by condition how many questions of finished parts failed, against the share that may."""
+    """Return the failure budget of each condition, with the failed questions of finished parts."""
     remedy = f"Submit the job again to retry unanswered questions; repair unusable clips and delete {config.output}"
     budgets = {
         condition: FailureBudget(f"questions under {condition}", len(questions), config.max_failed_share, remedy)
@@ -132,53 +131,56 @@ def _file_prefix(condition: str, config: EvaluateConfig) -> str:
 
 
 def _served_model(config: EvaluateConfig, key: SecretStr) -> str:
-    """Return what the endpoint calls the model that is judged: by configuration, as it did before, or as it says.
+    """Return the name of the model at the endpoint: from the options, an earlier run's claim, or the endpoint's list.
 
     Raises:
-        ConnectionError: it does not say.
+        ConnectionError: the endpoint does not list its models.
     """
     if config.endpoint.model:
         return config.endpoint.model
-    known = claimed_options(config.output)
-    return known[SERVED] if known.get("model") == config.model and SERVED in known else first_served_model(config, key)
+    claimed = claimed_options(config.output)
+    has_name = claimed.get("model") == config.model and SERVED in claimed
+    return claimed[SERVED] if has_name else first_served_model(config, key)
 
 
 def _model_digest(config: EvaluateConfig, source: QuestionSource) -> str:
-    """Return the SHA-256 of the model's folder, having made sure that its encoder wrote the shards.
+    """Return the SHA-256 of the model folder, after a check that its encoder wrote the shards.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: another encoder wrote them.
+        FileNotFoundError: the folder does not exist.
+        ValueError: another encoder wrote the shards.
     """
     if not storage.exists(config.model):
         raise FileNotFoundError(
-            f"model {config.model}: no such folder, and no address (http://...), constant:TEXT, random or "
+            f"model {config.model}: no such folder; expected a folder, a URL (http://...), constant:TEXT, random or "
             "predictions:FILE"
         )
     if source.manifest and source.manifest.encoder != encoder_digest(load_encoder(config.model)):
         raise ValueError(
-            f"{config.shards} was written by an encoder with other weights than {config.model} has: give shards of its "
-            "own (jobs/preprocess.py --encoder), or `corpus` with `audio_root`"
+            f"{config.shards} was written by another encoder than that of {config.model}; set shards of this encoder "
+            "(jobs/preprocess.py --encoder), or `corpus` with `audio_root`"
         )
     return model_digest(storage.local_copy(config.model))
 
 
 def claim_output(config: EvaluateConfig, questions: Sequence[ModelInput], model: str, source: QuestionSource) -> None:
-    """Reserve `output` for the answers of `model` to these questions.
+    """Claim `output` for the answers of `model` to these questions.
+
+    `model` is its name at the endpoint or the SHA-256 of its folder; empty for baselines.
 
     Raises:
-        ValueError: it contains other answers.
+        ValueError: `output` contains other answers.
     """
     content = hashlib.sha256()
     for question in questions:
         content.update(json.dumps(asdict(question)).encode())
-    depends_on = config.identity | {
-        # Covers `benchmark`, `limit`, and the files of questions and clips.
+    options = config.identity | {
+        # Covers `benchmark`, `limit`, the text of questions and the keys of clips.
         "questions": content.hexdigest(),
         "shards": source.manifest.content_hash if source.manifest else None,
         SERVED if config.is_remote else "weights": model,
     }
-    claim(config.output, depends_on, digest(depends_on), "answers", REPORT)
+    claim(config.output, options, digest(options), "answers", REPORT)
 
 
 def _answer_parts(
@@ -190,7 +192,7 @@ def _answer_parts(
     model: str,
     works: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Answer and write parts, and yield their receipts as they arrive."""
+    """Answer and write parts; yield their receipts as they arrive."""
     if not parts:
         return
     store = ray.put(FeatureStore.load(config.shards, _clips_of(questions))) if config.shards else None
@@ -230,14 +232,12 @@ class AnswerQuestions:
         """Answer the questions of a part that have no answer yet, write the part, and return its receipt."""
         rows = self.questions.slice(start, self.config.rows_per_part).to_pylist()
         uri = storage.join(self.config.output, ANSWERS, f"{name}.parquet")
-        before = storage.read_tables([uri]).to_pylist() if storage.exists(uri) else []
-        known = {answer["row"]: answer for answer in before if answer["error"] != UNANSWERED}
-        open_rows = [row for row in rows if row["row"] not in known]
-        replies = self.answerer.answer([ModelInput(row["prompt"], tuple(row["clips"])) for row in open_rows], condition)
-        known |= {
-            row["row"]: {"row": row["row"]} | asdict(reply) for row, reply in zip(open_rows, replies, strict=True)
-        }
-        answers = [known[row["row"]] for row in rows]
+        existing = storage.read_tables([uri]).to_pylist() if storage.exists(uri) else []
+        by_row = {answer["row"]: answer for answer in existing if answer["error"] != UNANSWERED}
+        missing = [row for row in rows if row["row"] not in by_row]
+        replies = self.answerer.answer([ModelInput(row["prompt"], tuple(row["clips"])) for row in missing], condition)
+        by_row |= {row["row"]: {"row": row["row"]} | asdict(reply) for row, reply in zip(missing, replies, strict=True)}
+        answers = [by_row[row["row"]] for row in rows]
         receipt = {
             "condition": condition,
             "questions": len(rows),

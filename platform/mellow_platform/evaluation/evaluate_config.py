@@ -52,8 +52,8 @@ class EvaluateConfig(Section):
     )
     model: Model = Field(
         description="model under evaluation: folder of a Mellow model; URL of an OpenAI-compatible endpoint "
-        "(http://127.0.0.1:8000/v1); constant:TEXT for the same answer to every question; random for a random choice,"
-        " or another question's answer; predictions:URI for a file of answers"
+        "(http://127.0.0.1:8000/v1); constant:TEXT for the same answer to every question; random for a random choice "
+        "or, without choices, the answer to another question; predictions:URI for a file of answers"
     )
     shards: Input | None = Field(
         None,
@@ -95,56 +95,56 @@ class EvaluateConfig(Section):
     )
     against: Input | None = Field(
         None,
-        description="output folder of another evaluation; the job fails if a score is significantly lower than there"
-        " (default: no comparison)",
+        description="output folder of another evaluation to compare with; the job fails if a score is significantly "
+        "lower (default: no comparison)",
     )
     resamples: int = Field(1000, ge=100, description="bootstrap samples of clips per confidence interval")
     seed: int = Field(0, ge=0, description="seed of noise, chance answers and bootstrap samples")
-    examples: int = Field(6, ge=0, description="questions per benchmark to listen to in the report, worst first")
+    examples: int = Field(6, ge=0, description="example questions per benchmark in the report, worst first")
     rows_per_part: int = Field(128, ge=1, description="questions per output file; a file is written whole")
     batch_size: int = Field(64, ge=1, description="questions that an actor answers at once")
     workers: int = Field(2, ge=1, description="number of actors that run the model or call the endpoint")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs per actor")
 
     @property
-    def listens(self) -> bool:
-        """Whether the model hears clips, and has not its answer before."""
+    def runs_model(self) -> bool:
+        """Whether a model or endpoint receives the questions, as opposed to a baseline without a model."""
         return self.model != "random" and not self.model.startswith(("constant:", "predictions:"))
 
     @property
     def is_remote(self) -> bool:
-        """Whether an endpoint answers."""
+        """Whether the model is an endpoint."""
         return self.model.startswith(("http://", "https://"))
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that the answers, and the files they are in, depend on."""
+        """Fields that answers and their files depend on."""
         names = "model", "split", "max_new_tokens", "dtype", "limits", "seed", "rows_per_part"
         return self.model_dump(include={*names}) | {"endpoint": self.endpoint.model_dump(include={"formats"})}
 
     @model_validator(mode="after")
-    def _noise_is_a_condition(self) -> "EvaluateConfig":
+    def _move_noise_to_conditions(self) -> "EvaluateConfig":
         if "noise" in self.benchmark:
             self.benchmark.remove("noise")
             self.conditions += [] if "noise" in self.conditions else ["noise"]
         if not self.benchmark:
-            raise ValueError("benchmark: noise is a control on others: name one of them beside it, as in mcq,noise")
+            raise ValueError("benchmark: noise is a control of other benchmarks; add one, as in mcq,noise")
         return self
 
     @model_validator(mode="after")
-    def _questions_come_from_one_place(self) -> "EvaluateConfig":
+    def _check_combinations(self) -> "EvaluateConfig":
         if self.shards and self.corpus:
-            raise ValueError("give `shards` or `corpus`, and not both")
+            raise ValueError("`shards` and `corpus` are both set; set one of them")
         if not (self.shards or self.corpus or self.mmau):
-            raise ValueError("give `shards`, or `corpus` with `audio_root`, or `mmau`")
+            raise ValueError("no questions; set `shards`, or `corpus` with `audio_root`, or `mmau`")
         if self.is_remote and (parts := urlsplit(self.model)) and (parts.username or parts.query):
-            raise ValueError("model: an address without name, password or query; the key is OPENAI_API_KEY's")
-        if self.listens and set(self.conditions) == {"chance"}:
-            raise ValueError("conditions: chance alone needs no model: name another one, or take model: random")
-        if self.against and self.listens and "audio" not in self.conditions:
-            raise ValueError("against: scores are compared with audio: have it among the conditions")
+            raise ValueError("model: the URL contains a user name, password or query; set OPENAI_API_KEY instead")
+        if self.runs_model and set(self.conditions) == {"chance"}:
+            raise ValueError("conditions: chance needs no model; add another condition, or set model: random")
+        if self.against and self.runs_model and "audio" not in self.conditions:
+            raise ValueError("against: scores with audio are compared; add audio to conditions")
         if self.against and self.against == self.output:
-            raise ValueError(f"against {self.against}: that is `output`, give the folder of another evaluation")
+            raise ValueError(f"against {self.against} is the same folder as `output`; set another evaluation's folder")
         if self.shards and self.is_remote:
-            raise ValueError("`shards` hold no audio to send to an endpoint: give `corpus` with `audio_root`")
+            raise ValueError("`shards` contain no audio to send to an endpoint; set `corpus` with `audio_root`")
         return self

@@ -1,9 +1,8 @@
-"""The evaluation job: the questions of benchmarks are answered under each condition, scored, and reported.
+"""Evaluation job: answer the questions of benchmarks under each condition, score the answers, write a report.
 
-Conditions: the clips themselves (`audio`), Gaussian noise in their place (`noise`), no clip (`text_only`: Mellow hears
-the mean of many, an endpoint gets the question alone), and an answer drawn without looking at anything (`chance`, whose
-scores are expected ones: every choice of a question is as likely). A model that listens is right with audio, and near
-chance with the others.
+Conditions: clips (`audio`), Gaussian noise instead of clips (`noise`), no clips (`text_only`: Mellow receives the mean
+of many clips, an endpoint the question or also silence), and random answers (`chance`, whose scores are expected values
+over the choices of a question). A model that uses its audio is right under `audio`, and near chance otherwise.
 """
 
 import zlib
@@ -35,10 +34,10 @@ PREDICTION_SCHEMA = pa.schema(
         pa.field("clips", TEXTS, nullable=False),
         pa.field("question", pa.string(), nullable=False),
         pa.field("choices", TEXTS, nullable=False),
-        pa.field("answer", TEXTS, nullable=False),  # the right ones; empty where they are not public
-        pa.field("prediction", pa.string(), nullable=False),  # empty where there is none
-        pa.field("score", pa.float64()),  # 1 or 0, or of a description the score that they are compared by
-        pa.field("seconds", pa.float64()),  # null of an answer that no model gave
+        pa.field("answer", TEXTS, nullable=False),  # reference answers; empty if they are not public
+        pa.field("prediction", pa.string(), nullable=False),  # empty on failure
+        pa.field("score", pa.float64()),  # 1 or 0; of a description, the score to sort by
+        pa.field("seconds", pa.float64()),  # null without a model
         pa.field("error", pa.string()),
         pa.field("detail", pa.string()),
         pa.field("groups", pa.map_(pa.string(), pa.string()), nullable=False),
@@ -50,35 +49,35 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Answer and score; write `predictions.parquet`, `report.json`, `report.md` and `report.html`; return the report.
 
     Raises:
-        FileNotFoundError: questions, clips, shards or model are absent.
-        ValueError: there are no questions of a benchmark, too many have no answer, `output` holds other answers, or
-            the evaluation to compare with has none of the questions.
-        ConnectionError: the endpoint cannot be asked.
+        FileNotFoundError: questions, shards or model do not exist.
+        ValueError: a benchmark has no questions, too many questions have no answer, `output` contains other answers, or
+            the evaluation `against` contains none of the questions.
+        ConnectionError: the endpoint cannot be reached.
     """
     source = QuestionSource(config)
     questions = select(config, source)
-    before = read_baseline(config, questions)
-    # What several benchmarks ask alike is asked once.
-    asked = list(dict.fromkeys(ModelInput(b.prompt(item), item.clips) for b, items in questions for item in items))
-    replies = _by_question(collect_replies(config, asked, source)) if config.listens else []
-    said = dict(zip(asked, replies, strict=config.listens))
-    answered = [score(b, items, _replies_to(b, items, said, config)) for b, items in questions]
+    baseline = read_baseline(config, questions)
+    # Without duplicates: benchmarks share questions.
+    inputs = list(dict.fromkeys(ModelInput(b.prompt(item), item.clips) for b, items in questions for item in items))
+    collected = _by_question(collect_replies(config, inputs, source)) if config.runs_model else []
+    replies = dict(zip(inputs, collected, strict=config.runs_model))
+    answered = [score(b, items, _replies_to(b, items, replies, config)) for b, items in questions]
     for each in answered:
         check_failures(each, config)
-    if not config.listens:  # nothing is kept that a failed run could go on with
-        claim_output(config, asked, "", source)
+    if not config.runs_model:  # claimed only now: a failed run without a model leaves no answers to resume from
+        claim_output(config, inputs, "", source)
     report = {
         "model": config.model,
         "split": config.split,
-        "records": len(asked),
+        "records": len(inputs),
         "conditions": list(answered[0].replies),
         "benchmarks": {each.benchmark.name: summarise(each, config) for each in answered},
-        **_asking(answered, config),
-        # Questions of all splits that the shards do not have, as their clips cannot be used.
+        **_statistics(answered, config),
+        # Questions of all splits that are not in the shards, because their clips cannot be used.
         "dropped": source.manifest.counts["records_dropped"] if source.manifest else 0,
     }
     if config.against:
-        report["comparison"] = compare(answered, before, config)
+        report["comparison"] = compare(answered, baseline, config)
     write(config, answered, report)
     for each in answered:
         if isinstance(each.benchmark, MMAU) and "audio" in each.replies:
@@ -87,7 +86,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def check_failures(answered: AnsweredBenchmark, config: EvaluateConfig) -> None:
-    """Check each benchmark's failed questions, which may be many in a small benchmark and few over all.
+    """Check the share of failed questions per benchmark: a small benchmark may have many, although all have few.
 
     Raises:
         ValueError: more than the allowed share of a benchmark's questions failed.
@@ -99,45 +98,47 @@ def check_failures(answered: AnsweredBenchmark, config: EvaluateConfig) -> None:
 
 
 def _by_question(replies: dict[str, list[Reply]]) -> list[dict[str, Reply]]:
-    return [dict(zip(replies, of_one, strict=True)) for of_one in zip(*replies.values(), strict=True)]
+    return [dict(zip(replies, row, strict=True)) for row in zip(*replies.values(), strict=True)]
 
 
 def _replies_to(
-    benchmark: Benchmark, items: list[BenchmarkItem], said: dict[ModelInput, dict[str, Reply]], config: EvaluateConfig
+    benchmark: Benchmark,
+    items: list[BenchmarkItem],
+    collected: dict[ModelInput, dict[str, Reply]],
+    config: EvaluateConfig,
 ) -> dict[str, list[Reply]]:
-    """Return the replies to a benchmark's items by condition: what a model said, or what is answered without one."""
-    own: dict[str, list[Reply]] = {}
-    if config.listens:
+    """Return the replies to a benchmark's items by condition: the model's collected ones, or a baseline's."""
+    replies: dict[str, list[Reply]] = {}
+    if config.runs_model:
         for condition in (name for name in config.conditions if name != "chance"):
-            replies = [said[ModelInput(benchmark.prompt(item), item.clips)][condition] for item in items]
-            pairs = zip(items, replies, strict=True)
-            own[condition] = [replace(reply, text=benchmark.reply(item, reply.text)) for item, reply in pairs]
+            pairs = [(item, collected[ModelInput(benchmark.prompt(item), item.clips)][condition]) for item in items]
+            replies[condition] = [replace(reply, text=benchmark.reply(item, reply.text)) for item, reply in pairs]
     elif config.model == "random":
-        own["audio"] = draw_answers(items, config.seed)
+        replies["audio"] = draw_answers(items, config.seed)
     elif config.model.startswith("constant:"):
-        own["audio"] = [Reply(config.model.removeprefix("constant:"))] * len(items)
+        replies["audio"] = [Reply(config.model.removeprefix("constant:"))] * len(items)
     else:
-        own["audio"] = read_answers(benchmark.name, items, config.model.removeprefix("predictions:"))
+        replies["audio"] = read_answers(benchmark.name, items, config.model.removeprefix("predictions:"))
     if "chance" in config.conditions:
-        own["chance"] = draw_answers(items, config.seed)
-    return own
+        replies["chance"] = draw_answers(items, config.seed)
+    return replies
 
 
-def _asking(answered: Sequence[AnsweredBenchmark], config: EvaluateConfig) -> dict[str, Any]:
-    """Return by condition what was not answered as it was asked, and how long answers took."""
-    # Each reply once, however many benchmarks it counts in: what a model said is known by what it was asked.
-    replies: dict[str, dict[ModelInput | str, Reply]] = {}
+def _statistics(answered: Sequence[AnsweredBenchmark], config: EvaluateConfig) -> dict[str, Any]:
+    """Return failures, truncations and seconds per answer by condition."""
+    # By model input, so that a reply is counted once, even if several benchmarks score it.
+    distinct: dict[str, dict[ModelInput | str, Reply]] = {}
     for each in answered:
         questions = [
-            ModelInput(each.benchmark.prompt(item), item.clips) if config.listens else item.id for item in each.items
+            ModelInput(each.benchmark.prompt(item), item.clips) if config.runs_model else item.id for item in each.items
         ]
-        for condition, own in each.replies.items():
-            replies.setdefault(condition, {}).update(zip(questions, own, strict=True))
-    found = {condition: list(own.values()) for condition, own in replies.items()}
+        for condition, replies in each.replies.items():
+            distinct.setdefault(condition, {}).update(zip(questions, replies, strict=True))
+    counted = {condition: list(replies.values()) for condition, replies in distinct.items()}
     return {
-        "no_answer": {name: dict(Counter(reply.error for reply in own if reply.error)) for name, own in found.items()},
-        "cut": {name: _cut(own) for name, own in found.items()},
-        "seconds_an_answer": {name: _quantiles(own) for name, own in found.items()},
+        "no_answer": {name: dict(Counter(r.error for r in replies if r.error)) for name, replies in counted.items()},
+        "cut": {name: _cut(replies) for name, replies in counted.items()},
+        "seconds_an_answer": {name: _quantiles(replies) for name, replies in counted.items()},
     }
 
 
@@ -146,40 +147,40 @@ def _cut(replies: Sequence[Reply]) -> dict[str, int]:
 
 
 def _quantiles(replies: Sequence[Reply]) -> dict[str, float]:
-    """Return how long answers took, of those whose time was taken."""
+    """Return quantiles of the seconds per answer; empty if no reply was timed."""
     seconds = [reply.seconds for reply in replies if reply.seconds is not None]
     shares = {"median": 0.5, "p95": 0.95, "max": 1.0} if seconds else {}
     return {name: round(float(np.quantile(seconds, share)), 4) for name, share in shares.items()}
 
 
 def select(config: EvaluateConfig, source: QuestionSource) -> list[tuple[Benchmark, list[BenchmarkItem]]]:
-    """Return the benchmarks that are asked for with their questions; of `all`, those that there are questions of.
+    """Return the benchmarks in `config` with their questions; `all` selects the benchmarks that have questions.
 
     Raises:
-        ValueError: there are no questions of a benchmark that was named.
+        ValueError: a benchmark in `config` has no questions, or `all` selects none.
     """
     every = "all" in config.benchmark
-    chosen = []
+    selected = []
     for name in BENCHMARKS if every else dict.fromkeys(config.benchmark):
         benchmark = BENCHMARKS[name]()
-        # MMAU's file alone is enough for MMAU.
-        there = benchmark.records(source) if not every or name == "mmau" or config.shards or config.corpus else []
-        if there:
-            chosen.append((benchmark, there[: config.limit]))
+        # Only `mmau` needs neither shards nor corpus.
+        items = benchmark.records(source) if not every or name == "mmau" or config.shards or config.corpus else []
+        if items:
+            selected.append((benchmark, items[: config.limit]))
         elif not every:
             families = Counter(item.family for item in source.records) if config.shards or config.corpus else {}
             found = ", ".join(sorted(families)) or "none"
             raise ValueError(
-                f"benchmark {name}: split {config.split!r} has no such questions; families there: {found}"
-                + ("; give `mmau`, the benchmark's file" if name == "mmau" else "")
+                f"benchmark {name}: split {config.split!r} has no such questions; families in it: {found}"
+                + ("; set `mmau`, the benchmark's file" if name == "mmau" else "")
             )
-    if not chosen:
+    if not selected:
         raise ValueError(f"split {config.split!r} has no questions of any benchmark")
-    return chosen
+    return selected
 
 
 def write(config: EvaluateConfig, answered: Sequence[AnsweredBenchmark], report: dict[str, Any]) -> None:
-    """Write predictions and report."""
+    """Write the predictions, and the report as JSON, Markdown and HTML."""
     tables = [table for each in answered for table in _predictions(each)]
     storage.write_table(storage.join(config.output, PREDICTIONS), pa.concat_tables(tables))
     storage.write_json(storage.join(config.output, REPORT), report)
@@ -191,7 +192,7 @@ def write(config: EvaluateConfig, answered: Sequence[AnsweredBenchmark], report:
 def _predictions(answered: AnsweredBenchmark) -> Iterator[pa.Table]:
     """Yield the answers under each condition (`PREDICTION_SCHEMA`)."""
     items = answered.items
-    asked = {
+    questions = {
         "benchmark": [answered.benchmark.name] * len(items),
         "id": [item.id for item in items],
         "clips": [item.files or item.paths for item in items],
@@ -205,20 +206,20 @@ def _predictions(answered: AnsweredBenchmark) -> Iterator[pa.Table]:
         if condition in answered.scores:
             for row, score in zip(answered.scored_rows, answered.scores[condition].per_item, strict=True):
                 scores[row] = float(score)
-        said = {name: [getattr(reply, name) for reply in replies] for name in ("seconds", "error", "detail")}
-        columns = asked | said | {"condition": [condition] * len(items), "score": scores}
+        columns = questions | {"condition": [condition] * len(items), "score": scores}
+        columns |= {name: [getattr(reply, name) for reply in replies] for name in ("seconds", "error", "detail")}
         columns["prediction"] = [reply.text for reply in replies]
         yield pa.table({field.name: columns[field.name] for field in PREDICTION_SCHEMA}, schema=PREDICTION_SCHEMA)
 
 
 def _worst(answered: AnsweredBenchmark, count: int) -> list[Example]:
-    """Return the questions with the lowest scores with audio; of equal ones any, but the same each time."""
+    """Return the questions with the lowest scores with audio; equal scores are in a random but reproducible order."""
     if "audio" not in answered.scores:
         return []
-    each = answered.scores["audio"].per_item
-    draw = [zlib.crc32(answered.items[row].id.encode()) for row in answered.scored_rows]
-    order = sorted(range(len(each)), key=lambda place: (each[place], draw[place]))[:count]
-    rows = [(int(answered.scored_rows[place]), float(each[place])) for place in order]
+    scores = answered.scores["audio"].per_item
+    draws = [zlib.crc32(answered.items[row].id.encode()) for row in answered.scored_rows]
+    order = sorted(range(len(scores)), key=lambda index: (scores[index], draws[index]))[:count]
+    rows = [(int(answered.scored_rows[index]), float(scores[index])) for index in order]
     return [
         Example(
             item=answered.items[row],
@@ -230,7 +231,7 @@ def _worst(answered: AnsweredBenchmark, count: int) -> list[Example]:
 
 
 def write_submission(config: EvaluateConfig, source: QuestionSource, answered: AnsweredBenchmark) -> None:
-    """Write MMAU's file with `model_output` in every entry that was asked, for its own script or its leaderboard."""
+    """Write MMAU's entries with `model_output` added, for its script and leaderboard; other questions are omitted."""
     replies = answered.replies["audio"]
     output = {item.id: reply.text for item, reply in zip(answered.items, replies, strict=True)}
     entries = [

@@ -1,4 +1,4 @@
-"""Options of the gate that a model passes before it is served."""
+"""Options of the gate, which a model must pass before it is served."""
 
 from pydantic import Field, model_validator
 
@@ -19,7 +19,7 @@ class GateSection(Section):
     min_accuracy: float = Field(1.0, gt=0, le=1, description="share of questions that must be answered word for word")
 
     @model_validator(mode="after")
-    def _clips_are_somewhere(self) -> "GateSection":
+    def _check_audio_root(self) -> "GateSection":
         if bool(self.records) != bool(self.audio_root):
             raise ValueError("gate.records and gate.audio_root go together")
         return self
