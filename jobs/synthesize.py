@@ -1,7 +1,7 @@
 """Write questions in ReasonAQA's format from captions, check them, and mix a corpus for jobs/preprocess.py.
 
-Submitted again after it was killed, it resumes with the unanswered requests; if it is complete, it does nothing.
-A language model is named by OPENAI_BASE_URL, OPENAI_MODEL and OPENAI_API_KEY in the cluster's environment.
+Submitted again, a killed job resumes with unanswered requests; a finished job returns its report.
+OPENAI_BASE_URL, OPENAI_MODEL and OPENAI_API_KEY in the environment of the driver set the language model.
 
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
     python jobs/synthesize.py --captions s3://bucket/audiocaps/train.csv --writer endpoint --output s3://bucket/questions

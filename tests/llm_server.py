@@ -1,9 +1,9 @@
-"""A server on loopback that speaks OpenAI's chat protocol, writes questions of a kind, and fails as real ones do.
+"""OpenAI-compatible test server on loopback that writes questions, and fails like real servers.
 
-It takes a request's kind and the questions wanted from the JSON schema that comes along, and writes about the words of
-the caption in the prompt, at most `max_tokens` words. It knows `Idempotency-Key` as gateways do: what was written once
-under a key is not written again, but sent again. A share of its answers is out of form, and of its questions some are
-such as filters are there for. Everything is drawn from a seed and the request, in whatever order requests come.
+The JSON schema of a request sets the kind and the number of questions; their words are those of the caption in the
+prompt, up to `max_tokens` words. The server supports `Idempotency-Key` like gateways: an answer is generated once per
+key, and sent again for repeated requests. A share of the answers is malformed, and filters reject a share of the
+questions. All faults depend on a seed and the request, independent of the order of requests.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from typing import Any
 import pytest
 
 MODEL, KEY = "test-writer", "sk-test-5ecret-0f-this-run"
-# Of the way an answer takes: refused by a full server, an error, a connection that ends in the middle of the body, and
-# a body that is no JSON. And of the answer: content that is no JSON, and one with a question too few.
-ON_THE_WAY = ("full", "error", "cut", "broken_body")
-IN_CONTENT = ("broken_content", "wrong_count")
+# Faults in transport: a full server, a server error, a connection that ends in the middle of the body, and a body that
+# is not JSON. Faults in content: content that is not JSON, and one question less than requested.
+TRANSPORT_FAULTS = ("full", "error", "cut", "broken_body")
+CONTENT_FAULTS = ("broken_content", "wrong_count")
 RETRY_MILLISECONDS = 30
 
 DETAIL = [
@@ -52,29 +52,29 @@ GERMAN = "man hört in dieser aufnahme ein lautes und gleichmäßiges geräusch"
 
 @dataclass
 class LLMServer:
-    """A running server and what it has done, by idempotency key where nothing else is said.
+    """A running server and its counts, by idempotency key unless stated otherwise.
 
     Attributes:
-        url: what OPENAI_BASE_URL is set to.
-        asked: requests that arrived.
-        written: answers that a model would have been paid for, by what was asked, whatever the key: more than one is
-            more than was needed.
-        sent: answers that left whole, as far as a server can tell.
-        in_form: of these, such as have the form that was asked for.
-        faults: what went wrong, by name.
-        tokens: of prompts, and of answers, in all usage that was reported.
-        most_at_once: requests that were under way at the same time.
+        url: value of OPENAI_BASE_URL.
+        requests: requests received, without refused ones.
+        generated: answers generated, which a provider would bill, by hash of the request's body: more than one is a
+            waste.
+        sent: answers sent completely, as far as the server can tell.
+        valid: answers sent completely that match the schema.
+        faults: faults by name.
+        tokens: tokens by kind, over all usage in sent answers.
+        max_active: largest number of simultaneous requests.
     """
 
     url: str = ""
-    asked: Counter[str] = field(default_factory=Counter)
-    written: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)
+    generated: Counter[str] = field(default_factory=Counter)
     sent: Counter[str] = field(default_factory=Counter)
-    in_form: Counter[str] = field(default_factory=Counter)
+    valid: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
-    most_at_once: int = 0
-    at_once: int = 0
+    max_active: int = 0
+    active: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -82,16 +82,16 @@ class LLMServer:
         return {"OPENAI_BASE_URL": self.url, "OPENAI_MODEL": MODEL, "OPENAI_API_KEY": KEY}
 
     def set_env(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Set the variables by which a job finds this server."""
+        """Set the environment variables of this server."""
         for name, value in self.env.items():
             monkeypatch.setenv(name, value)
 
-    def answered(self, digest: str = "") -> Counter[str]:
-        """Return how often each request, whatever the attempt, got an answer in form."""
-        return _by_request(self.in_form, digest)
+    def valid_answers(self, digest: str = "") -> Counter[str]:
+        """Return the number of valid answers per request, over all attempts."""
+        return _by_request(self.valid, digest)
 
-    def replied(self, digest: str = "") -> Counter[str]:
-        """Return how often each request, whatever the attempt, got an answer in whatever form."""
+    def answers_sent(self, digest: str = "") -> Counter[str]:
+        """Return the number of answers per request, valid or malformed, over all attempts."""
         return _by_request(self.sent, digest)
 
 
@@ -106,30 +106,30 @@ def _by_request(counts: Counter[str], digest: str) -> Counter[str]:
 @contextlib.contextmanager
 def llm_server(
     faults: float = 0.0,
-    out_of_form: float = 0.0,
-    slips: float = 0.0,
+    malformed: float = 0.0,
+    rejectable: float = 0.0,
     seed: int = 0,
     latency: float = 0.0,
     refuse: str = "",
     status: int = 400,
     limit: float = math.inf,
     pause: float = 0.0,
-    bounds: bool = True,
+    accepts_bounds: bool = True,
 ) -> Iterator[LLMServer]:
     """Serve until the end of the block.
 
     Args:
-        faults: share of requests that meet one of `ON_THE_WAY`.
-        out_of_form: share of answers that have one of `IN_CONTENT`.
-        slips: share of questions that a filter is there for.
-        latency: seconds that writing an answer takes.
-        refuse: requests with this in their prompt are answered by `status`.
-        limit: answers after which all requests are answered by `status`.
-        pause: seconds in the header `Retry-After` of such answers; 0 leaves it at that of other failures.
-        bounds: whether it takes schemas with lengths of lists.
+        faults: share of requests with one of `TRANSPORT_FAULTS`.
+        malformed: share of answers with one of `CONTENT_FAULTS`.
+        rejectable: share of questions that a filter rejects.
+        latency: seconds per generated answer.
+        refuse: text; requests whose prompt contains it receive `status`.
+        limit: number of answers after which all other requests receive `status`.
+        pause: seconds in the header `Retry-After` of refused requests; 0 for the default of other failures.
+        accepts_bounds: whether schemas may contain lengths of lists.
     """
     server = LLMServer()
-    begun: set[str] = set()
+    admitted: set[str] = set()
     stored: dict[str, tuple[bytes, bool]] = {}
 
     class Handler(BaseHTTPRequestHandler):
@@ -142,13 +142,13 @@ def llm_server(
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with server.lock:
-                server.at_once += 1
-                server.most_at_once = max(server.most_at_once, server.at_once)
+                server.active += 1
+                server.max_active = max(server.max_active, server.active)
             try:
                 self.complete(body)
             finally:
                 with server.lock:
-                    server.at_once -= 1
+                    server.active -= 1
 
         def complete(self, body: dict[str, Any]) -> None:
             prompt, key = body["messages"][0]["content"], self.headers["Idempotency-Key"]
@@ -156,11 +156,11 @@ def llm_server(
                 self.answer(refusal[0], {"error": {"message": refusal[1]}}, pause)
                 return
             with server.lock:
-                server.asked[key] += 1
-                arrival = server.asked[key]
-            # What is wrong with an answer is the same whenever it is sent; what happens on the way is not.
+                server.requests[key] += 1
+                arrival = server.requests[key]
+            # Faults in content are the same for every arrival of a request; faults in transport are not.
             draws = random.Random(f"{seed} {key} {arrival}")
-            fault = draws.choice(ON_THE_WAY) if draws.random() < faults else ""
+            fault = draws.choice(TRANSPORT_FAULTS) if draws.random() < faults else ""
             if fault in ("full", "error"):
                 server.faults[fault] += 1
                 self.answer({"full": 429, "error": 500}[fault], {"error": {"message": fault}})
@@ -168,27 +168,27 @@ def llm_server(
             if key not in stored:
                 time.sleep(latency)
                 data, in_form, content_fault = _completion(
-                    body, prompt, random.Random(f"{seed} {key}"), out_of_form, slips
+                    body, prompt, random.Random(f"{seed} {key}"), malformed, rejectable
                 )
                 with server.lock:
-                    server.written[hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()] += 1
+                    server.generated[hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()] += 1
                     server.faults.update([content_fault] if content_fault else [])
                     stored[key] = data, in_form
             self.deliver(key, fault)
 
         def refusal(self, body: dict[str, Any], prompt: str, key: str) -> tuple[int, str] | None:
             if self.headers["Authorization"] != f"Bearer {KEY}":
-                return 401, f"{self.headers['Authorization']} is no key of ours"
+                return 401, f"unknown key {self.headers['Authorization']}"
             if body["model"] != MODEL:
-                return 404, f"there is no model {body['model']}"
-            if not bounds and "Items" in json.dumps(body["response_format"]):
+                return 404, f"unknown model {body['model']}"
+            if not accepts_bounds and "Items" in json.dumps(body["response_format"]):
                 return 400, "minItems and maxItems are not supported"
             if refuse and refuse in prompt:
                 return status, "this prompt is refused"
             with server.lock:
-                if len(begun) < limit:
-                    begun.add(key)
-                return None if key in begun else (status, "the limit of this account is reached")
+                if len(admitted) < limit:
+                    admitted.add(key)
+                return None if key in admitted else (status, "the limit of this account is reached")
 
         def deliver(self, key: str, fault: str) -> None:
             data, in_form = stored[key]
@@ -208,7 +208,7 @@ def llm_server(
             if not fault:
                 with server.lock:
                     server.sent[key] += 1
-                    server.in_form.update([key] if in_form else [])
+                    server.valid.update([key] if in_form else [])
                     server.tokens.update(json.loads(data)["usage"])
 
         def answer(self, status: int, value: Any, pause: float = 0.0) -> None:
@@ -231,7 +231,7 @@ def llm_server(
         request_queue_size = 256
 
         def handle_error(self, request, client_address) -> None:
-            """Say nothing of clients that were killed in the middle of a request."""
+            """Ignore clients that were killed in the middle of a request."""
 
     http = Server(("127.0.0.1", 0), Handler)
     server.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
@@ -244,15 +244,15 @@ def llm_server(
 
 
 def _completion(
-    body: dict[str, Any], prompt: str, rng: random.Random, out_of_form: float, slips: float
+    body: dict[str, Any], prompt: str, rng: random.Random, malformed: float, rejectable: float
 ) -> tuple[bytes, bool, str]:
-    """Return a completion, whether its content is in form, and what is wrong with it otherwise."""
-    described = body["response_format"]["json_schema"]
-    properties = described["schema"]["properties"]
-    numbers = re.findall(r"\d+", prompt)  # in a prompt, the first one is that of the questions
-    wanted = next((value["maxItems"] for value in properties.values() if "maxItems" in value), int([*numbers, 0][0]))
-    content = _content(described["name"], wanted, prompt, rng, slips)
-    fault = rng.choice(IN_CONTENT) if rng.random() < out_of_form else ""
+    """Return a completion, whether its content is valid, and its fault in content or ""."""
+    answer_schema = body["response_format"]["json_schema"]
+    properties = answer_schema["schema"]["properties"]
+    numbers = re.findall(r"\d+", prompt)  # the first number in a prompt is that of the questions
+    count = next((value["maxItems"] for value in properties.values() if "maxItems" in value), int([*numbers, 0][0]))
+    content = _content(answer_schema["name"], count, prompt, rng, rejectable)
+    fault = rng.choice(CONTENT_FAULTS) if rng.random() < malformed else ""
     if fault == "wrong_count":
         content.pop("paragraph", None)
         content.pop("false", None)
@@ -283,15 +283,15 @@ def _completion(
     return json.dumps(completion).encode(), not fault and not is_cut, fault
 
 
-def _content(kind: str, wanted: int, prompt: str, rng: random.Random, slips: float) -> dict[str, Any]:
+def _content(kind: str, count: int, prompt: str, rng: random.Random, rejectable: float) -> dict[str, Any]:
     captions = re.findall(r"wrote down:\n+(.+)", prompt)
     words = [word for word in re.findall(r"\w{3,}", captions[-1] if captions else "") if word != "the"]
     a, b, c = (f"the {word}" for word in rng.sample(words, 3)) if len(words) > 2 else ("a cat", "a car", "a bell")
     if kind in ("detail", "mcq"):
         templates, write = (DETAIL, _detail) if kind == "detail" else (CHOICE, _choice)
-        places = [place % len(templates) for place in rng.sample(range(max(wanted, len(templates))), wanted)]
-        questions = [write(templates[place], (a, b, c), rng, slips) for place in places]
-        if rng.random() < slips:
+        indices = [index % len(templates) for index in rng.sample(range(max(count, len(templates))), count)]
+        questions = [write(templates[index], (a, b, c), rng, rejectable) for index in indices]
+        if rng.random() < rejectable:
             questions[-1] = questions[0] | {"question": f"{questions[0]['question'].rstrip('?')} now?"}
         return {"questions": questions}
     if kind == "difference":
@@ -300,36 +300,36 @@ def _content(kind: str, wanted: int, prompt: str, rng: random.Random, slips: flo
     if kind == "entailment":
         return {"true": f"there is {a}", "plausible": f"there is {a} on a tuesday", "false": "there is a distant gong"}
     if kind == "blind":
-        shown = [
+        choices_of_questions = [
             re.findall(r"\n   - (.+)", part) for part in re.split(r"\n\d+\. ", prompt.partition("questions:")[2])[1:]
         ]
-        guesses = [rng.choice(choices) if choices else "nothing" for choices in shown]
+        guesses = [rng.choice(choices) if choices else "nothing" for choices in choices_of_questions]
         return {"answers": [{"number": n, "answer": g, "sure": rng.random() < 0.2} for n, g in enumerate(guesses, 1)]}
-    return {"verdicts": [{"number": n, "supported": rng.random() < 0.95} for n in range(1, wanted + 1)]}
+    return {"verdicts": [{"number": n, "supported": rng.random() < 0.95} for n in range(1, count + 1)]}
 
 
 def _detail(
-    template: tuple[str, str, str], sounds: tuple[str, ...], rng: random.Random, slips: float
+    template: tuple[str, str, str], sounds: tuple[str, ...], rng: random.Random, rejectable: float
 ) -> dict[str, Any]:
     aspect, question, answer = template
     answer = answer.format(a=sounds[0], b=sounds[1], c=sounds[2])
-    slip = rng.choice(("leak", "language", "too_long")) if rng.random() < slips else ""
-    question = f"why does one hear that {answer}?" if slip == "leak" else question
-    answer = {"language": GERMAN, "too_long": f"{answer} and so on" * 60}.get(slip, answer)
+    defect = rng.choice(("leak", "language", "too_long")) if rng.random() < rejectable else ""
+    question = f"why does one hear that {answer}?" if defect == "leak" else question
+    answer = {"language": GERMAN, "too_long": f"{answer} and so on" * 60}.get(defect, answer)
     return {"aspect": aspect, "question": question, "answer": answer}
 
 
 def _choice(
-    template: tuple[str, str, str], sounds: tuple[str, ...], rng: random.Random, slips: float
+    template: tuple[str, str, str], sounds: tuple[str, ...], rng: random.Random, rejectable: float
 ) -> dict[str, Any]:
     aspect, question, right = template
     right = right.format(a=sounds[0], b=sounds[1], c=sounds[2])
-    slip = rng.choice(("leak", "not_there", "twice")) if rng.random() < slips else ""
-    question = f"what is there besides {right}?" if slip == "leak" else question
-    choices = rng.sample([*rng.sample(WRONG, 2), right if slip == "twice" else "a closing lid", right], 4)
+    defect = rng.choice(("leak", "wrong_answer", "duplicate")) if rng.random() < rejectable else ""
+    question = f"what is there besides {right}?" if defect == "leak" else question
+    choices = rng.sample([*rng.sample(WRONG, 2), right if defect == "duplicate" else "a closing lid", right], 4)
     return {
         "aspect": aspect,
         "question": question,
         "choices": choices,
-        "answer": "a bell" if slip == "not_there" else right,
+        "answer": "a bell" if defect == "wrong_answer" else right,
     }

@@ -69,28 +69,28 @@ def run(job: SynthesizeConfig, requests: list[WritingRequest], server: LLMServer
     """
     writer = endpoint_writer(job, replace(access_to(server), **access))
 
-    def answering(
+    def answer_parts(
         name: str, parts: list[Part], earlier: Mapping[str, WriterAnswer]
     ) -> Iterator[tuple[str, list[WriterAnswer]]]:
         for part, requests in parts:
             yield part, writer.answers(requests, storage.join(job.output, "arriving", name, part), earlier)
 
-    return run_pass("write", requests, answering, job)[0]
+    return run_pass("write", requests, answer_parts, job)[0]
 
 
 def parts_of(requests: list[WritingRequest], job: SynthesizeConfig) -> list[Part]:
     """Return the parts into which `run_pass` divides requests."""
-    seen: list[Part] = []
+    received: list[Part] = []
 
-    def answering(
+    def answer_parts(
         name: str, parts: list[Part], earlier: Mapping[str, WriterAnswer]
     ) -> Iterator[tuple[str, list[WriterAnswer]]]:
-        seen.extend(parts)
+        received.extend(parts)
         return iter(())
 
     with pytest.raises(RuntimeError, match=r"\bwrite\b"):
-        run_pass("write", requests, answering, job)
-    return seen
+        run_pass("write", requests, answer_parts, job)
+    return received
 
 
 def rows_of(job: SynthesizeConfig) -> dict[str, WriterAnswer]:

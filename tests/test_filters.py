@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mellow_platform.synthesis.filters import contradictions, given_away, near_duplicates, reason_of
+from mellow_platform.synthesis.filters import contradictions, is_answerable_blind, near_duplicates, reason_of
 from mellow_platform.synthesis.synthesize_config import FiltersSection
 from tests.synthesis_runs import candidate
 
@@ -134,20 +134,21 @@ def test_near_duplicates_within_kind_and_clip():
         )
         for animal, verdict in (("dog", "it is definitely true"), ("fox", "it is definitely false"))
     )
-    again = true | {"id": "again"}
+    repeated = true | {"id": "repeated"}
     other = true | {"id": "other", "question": true["question"].replace("a dog barks", "an old bell rings")}
-    assert near_duplicates([true, false, again, other], 0.7) == {"again"}
+    assert near_duplicates([true, false, repeated, other], 0.7) == {"repeated"}
 
 
 def test_contradictions_reject_every_verdict():
-    def said(id: str, claim: str, verdict: str, clip: str = "a.wav") -> dict[str, Any]:
+    def entailment(id: str, claim: str, verdict: str, clip: str = "a.wav") -> dict[str, Any]:
         question = f'based on the audio, what can be said about the hypothesis - "{claim}"?'
         return candidate(question, verdict, kind="entailment") | {"id": id, "clips": [clip]}
 
-    both = [said("1", "a dog barks", "it is definitely true"), said("2", "the dog barks", "it is plausible")]
-    alike = [said("3", "a dog barks twice", "it is plausible"), said("4", "A dog barks twice.", "it is plausible")]
-    elsewhere = [said("5", "a dog barks", "it is definitely false", "b.wav")]
-    assert contradictions([*both, *alike, *elsewhere]) == {"1", "2"}
+    true, plausible = "it is definitely true", "it is plausible"
+    different = [entailment("1", "a dog barks", true), entailment("2", "the dog barks", plausible)]
+    equal = [entailment("3", "a dog barks twice", plausible), entailment("4", "A dog barks twice.", plausible)]
+    other_clip = [entailment("5", "a dog barks", "it is definitely false", "b.wav")]
+    assert contradictions([*different, *equal, *other_clip]) == {"1", "2"}
 
 
 @pytest.mark.parametrize(
@@ -160,16 +161,16 @@ def test_contradictions_reject_every_verdict():
     ],
 )
 def test_difference_must_name_both_clips(answer: str, reason: str):
-    compared = candidate("explain the difference between the two audios in a few words.", answer, kind="difference")
-    compared |= {"captions": ["a dog barks in the yard", "rain falls on a roof"]}
-    assert reason_of(compared, FiltersSection()) == reason
+    difference = candidate("explain the difference between the two audios in a few words.", answer, kind="difference")
+    difference |= {"captions": ["a dog barks in the yard", "rain falls on a roof"]}
+    assert reason_of(difference, FiltersSection()) == reason
 
 
-def test_given_away_needs_a_sure_and_correct_guess():
+def test_answerable_blind_needs_a_sure_and_correct_guess():
     choice = candidate("which of these is an animal?", "a dog", ("a dog", "a car"))
-    assert given_away(choice, {"answer": "A dog.", "sure": True})
-    assert not given_away(choice, {"answer": "a dog", "sure": False})
-    assert not given_away(choice, {"answer": "a car", "sure": True})
+    assert is_answerable_blind(choice, {"answer": "A dog.", "sure": True})
+    assert not is_answerable_blind(choice, {"answer": "a dog", "sure": False})
+    assert not is_answerable_blind(choice, {"answer": "a car", "sure": True})
     detail = candidate("what falls on a roof when it rains?", "rain falls on the roof")
-    assert given_away(detail, {"answer": "rain falls on a roof", "sure": True})
-    assert not given_away(detail, {"answer": "hail", "sure": True})
+    assert is_answerable_blind(detail, {"answer": "rain falls on a roof", "sure": True})
+    assert not is_answerable_blind(detail, {"answer": "hail", "sure": True})

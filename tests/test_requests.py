@@ -1,4 +1,4 @@
-"""Writing requests of synthesis: plan, prompts, and the schemas that answers must match."""
+"""Writing requests of synthesis: plan, prompts, and schemas of answers."""
 
 import json
 from collections import Counter
@@ -8,7 +8,7 @@ import pytest
 from mellow_platform.data.caption_tables import Caption
 from mellow_platform.synthesis.prompts import Prompts
 from mellow_platform.synthesis.requests import WritingRequest, plan
-from mellow_platform.synthesis.schemas import ASPECTS, BadAnswerError, parse, schema, unbounded
+from mellow_platform.synthesis.schemas import ASPECTS, BadAnswerError, parse, schema, unbounded_schema
 from tests.synthesis_runs import KINDS, QUESTION, REQUEST, config
 
 
@@ -21,9 +21,9 @@ def captions(count: int, texts: int = 1, split: str = "train") -> list[Caption]:
 
 
 def test_plan_has_every_kind_and_pairs_within_split():
-    given = captions(3, texts=2) + captions(2, split="test") + captions(1, split="val")
-    requests = plan(given, config("/c", "/o", questions=4))
-    assert requests == plan(list(given), config("/c", "/o", questions=4))
+    all_captions = captions(3, texts=2) + captions(2, split="test") + captions(1, split="val")
+    requests = plan(all_captions, config("/c", "/o", questions=4))
+    assert requests == plan(list(all_captions), config("/c", "/o", questions=4))
     assert Counter(request.kind for request in requests) == {"detail": 9, "mcq": 9, "entailment": 9, "difference": 8}
     assert len({request.id for request in requests}) == len(requests)
     assert {request.pairs for request in requests if request.kind == "mcq"} == {4}
@@ -32,7 +32,7 @@ def test_plan_has_every_kind_and_pairs_within_split():
             assert len(set(request.clips)) == len(request.material["captions"]) == 2
             assert all(clip.startswith(request.split) for clip in request.clips)
     partners = {request.clips for request in requests if request.kind == "difference"}
-    assert partners != {r.clips for r in plan(given, config("/c", "/o", seed=1)) if r.kind == "difference"}
+    assert partners != {r.clips for r in plan(all_captions, config("/c", "/o", seed=1)) if r.kind == "difference"}
 
 
 @pytest.mark.parametrize(
@@ -54,44 +54,44 @@ def test_plan_has_every_kind_and_pairs_within_split():
 )
 def test_parse_accepts_only_the_schema(text, reason):
     try:
-        assert len(parse(REQUEST, text, least=2)["questions"]) == 2
+        assert len(parse(REQUEST, text, min_questions=2)["questions"]) == 2
         assert not reason
     except BadAnswerError as error:
         assert error.reason == reason
 
 
-def test_parse_drops_invalid_questions_down_to_least():
-    some = json.dumps({"questions": [QUESTION | {"aspect": "smell"}, QUESTION | {"aspect": "Audio Events"}]})
-    assert parse(REQUEST, some, least=1) == {"questions": [QUESTION | {"aspect": "audio events"}]}
+def test_parse_drops_invalid_questions_down_to_min_questions():
+    partly_valid = json.dumps({"questions": [QUESTION | {"aspect": "smell"}, QUESTION | {"aspect": "Audio Events"}]})
+    assert parse(REQUEST, partly_valid, min_questions=1) == {"questions": [QUESTION | {"aspect": "audio events"}]}
     with pytest.raises(BadAnswerError, match=r"questions\.0\.aspect.*'audio events'"):
-        parse(REQUEST, json.dumps({"questions": [QUESTION | {"aspect": "smell"}]}), least=1)
+        parse(REQUEST, json.dumps({"questions": [QUESTION | {"aspect": "smell"}]}), min_questions=1)
     with pytest.raises(BadAnswerError, match=r"questions.*\b0\b.*\b2\b"):
-        parse(REQUEST, json.dumps({"questions": []}), least=1)
-    half = json.dumps({"true": "it rains", "plausible": "it rains a lot"})
+        parse(REQUEST, json.dumps({"questions": []}), min_questions=1)
+    incomplete = json.dumps({"true": "it rains", "plausible": "it rains a lot"})
     with pytest.raises(BadAnswerError, match=r"\bfalse\b"):
-        parse(WritingRequest("", "entailment", 3, {}), half, least=1)
+        parse(WritingRequest("", "entailment", 3, {}), incomplete, min_questions=1)
 
 
 def test_verdicts_are_one_per_question():
     request = WritingRequest("support-00000000", "support", 2, {})
     verdicts = [{"number": 1, "supported": True}, {"number": 1, "supported": False}]
     with pytest.raises(BadAnswerError, match=r"\[1, 1\].*\b2\b"):
-        parse(request, json.dumps({"verdicts": verdicts}), least=1)
+        parse(request, json.dumps({"verdicts": verdicts}), min_questions=1)
 
 
 def test_schemas_are_closed_and_bounded():
-    described = schema(REQUEST)
-    assert described["additionalProperties"] is False
-    assert described["required"] == ["questions"]
-    assert (described["properties"]["questions"]["minItems"], described["properties"]["questions"]["maxItems"]) == (
+    closed = schema(REQUEST)
+    assert closed["additionalProperties"] is False
+    assert closed["required"] == ["questions"]
+    assert (closed["properties"]["questions"]["minItems"], closed["properties"]["questions"]["maxItems"]) == (
         2,
         2,
     )
     for kind in (*KINDS, "blind", "support"):
         text = json.dumps(schema(WritingRequest("", kind, 3, {})))
         assert text.count('"additionalProperties": false') == text.count('"type": "object"')
-        without = json.dumps(unbounded(WritingRequest("", kind, 3, {})))
-        assert "Items" not in without and without.count('"items"') == text.count('"items"')
+        unbounded = json.dumps(unbounded_schema(WritingRequest("", kind, 3, {})))
+        assert "Items" not in unbounded and unbounded.count('"items"') == text.count('"items"')
 
 
 def test_prompts_can_be_replaced(tmp_path):
@@ -103,14 +103,14 @@ def test_prompts_can_be_replaced(tmp_path):
         assert ("exactly 7" in text) == (kind in ("detail", "mcq"))
         assert all(f"`{aspect}`" in text for aspect in ASPECTS) == (kind in ("detail", "mcq"))
     question = {"question": "what?", "choices": ["a dog", "a cat"], "answer": "a dog"}
-    seen = prompts.render(WritingRequest("", "support", 1, {"captions": ["a first"], "questions": [question]}))
-    assert "1. what?\n   - a dog\n   - a cat\n   answer: a dog" in seen
+    text = prompts.render(WritingRequest("", "support", 1, {"captions": ["a first"], "questions": [question]}))
+    assert "1. what?\n   - a dog\n   - a cat\n   answer: a dog" in text
     assert "answer: a dog" not in prompts.render(WritingRequest("", "blind", 1, {"questions": [question]}))
     (tmp_path / "mcq.md").write_text("{{ pairs }} on {{ captions[0] }}, please")
-    own = Prompts.read(KINDS, str(tmp_path))
-    assert own.render(WritingRequest("", "mcq", 2, {"captions": ["rain"]})) == "2 on rain, please"
-    assert own.digest(KINDS) != Prompts.read(KINDS, None).digest(KINDS)
-    assert own.digest(["detail"]) == Prompts.read(KINDS, None).digest(["detail"])
+    custom = Prompts.read(KINDS, str(tmp_path))
+    assert custom.render(WritingRequest("", "mcq", 2, {"captions": ["rain"]})) == "2 on rain, please"
+    assert custom.digest(KINDS) != Prompts.read(KINDS, None).digest(KINDS)
+    assert custom.digest(["detail"]) == Prompts.read(KINDS, None).digest(["detail"])
     (tmp_path / "mcq.md").write_text("{{ number }}")
     with pytest.raises(ValueError, match=r"mcq\.md.*'number'"):
         Prompts.read(KINDS, str(tmp_path)).render(WritingRequest("", "mcq", 2, {"captions": ["rain"]}))
@@ -125,7 +125,7 @@ def test_prompts_shuffle_aspects():
         first: Counter[str] = Counter()
         for number in range(60):
             text = prompts.render(WritingRequest(f"{kind}-{number}", kind, 5, {"captions": ["rain"]}))
-            listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("- `")]
-            assert sorted(listed) == sorted(ASPECTS)
-            first[listed[0]] += 1
+            aspects = [line.split("`")[1] for line in text.splitlines() if line.startswith("- `")]
+            assert sorted(aspects) == sorted(ASPECTS)
+            first[aspects[0]] += 1
         assert first.keys() == set(ASPECTS)

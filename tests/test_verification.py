@@ -1,4 +1,4 @@
-"""Verification of written questions by a writer: without the audio, and against the caption."""
+"""Checks of written questions: without audio, and against the caption."""
 
 import json
 from collections import Counter
@@ -11,39 +11,39 @@ from tests.synthesis_runs import QUESTION, candidate
 
 
 def test_blind_spans_clips_and_support_has_the_caption():
-    written = []
+    questions = []
     for number in range(30):
         request = WritingRequest(
             f"write-{number}", "detail", 2, {"captions": [f"c{number}"]}, (f"{number}.wav",), "train", "x"
         )
-        written += candidates(request, {"questions": [QUESTION, QUESTION | {"question": "why is it?"}]})
-    check = blind(written, 0, "")
+        questions += candidates(request, {"questions": [QUESTION, QUESTION | {"question": "why is it?"}]})
+    check = blind(questions, 0, "")
     assert sum(request.pairs for request in check.requests) == 60
     for request, members in zip(check.requests, check.members, strict=True):
         assert len({member["clips"][0] for member in members}) == len(members) == 10
         assert "captions" not in request.material and "a dog" not in json.dumps(request.material)
-    check = support(written, 0, "")
+    check = support(questions, 0, "")
     assert [(r.pairs, r.material["captions"]) for r in check.requests] == [(2, [f"c{n}"]) for n in range(30)]
     answers: list[dict[str, Any] | None] = [
         {"verdicts": [{"number": 2, "supported": False}, {"number": 1, "supported": True}]} for _ in range(29)
     ]
     apply(check, [*answers, None])
-    assert Counter(c["reason"] for c in written) == {"": 29, "not_supported": 29, "not_checked": 2}
-    assert written[1]["reason"] == "not_supported"
+    assert Counter(c["reason"] for c in questions) == {"": 29, "not_supported": 29, "not_checked": 2}
+    assert questions[1]["reason"] == "not_supported"
 
 
 def test_changed_prompt_changes_request_ids():
-    kept = [candidate(f"what is heard {n}?", "rain", request=f"r{n}", captions=["rain"]) for n in range(4)]
+    questions = [candidate(f"what is heard {n}?", "rain", request=f"r{n}", captions=["rain"]) for n in range(4)]
     for check in (blind, support):
-        first, same, other = ({r.id for r in check(kept, 0, prompt).requests} for prompt in ("one", "one", "two"))
+        first, same, other = ({r.id for r in check(questions, 0, prompt).requests} for prompt in ("one", "one", "two"))
         assert first == same
         assert not first & other
 
 
 def test_rejected_question_changes_one_request():
-    kept = [candidate(f"what is heard {n}?", "rain", request=f"r{n}", captions=["rain"]) for n in range(40)]
-    fewer = [one | {"reason": "too_long"} if number == 17 else one for number, one in enumerate(kept)]
+    questions = [candidate(f"what is heard {n}?", "rain", request=f"r{n}", captions=["rain"]) for n in range(40)]
+    fewer = [one | {"reason": "too_long"} if number == 17 else one for number, one in enumerate(questions)]
     for check, changed in ((blind, 1), (support, 0)):
-        before, after = ({request.id for request in check(own, 0, "").requests} for own in (kept, fewer))
+        before, after = ({request.id for request in check(group, 0, "").requests} for group in (questions, fewer))
         assert len(after - before) == changed
         assert len(before - after) == 1

@@ -1,16 +1,15 @@
-"""Kill a synthesis job, driver and Ray together, at seeded random moments, and count what was asked, answered and kept.
+"""Kill a synthesis job, driver and Ray together, at seeded random times, and compare requests with stored answers.
 
 python tests/chaos/kill_synthesis.py --captions 2000 --kills 2 --seed 0      # about three minutes on two cores
 
-A language model's server that fails one request in seven and writes one answer in fourteen out of form
-(`tests/llm_server.py`), and one job that is submitted again whenever it was killed. For every request the server counts
-how often it was asked and sent an answer in form, and for every prompt with its seed, whatever the request's key, how
-often it wrote an answer. The promise is that one answer to every request is kept, and that none is asked for again once
-it is: `again` are requests that got a second answer in form, which can only be such as were on their way at a kill, and
-of which the server, knowing their keys, wrote none anew (`written_twice`).
+A test server (`tests/llm_server.py`) fails one request in seven and sends one malformed answer in fourteen; the job is
+submitted again after each kill. The server counts arrivals and valid answers per request, and generated answers per
+body, whatever its key. Expected: one stored answer per request, and no request after its answer is stored. `again` is
+the number of requests with several valid answers: at most those in flight at a kill, and the server, which supports
+idempotency keys, generates none of these again (`written_twice`).
 
-The last line is JSON; the exit code is 1 if a request is lost or there twice, if more was asked again than was on its
-way, or if the report does not add up with what is in the folder.
+The last line is JSON; the exit code is 1 if a request is lost or stored twice, if more requests were repeated than were
+in flight, or if the report and the folder differ.
 """
 
 import argparse
@@ -23,9 +22,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder alone would be on it
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a script has only its folder on the path
 
-import tests  # noqa: F401  # its token for Ray, before Ray is imported
+import tests  # noqa: F401  # sets Ray's token before Ray is imported
 
 # isort: split
 import pyarrow.parquet as pq
@@ -39,11 +38,11 @@ from tests.chaos.cluster import ChaosCluster
 from tests.llm_server import LLMServer, llm_server
 
 TIME_LIMIT = 1800.0  # seconds
-FAULTS, OUT_OF_FORM, SLIPS = 0.15, 0.07, 0.15
+FAULTS, MALFORMED, REJECTABLE = 0.15, 0.07, 0.15
 SOUNDS = [
-    f"{how} {what} {does}"
-    for how in ("an old", "a small", "a large", "a distant", "a wooden", "a metal")
-    for what, does in (
+    f"{adjective} {noun} {verb}"
+    for adjective in ("an old", "a small", "a large", "a distant", "a wooden", "a metal")
+    for noun, verb in (
         ("dog", "barks"), ("door", "creaks"), ("engine", "idles"), ("bird", "sings"), ("clock", "ticks"),
         ("crowd", "murmurs"), ("kettle", "whistles"), ("train", "passes"), ("pump", "hums"), ("drum", "booms"),
     )
@@ -51,7 +50,7 @@ SOUNDS = [
 
 
 def write_captions(uri: str, count: int, seed: int) -> None:
-    """Write captions of so many clips in AudioCaps' layout, no two alike."""
+    """Write different captions of `count` clips in AudioCaps' layout."""
     rng = random.Random(seed)
     lines = ["audiocap_id,youtube_id,start_time,caption"]
     for number in range(count):
@@ -61,7 +60,7 @@ def write_captions(uri: str, count: int, seed: int) -> None:
 
 
 def run(folder: Path, captions: int, kills: int, seed: int) -> dict[str, Any]:
-    """Run the experiment in `folder`; print a table, and return what is to be reported."""
+    """Run the experiment in `folder`; print a table, and return the results."""
     write_captions(str(folder / "train.csv"), captions, seed)
     config = SynthesizeConfig(
         captions=[str(folder / "train.csv")],
@@ -71,77 +70,77 @@ def run(folder: Path, captions: int, kills: int, seed: int) -> dict[str, Any]:
         rows_per_part=128,
         endpoint={"concurrency": 16, "retries": 12},
     )
-    begun = time.monotonic()
-    with llm_server(FAULTS, OUT_OF_FORM, SLIPS, seed) as server:
-        killed = _disturb(config, server, folder, kills, random.Random(seed))
-        seconds = time.monotonic() - begun
+    start = time.monotonic()
+    with llm_server(FAULTS, MALFORMED, REJECTABLE, seed) as server:
+        killed = _run_with_kills(config, server, folder, kills, random.Random(seed))
+        seconds = time.monotonic() - start
         found = compare(config, server, captions)
     print(f"{'kill':>4}  {'after':>7}  answers so far")
     for number, (after, answers) in enumerate(killed, 1):
         print(f"{number:4d}  {after:6.1f}s  {answers}")
-    print(f"faults: {dict(server.faults)}; {server.most_at_once} requests at once at most")
+    print(f"faults: {dict(server.faults)}; {server.max_active} simultaneous requests at most")
     return {"captions": captions, "kills": len(killed)} | found | {"seconds": round(seconds, 1)}
 
 
-def _disturb(
+def _run_with_kills(
     config: SynthesizeConfig, server: LLMServer, folder: Path, kills: int, rng: random.Random
 ) -> list[tuple[float, int]]:
-    """Run the job to its end; end its driver and its Ray with SIGKILL after random numbers of answers.
+    """Run the job until it is finished; kill driver and Ray with SIGKILL after random numbers of answers.
 
     Returns:
-        Seconds since the start and answers so far at every kill.
+        Seconds since the start and number of valid answers, per kill.
     """
     (folder / "job.yaml").write_text(json.dumps(config.model_dump()))
-    expected = 2.5 * len(plan(read_captions(config.captions, "", config.clip_name), config))  # with those of checks
+    expected = 2.5 * len(plan(read_captions(config.captions, "", config.clip_name), config))  # includes checks
     moments = [(number + rng.uniform(0.1, 0.8)) / kills * 0.95 * expected for number in range(kills)]
-    begun = time.monotonic()
+    start = time.monotonic()
     killed: list[tuple[float, int]] = []
     command, log = ["jobs/synthesize.py", "--config", str(folder / "job.yaml")], folder / "job.log"
     for moment in [*moments, float("inf")]:
         with ChaosCluster(server.env, nodes=0) as cluster:
             driver = cluster.run_driver(command, log)
-            while driver.poll() is None and len(server.answered()) < moment:
-                if time.monotonic() - begun > TIME_LIMIT:
-                    raise TimeoutError(f"the job did not end:\n{log.read_text()[-4000:]}")
+            while driver.poll() is None and len(server.valid_answers()) < moment:
+                if time.monotonic() - start > TIME_LIMIT:
+                    raise TimeoutError(f"the job did not finish in {TIME_LIMIT:.0f} s:\n{log.read_text()[-4000:]}")
                 time.sleep(0.1)
             if driver.poll() is None:
-                killed.append((time.monotonic() - begun, len(server.answered())))
+                killed.append((time.monotonic() - start, len(server.valid_answers())))
             elif driver.returncode:
                 raise RuntimeError(f"the job failed:\n{log.read_text()[-4000:]}")
-        # The end of the block has killed the driver and every process of Ray.
+        # The end of the block kills the driver and every process of Ray.
     return killed
 
 
 def compare(config: SynthesizeConfig, server: LLMServer, captions: int) -> dict[str, Any]:
-    """Return what was asked, sent and kept, and what of it does not add up (`wrong`)."""
+    """Return counts of requests and answers, and the names of failed checks (`wrong`)."""
     report = storage.read_json(storage.join(config.output, "report.json"))
     files = list(Path(config.output, "answers").rglob("*.parquet"))
     rows = [row for file in files for row in pq.read_table(file, columns=["request", "error"]).to_pylist()]
-    kept = Counter(row["request"] for row in rows)
-    good = {row["request"] for row in rows if not row["error"]}
+    stored = Counter(row["request"] for row in rows)
+    successful = {row["request"] for row in rows if not row["error"]}
     requests = sum(counts["requests"] for counts in report["passes"].values())
     failed = sum(sum(counts["failed"].values()) for counts in report["passes"].values())
-    answered = server.answered()
-    again = {request: count for request, count in answered.items() if count > 1}
+    valid = server.valid_answers()
+    repeated = {request: count for request, count in valid.items() if count > 1}
     pairs = sum(len(read_records(storage.join(config.output, f"{split}.json"))) for split in SPLITS)
     rejected = pq.read_metadata(Path(config.output, "rejected/questions.parquet")).num_rows
     checks = {
-        "two requests a caption": report["passes"]["write"]["requests"] == 2 * captions,
-        "an answer kept of every request, and one": len(kept) == requests and set(kept.values()) == {1},
-        "an answer was sent of every request that did not fail": good <= set(server.replied())
-        and len(good) + failed == requests,
-        "pairs add up": report["requested"] == report["accepted"] + report["rejected"] + report["failed"],
-        "pairs are those in the folder": (pairs, rejected) == (report["accepted"] + captions, report["rejected"]),
-        "nothing that arrived is left": not storage.list_folder(storage.join(config.output, "arriving")),
+        "two requests per caption": report["passes"]["write"]["requests"] == 2 * captions,
+        "one stored answer per request": len(stored) == requests and set(stored.values()) == {1},
+        "successful requests received an answer": successful <= set(server.answers_sent())
+        and len(successful) + failed == requests,
+        "sum of pairs": report["requested"] == report["accepted"] + report["rejected"] + report["failed"],
+        "pairs in the folder": (pairs, rejected) == (report["accepted"] + captions, report["rejected"]),
+        "no answer files remain": not storage.list_folder(storage.join(config.output, "arriving")),
     }
     return {
         "requests": requests,
-        "arrivals": server.asked.total(),
+        "arrivals": server.requests.total(),
         "faults": server.faults.total(),
         "completions": sum(counts["completions"] for counts in report["passes"].values()),
         "http_retries": sum(counts["retries"] for counts in report["passes"].values()),
-        "again": len(again),
-        "written_twice": sum(count > 1 for count in server.written.values()),
+        "again": len(repeated),
+        "written_twice": sum(count > 1 for count in server.generated.values()),
         **{name: report[name] for name in ("requested", "accepted", "rejected", "failed", "rejected_by_reason")},
         "failed_requests": failed,
         "wrong": [name for name, holds in checks.items() if not holds],
@@ -156,7 +155,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = run(Path(folder), arguments.captions, arguments.kills, arguments.seed)
-    in_flight = arguments.kills * 2 * 16  # at most: kills, actors, and what each of these asks at once
+    in_flight = arguments.kills * 2 * 16  # at most: kills x actors x endpoint.concurrency
     print(json.dumps(result | {"again_at_most": in_flight}))
     sys.exit(bool(result["wrong"] or result["written_twice"] or result["again"] > in_flight))
 

@@ -1,7 +1,7 @@
-"""Captions taken apart by rules: the sounds that they name, and what a few hundred words tell of these.
+"""Caption parser by rules: the sounds in a caption, and their sources, places and feelings by a few hundred words.
 
-This is a stand-in for a language model, for captions in plain English that list sounds (`a loud tone followed by a soft
-horn`, `a dog barks while it rains`) and for tags. Of what it does not know it says nothing.
+It replaces a language model for plain English captions that list sounds (`a loud tone followed by a soft horn`,
+`a dog barks while it rains`) and for tags. Unknown words have no source, place or feeling.
 """
 
 import re
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from mellow_platform.synthesis.words import FUNCTION_WORDS, content_words, words
 
-_AFTER = r"\s+followed by\s+|,?\s+(?:and\s+)?then\s+|,?\s+before\s+"
-_BESIDE = r"\s*[,;]\s*(?:and\s+)?|\s+and\s+|\s+while\s+|\s+as\s+|\s+with\s+"
-STEM = 4  # letters that tone, tones and bark, barking share
+_SEQUENCE = r"\s+followed by\s+|,?\s+(?:and\s+)?then\s+|,?\s+before\s+"
+_SIMULTANEOUS = r"\s*[,;]\s*(?:and\s+)?|\s+and\s+|\s+while\s+|\s+as\s+|\s+with\s+"
+STEM = 4  # first letters that identify a word: tone, tones and bark, barking
 
 LOUDNESS = {
     **dict.fromkeys(("loud", "loudly", "booming", "blaring"), "loud"),
@@ -26,12 +26,12 @@ PITCH = {
 PROPERTIES = frozenset(LOUDNESS) | frozenset(PITCH)
 
 
-def _groups(table: dict[str, str]) -> dict[str, str]:
-    """Return a word's group for each of the words that are listed by group."""
-    return {word: group for group, listed in table.items() for word in listed.split()}
+def _group_of_word(table: dict[str, str]) -> dict[str, str]:
+    """Return the group of each word, from lists of words by group."""
+    return {word: group for group, members in table.items() for word in members.split()}
 
 
-SOURCES = _groups(
+SOURCES = _group_of_word(
     {
         "an animal": "animal animals dog dogs bark barks barking cat cats meow meows bird birds chirp chirps chirping "
         "tweet tweets cow cows moo moos sheep horse horses neigh rooster crow crows hen chicken duck ducks goose pig "
@@ -49,7 +49,7 @@ SOURCES = _groups(
         "an electronic device": "tone tremolo sweep beep beeps beeping alarm phone telephone ringtone noise clicks",
     }
 )
-PLACES = _groups(
+PLACES = _group_of_word(
     {
         "a road": "car cars truck trucks bus motorcycle motorbike traffic honks",
         "a railway": "train trains railway",
@@ -61,7 +61,7 @@ PLACES = _groups(
         "a laboratory": "tone tremolo sweep",
     }
 )
-FEELINGS = _groups(
+FEELINGS = _group_of_word(
     {
         "alarmed": "siren sirens alarm scream screams explosion gunshot crash thunder",
         "amused": "laugh laughs laughing laughter giggle",
@@ -75,7 +75,7 @@ TABLES = (SOURCES, PLACES, FEELINGS)
 
 @dataclass(frozen=True)
 class Sound:
-    """One sound: its words with and without those that say how it sounds."""
+    """One sound: its phrase, and its name without words for loudness and pitch."""
 
     phrase: str
     name: str
@@ -85,26 +85,26 @@ class Sound:
 
 @dataclass(frozen=True)
 class CaptionScene:
-    """The sounds that a caption names; `in_order` where it says that they follow each other."""
+    """The sounds in a caption; `in_order` is true if all of them are consecutive."""
 
     sounds: tuple[Sound, ...]
     in_order: bool
 
     def groups(self, table: dict[str, str]) -> list[str]:
-        """Return the groups of a table that words of the caption belong to, in the order of the words."""
+        """Return the groups of the caption's words in a table, in the order of the words."""
         found = (word for sound in self.sounds for word in words(sound.phrase))
         return list(dict.fromkeys(table[word] for word in found if word in table))
 
 
-def take_apart(caption: str) -> CaptionScene:
-    """Return what a caption or a list of tags names."""
+def parse_caption(caption: str) -> CaptionScene:
+    """Return the sounds in a caption or a list of tags."""
     parts = [
-        (place, phrase)
-        for place, stretch in enumerate(re.split(_AFTER, caption.lower().strip(" .")))
-        for phrase in re.split(_BESIDE, stretch)
+        (step, phrase)
+        for step, text in enumerate(re.split(_SEQUENCE, caption.lower().strip(" .")))
+        for phrase in re.split(_SIMULTANEOUS, text)
     ]
-    sounds = [(place, _sound(phrase)) for place, phrase in parts if content_words(phrase) - PROPERTIES]
-    in_order = len(sounds) > 1 and len({place for place, _ in sounds}) == len(sounds)
+    sounds = [(step, _sound(phrase)) for step, phrase in parts if content_words(phrase) - PROPERTIES]
+    in_order = len(sounds) > 1 and len({step for step, _ in sounds}) == len(sounds)
     return CaptionScene(tuple(sound for _, sound in sounds), in_order)
 
 
@@ -116,23 +116,23 @@ def _sound(phrase: str) -> Sound:
 
 
 def stems(text: str) -> set[str]:
-    """Return the beginnings of the words that carry what a text says."""
+    """Return the stems of a text's content words, without loudness and pitch."""
     return {word[:STEM] for word in content_words(text) - PROPERTIES}
 
 
-def pool(captions: Iterable[str]) -> list[str]:
-    """Return the names of all sounds in captions, each once, sorted."""
-    return sorted({sound.name for caption in captions for sound in take_apart(caption).sounds})
+def sound_names(captions: Iterable[str]) -> list[str]:
+    """Return the distinct names of all sounds in captions, sorted."""
+    return sorted({sound.name for caption in captions for sound in parse_caption(caption).sounds})
 
 
-def implied(caption: str) -> set[str]:
-    """Return the words that an answer may be made of: the caption's, and those that the tables give for them."""
-    scene = take_apart(caption)
-    said = set(words(caption)) | FUNCTION_WORDS
-    said |= {table[word] for table in (LOUDNESS, PITCH) for word in said if word in table}
+def supported_words(caption: str) -> set[str]:
+    """Return the words that a supported answer may contain: those of the caption, of its groups and of its count."""
+    scene = parse_caption(caption)
+    found = set(words(caption)) | FUNCTION_WORDS
+    found |= {table[word] for table in (LOUDNESS, PITCH) for word in found if word in table}
     for table in TABLES:
-        said |= {word for group in scene.groups(table) for word in words(group)}
-    return said | {NUMBERS[len(scene.sounds)]} if len(scene.sounds) < len(NUMBERS) else said
+        found |= {word for group in scene.groups(table) for word in words(group)}
+    return found | {NUMBERS[len(scene.sounds)]} if len(scene.sounds) < len(NUMBERS) else found
 
 
 NUMBERS = ("none", "one", "two", "three", "four")

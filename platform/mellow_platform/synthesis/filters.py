@@ -1,7 +1,7 @@
-"""What is left out of the corpus, and why: functions of what was written, each of which gives a reason to count by.
+"""Filters that reject questions, each with a reason.
 
-`reason_of` looks at a question alone, `contradictions` and `near_duplicates` at all questions on one clip, `given_away`
-at what the check without audio made of a question.
+`reason_of` filters single questions, `contradictions` and `near_duplicates` compare the questions on one clip, and
+`is_answerable_blind` evaluates the answer of the blind check.
 """
 
 import functools
@@ -13,24 +13,24 @@ from typing import TYPE_CHECKING, Any
 from mellow_platform.data.records import Record, lettered
 from mellow_platform.synthesis.candidates import Candidate, hypothesis
 from mellow_platform.synthesis.synthesize_config import FiltersSection
-from mellow_platform.synthesis.words import FUNCTION_WORDS, content_words, holds_phrase, words
+from mellow_platform.synthesis.words import FUNCTION_WORDS, contains_phrase, content_words, words
 
-if TYPE_CHECKING:  # packages of the extra `synthesis`, imported where they are used
+if TYPE_CHECKING:  # packages of the extra `synthesis`, imported by the functions that use them
     from datasketch import MinHash
     from py3langid.langid import LanguageIdentifier
 
-# A text shorter than so many bytes looks like any language, and is let pass; of longer ones the identifier has to be as
-# sure as this that they are in a language outside the list.
-TELLING_BYTES, FOREIGN = 24, 0.9
-# Of the identifier's languages, those that are not written in Latin letters.
+# A text is rejected if it has at least so many bytes (a shorter one looks like any language) and the probability that
+# the identifier gives to another language exceeds this.
+MIN_BYTES, MIN_PROBABILITY = 24, 0.9
+# Languages of the identifier that are not written in Latin letters.
 OTHER_SCRIPTS = frozenset([
     "am", "ar", "ary", "arz", "as", "ba", "be", "bg", "bn", "dz", "el", "fa", "grc", "gu", "gom", "hbo", "he",
     "hi", "hy", "ja", "ka", "kk", "km", "kn", "ko", "ku", "ky", "lo", "mk", "ml", "mn", "mr", "my", "ne", "or",
     "pa", "ps", "ru", "sa", "sdh", "si", "sr", "ta", "te", "tg", "th", "tt", "ug", "uk", "ur", "uz", "wuu",
     "yue", "zh",
 ])  # fmt: skip
-# With one of these a choice says something else than another with the same words or a part of them.
-TELLING_WORDS = frozenset([
+# A choice with one of these words differs in meaning from another choice with the same words or a part of them.
+DISTINCTIVE_WORDS = frozenset([
     "no", "not", "without", "never", "none", "zero", "one", "two", "three", "four", "five", "six", "seven",
     "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
     "eighteen", "nineteen", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety",
@@ -39,7 +39,7 @@ TELLING_WORDS = frozenset([
     "faster", "slower", "longer", "shorter", "flat", "sharp", "major", "minor",
     "then", "before", "after", "followed", "until", "only", "while",
 ])  # fmt: skip
-# Choices are dealt to other letters and places than they were written in.
+# Choices that refer to other choices are meaningless: letters and positions are assigned later.
 _LETTER = r"(?:(?:option|choice|answer)s? )?[a-d]\)?"
 REFERS_TO_CHOICES = re.compile(
     r"(?:all|none|any|both|neither|either|some|one|two|three) of (?:the )?(?:above|below|following|these|those|"
@@ -47,29 +47,29 @@ REFERS_TO_CHOICES = re.compile(
     rf"(?:both |neither |either |only )?{_LETTER}(?:(?:,|,? and|,? or| nor| &) {_LETTER})+(?: only| both)?|"
     r"(?:option|choice|answer) [a-d]\)?"
 )
-# What one who hears the audio cannot know of; a text that is read aloud is none of it.
+# References to a caption, which a listener does not have; a text that is read aloud is not such a reference.
 MENTIONS_CAPTION = re.compile(
     r"\bcaptions?\b|"
     r"\b(?:according to|based on|(?:mentioned|described|stated) (?:in|by)) (?:the|this|its) (?:\w+ )?"
     r"(?:descriptions?|texts?)\b|"
     r"\b(?:the|this) (?:\w+ )?(?:description|text) (?:mentions|describes|states|says|indicates|suggests|implies)\b"
 )
-PERMUTATIONS = 128  # of MinHash: similarity is estimated to about 1 / sqrt(128)
-SAME_ANSWER = 0.8  # share of common words from which two open answers say the same
+PERMUTATIONS = 128  # of MinHash: the error of an estimated similarity is about 1 / sqrt(128)
+SAME_ANSWER = 0.8  # share of common words from which two open answers are equal
 
 
 def reason_of(candidate: Candidate, limits: FiltersSection) -> str:
-    """Return why a question is left out, or "" where nothing in it is wrong."""
-    of_length, in_language = (lambda c: _length(c, limits)), (lambda c: _language(c, limits))
-    checks = (_letters, of_length, _answer, _references, _caption, _choices, _leak, _difference, in_language)
+    """Return the reason to reject a question, or ""."""
+    length, language = (lambda c: _length(c, limits)), (lambda c: _language(c, limits))
+    checks = (_letters, length, _answer, _references, _caption, _choices, _leak, _difference, language)
     return next((reason for check in checks if (reason := check(candidate))), "")
 
 
 def _letters(candidate: Candidate) -> str:
-    """Letters in a text would be taken for those of the choices, wherever among these it is put."""
+    """Reject letters in a text (`a)`) that a parser would read as those of the choices."""
     choices = lettered([*candidate["choices"], "the last"]) if candidate["choices"] else []
-    asked = Record("", "", "", "", "", " ".join([candidate["question"], *choices]), "", "")
-    return "letters_in_text" if asked.choices != tuple(choices) else ""
+    record = Record("", "", "", "", "", " ".join([candidate["question"], *choices]), "", "")
+    return "letters_in_text" if record.choices != tuple(choices) else ""
 
 
 def _answer(candidate: Candidate) -> str:
@@ -87,85 +87,85 @@ def _caption(candidate: Candidate) -> str:
 
 
 def _choices(candidate: Candidate) -> str:
-    """A choice that stands there twice, in whatever order of words, is as right as the right one.
+    """Reject equal choices (in any word order, unless a word is distinctive), and a second correct choice.
 
-    So is one that names the right one by its last words, which say what it is (`low tone` of `a loud low tone`). Words
-    before them do not: a car horn is no car.
+    A choice is correct too if it equals the last words of the answer, which name the sound: `low tone` for `a loud low
+    tone`. The first words do not: a car horn is not a car.
     """
     choices = candidate["choices"]
-    plain = [choice for choice in choices if not _qualified(choice)]
-    for texts, key in ((choices, _normal), (plain, _bag)):
+    plain = [choice for choice in choices if not _is_distinctive(choice)]
+    for texts, key in ((choices, _normalized), (plain, _sorted_words)):
         if len(set(map(key, texts))) < len(texts):
             return "several_right_choices"
-    right = words(candidate["answer"])
+    answer = words(candidate["answer"])
     if candidate["answer"] not in plain:
         return ""
     ends = (words(choice) for choice in plain if choice != candidate["answer"])
-    return "several_right_choices" if any(end and right[-len(end) :] == end for end in ends) else ""
+    return "several_right_choices" if any(end and answer[-len(end) :] == end for end in ends) else ""
 
 
-def _bag(text: str) -> tuple[str, ...]:
+def _sorted_words(text: str) -> tuple[str, ...]:
     return tuple(sorted(words(text)))
 
 
-def _normal(text: str) -> str:
-    """Return a choice without what no listener could tell apart; a sharp, a sign and an article (`a major`) stay."""
+def _normalized(text: str) -> str:
+    """Return a choice in lower case without punctuation; sharps, signs and articles (`a major`) remain."""
     return " ".join(re.findall(r"[\w#'-]+", text.lower()))
 
 
-def _qualified(text: str) -> bool:
-    return bool(re.search(r"[\d#]", text)) or not TELLING_WORDS.isdisjoint(re.findall(r"[a-z]+", text))
+def _is_distinctive(text: str) -> bool:
+    return bool(re.search(r"[\d#]", text)) or not DISTINCTIVE_WORDS.isdisjoint(re.findall(r"[a-z]+", text))
 
 
 def _leak(candidate: Candidate) -> str:
-    """A question that names its answer gives it away, unless it names other ones too (`the dog or the cat?`)."""
-    if candidate["kind"] not in ("detail", "mcq") or not _names(candidate["question"], candidate["answer"]):
+    """Reject a question that contains its answer, unless it contains other answers too (`the dog or the cat?`)."""
+    if candidate["kind"] not in ("detail", "mcq") or not _contains_answer(candidate["question"], candidate["answer"]):
         return ""
     if candidate["kind"] == "detail":
-        sides = [_names(side, candidate["answer"]) for side in candidate["question"].split(" or ")]
+        sides = [_contains_answer(side, candidate["answer"]) for side in candidate["question"].split(" or ")]
         return "" if len(sides) > 1 and sum(sides) == 1 else "leak"
     others = [choice for choice in candidate["choices"] if choice != candidate["answer"]]
-    return "" if any(_names(candidate["question"], other) for other in others) else "leak"
+    return "" if any(_contains_answer(candidate["question"], other) for other in others) else "leak"
 
 
-def _names(question: str, answer: str) -> bool:
-    """Return whether a question has all words of an answer; two words that stand apart may mean something else."""
-    asked, telling = words(question), content_words(answer)
-    if len(telling) == 2:
-        return holds_phrase(asked, list(dict.fromkeys(word for word in words(answer) if word in telling)))
-    return telling <= set(asked)
+def _contains_answer(question: str, answer: str) -> bool:
+    """Return whether a question contains all content words of an answer; two of them have to be consecutive."""
+    question_words, answer_words = words(question), content_words(answer)
+    if len(answer_words) == 2:
+        return contains_phrase(question_words, list(dict.fromkeys(w for w in words(answer) if w in answer_words)))
+    return answer_words <= set(question_words)
 
 
 def _difference(candidate: Candidate) -> str:
-    """What tells two clips apart names something, and something else than one caption does alone."""
+    """Reject a difference without content words, or equal to one of the captions."""
     if candidate["kind"] != "difference":
         return ""
-    said = words(candidate["answer"])
-    alone = said in map(words, candidate["captions"]) or FUNCTION_WORDS.issuperset(said)
-    return "no_difference" if alone else ""
+    answer = words(candidate["answer"])
+    is_equal = answer in map(words, candidate["captions"])
+    return "no_difference" if is_equal or FUNCTION_WORDS.issuperset(answer) else ""
 
 
 def _length(candidate: Candidate, limits: FiltersSection) -> str:
-    """A model reads and writes so many tokens; a text of a word or two asks nothing."""
-    asked = len(" ".join([candidate["question"], *candidate["choices"]]).split())
+    """Reject texts outside the limits: a model reads and writes a limited number of tokens."""
+    question = len(" ".join([candidate["question"], *candidate["choices"]]).split())
     answer = len(candidate["answer"].split())
     if len(candidate["question"].split()) < limits.min_question_words or not words(candidate["answer"]):
         return "too_short"
-    return "too_long" if asked > limits.max_question_words or answer > limits.max_answer_words else ""
+    return "too_long" if question > limits.max_question_words or answer > limits.max_answer_words else ""
 
 
 def _language(candidate: Candidate, limits: FiltersSection) -> str:
-    """What was written is judged together, as few words look like any language; another script shows in each text."""
-    texts = [_own_words(candidate)]
+    """Reject other scripts, per text, and other languages, in all texts together: short ones look like any language."""
+    texts = [_specific_text(candidate)]
     if candidate["kind"] in ("detail", "mcq"):
         texts = [candidate["question"], *candidate["choices"], candidate["answer"]]
     if OTHER_SCRIPTS.isdisjoint(limits.languages) and any(map(_in_another_script, texts)):
         return "language"
     together = " ".join(dict.fromkeys(texts))
-    if len(together.encode()) < TELLING_BYTES:
+    if len(together.encode()) < MIN_BYTES:
         return ""
     language, probability = _identifier().rank(together)[0]
-    return "language" if language not in limits.languages and probability > FOREIGN else ""
+    return "language" if language not in limits.languages and probability > MIN_PROBABILITY else ""
 
 
 def _in_another_script(text: str) -> bool:
@@ -174,10 +174,10 @@ def _in_another_script(text: str) -> bool:
 
 
 def check_languages(limits: FiltersSection) -> None:
-    """Raise a ValueError that names the codes of `filters.languages` that the identifier does not know."""
-    known = sorted(set(map(str, _identifier().nb_classes)))
-    if unknown := sorted(set(limits.languages) - set(known)):
-        raise ValueError(f"filters.languages: {', '.join(unknown)} is no code among {', '.join(known)}")
+    """Raise a ValueError if `filters.languages` contains codes that the identifier does not support."""
+    supported = sorted(set(map(str, _identifier().nb_classes)))
+    if unknown := sorted(set(limits.languages) - set(supported)):
+        raise ValueError(f"filters.languages: unknown {', '.join(unknown)}; expected codes of {', '.join(supported)}")
 
 
 @functools.cache
@@ -188,42 +188,42 @@ def _identifier() -> "LanguageIdentifier":
 
 
 def contradictions(candidates: Iterable[Candidate]) -> set[str]:
-    """Return the ids of hypotheses that are called one thing and another of the same clip: neither can be trusted."""
+    """Return the ids of equal hypotheses on one clip with different verdicts: none of these is reliable."""
     verdicts: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for candidate in candidates:
         if candidate["kind"] == "entailment":
             claim = (*candidate["clips"], *words(hypothesis(candidate["question"])))
             verdicts.setdefault(claim, {}).setdefault(candidate["answer"], []).append(candidate["id"])
-    return {id for found in verdicts.values() if len(found) > 1 for ids in found.values() for id in ids}
+    return {id for by_answer in verdicts.values() if len(by_answer) > 1 for ids in by_answer.values() for id in ids}
 
 
 def near_duplicates(candidates: Iterable[Candidate], similarity: float) -> set[str]:
-    """Return the ids of questions that say much the same as an earlier one of the same kind on the same clips.
+    """Return the ids of questions that are similar to an earlier one of the same subtype on the same clips.
 
-    Questions on other clips are never compared: the same question about another sound has another answer, or the same
-    one for another reason, and this is what there is to learn. An entailment is compared with those of its verdict,
-    since a true and a false hypothesis should differ by a word.
+    Questions on different clips are never compared: a model learns from the same question about different sounds.
+    Entailments are compared only with those of the same verdict, since a true and a false hypothesis should differ by
+    few words.
 
-    An open or multiple-choice question is the same only if its answer is, too.
+    An open or multiple-choice question is a duplicate only if its answer is similar, too.
 
     Args:
-        similarity: share of common pairs of neighbouring words, as MinHash estimates it.
+        similarity: smallest share of common pairs of consecutive words, estimated by MinHash.
     """
-    seen: dict[tuple, list[tuple[MinHash, MinHash, str]]] = {}
+    earlier: dict[tuple, list[tuple[MinHash, MinHash, str]]] = {}
     found = set()
     for candidate in candidates:
         verdict = candidate["answer"] if candidate["kind"] == "entailment" else ""
-        others = seen.setdefault((*candidate["clips"], candidate["subtype"], verdict), [])
+        others = earlier.setdefault((*candidate["clips"], candidate["subtype"], verdict), [])
         answer = candidate["answer"] if candidate["kind"] in ("detail", "mcq") else ""
-        asked, said = _signature(_own_words(candidate)), _signature(answer)
+        question_hash, answer_hash = _signature(_specific_text(candidate)), _signature(answer)
         if any(
-            asked.jaccard(question) >= similarity
-            and (content_words(answer) == content_words(other) or said.jaccard(signature) >= similarity)
-            for question, signature, other in others
+            question_hash.jaccard(other_question) >= similarity
+            and (content_words(answer) == content_words(other) or answer_hash.jaccard(other_answer) >= similarity)
+            for other_question, other_answer, other in others
         ):
             found.add(candidate["id"])
         else:
-            others.append((asked, said, answer))
+            others.append((question_hash, answer_hash, answer))
     return found
 
 
@@ -235,8 +235,8 @@ def _signature(text: str) -> "MinHash":
     return signature
 
 
-def _own_words(candidate: Candidate) -> str:
-    """Return what is asked, or said, without what all questions of the kind have in common."""
+def _specific_text(candidate: Candidate) -> str:
+    """Return the question, or the hypothesis or the difference if the question is a fixed text around it."""
     if candidate["kind"] == "difference":
         return candidate["answer"]
     if candidate["kind"] == "entailment":
@@ -244,11 +244,11 @@ def _own_words(candidate: Candidate) -> str:
     return candidate["question"]
 
 
-def given_away(candidate: Candidate, answer: dict[str, Any]) -> bool:
-    """Return whether one who has not heard the audio (`schemas.BlindAnswer`) is sure of the answer, and right."""
+def is_answerable_blind(candidate: Candidate, answer: dict[str, Any]) -> bool:
+    """Return whether an answer without audio (`schemas.BlindAnswer`) is sure and correct."""
     if not answer["sure"]:
         return False
     if candidate["choices"]:
         return words(answer["answer"]) == words(candidate["answer"])
-    guess, right = content_words(answer["answer"]), content_words(candidate["answer"])
-    return len(guess & right) >= SAME_ANSWER * len(guess | right) > 0
+    guess, correct = content_words(answer["answer"]), content_words(candidate["answer"])
+    return len(guess & correct) >= SAME_ANSWER * len(guess | correct) > 0

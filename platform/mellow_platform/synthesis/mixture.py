@@ -1,4 +1,4 @@
-"""The corpus that comes out: how much is synthetic, and what it is made of."""
+"""Mixture of the corpus: existing and synthetic pairs, with statistics for the report."""
 
 import statistics
 from collections import Counter
@@ -11,13 +11,13 @@ from mellow_platform import storage
 from mellow_platform.data.caption_tables import Caption
 from mellow_platform.data.records import SPLITS, Record, from_row, read_records
 from mellow_platform.option_values import SYNTHETIC_SUBTYPES
-from mellow_platform.synthesis.candidates import CAPTION_QUESTION, Candidate, deal_letters, record, subtype
+from mellow_platform.synthesis.candidates import CAPTION_QUESTION, Candidate, assign_letters, record, subtype
 from mellow_platform.synthesis.synthesize_config import SynthesizeConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A record of the corpus; `kind`, `aspect` and `request` say how it was written, and are empty where it was not."""
+    """A record of the corpus; `kind`, `aspect` and `request` are those of a synthetic pair, or empty."""
 
     record: Record
     kind: str = ""
@@ -26,7 +26,7 @@ class Pair:
 
     @property
     def type(self) -> str:
-        """What is asked for, by ReasonAQA's names."""
+        """Type of the question, in ReasonAQA's terms."""
         if self.record.is_multiple_choice:
             return "multiple choice"
         if self.record.choices:
@@ -35,14 +35,14 @@ class Pair:
 
 
 def existing_pairs(captions: list[Caption], config: SynthesizeConfig) -> dict[str, list[Pair]]:
-    """Return what nobody has to write, by split: captioning with the captions, and the records of `existing`.
+    """Return the existing pairs by split: captioning questions for the captions, and the records of `existing`.
 
-    Of the latter, questions that a language model wrote are left out: ReasonAQA's by their names, those of this job by
-    what stands beside them in the folder. Tags are no captions.
+    Synthetic records of `existing` are excluded: ReasonAQA's by subtype, those of this job by the column `kind` in
+    `records/`. Tags have no captioning question.
 
     Raises:
-        FileNotFoundError: a file of the folder is absent.
-        ValueError: a clip is in one split there, and in another here.
+        FileNotFoundError: a file of the folder is missing.
+        ValueError: a clip is in two splits; the message names the clip and both.
     """
     splits = {caption.clip: caption.split for caption in captions}
     found: dict[str, dict[Record, None]] = {split: {} for split in SPLITS}
@@ -52,85 +52,85 @@ def existing_pairs(captions: list[Caption], config: SynthesizeConfig) -> dict[st
             fields = (caption.taskname, caption.clip, "", caption.text, "", CAPTION_QUESTION, text, name)
             found[caption.split][Record(*fields)] = None
     for split in SPLITS if config.existing else ():
-        for known, kind in _read_existing(config.existing or "", split):
-            for clip in known.filepaths:
+        for existing, kind in _read_existing(config.existing or "", split):
+            for clip in existing.filepaths:
                 if splits.setdefault(clip, split) != split:
-                    raise ValueError(f"{config.existing}: clip {clip} is in {split}, and in {splits[clip]} too")
-            if not kind and known.family not in SYNTHETIC_SUBTYPES:
-                found[split][known] = None
+                    raise ValueError(f"{config.existing}: clip {clip} is in split {split}, and also in {splits[clip]}")
+            if not kind and existing.family not in SYNTHETIC_SUBTYPES:
+                found[split][existing] = None
     return {split: [Pair(record) for record in records] for split, records in found.items()}
 
 
 def _read_existing(folder: str, split: str) -> list[tuple[Record, str]]:
-    """Return the records of a split with how each was written, which the folder says if a synthesis made it."""
-    marked = storage.join(folder, f"records/{split}.parquet")
-    if storage.exists(marked):
-        return [(from_row(row), row["kind"]) for row in storage.read_tables([marked]).to_pylist()]
-    return [(known, "") for known in read_records(storage.join(folder, f"{split}.json"))]
+    """Return the records of a split, each with the kind of a synthetic pair, or an empty one."""
+    table = storage.join(folder, f"records/{split}.parquet")
+    if storage.exists(table):
+        return [(from_row(row), row["kind"]) for row in storage.read_tables([table]).to_pylist()]
+    return [(existing, "") for existing in read_records(storage.join(folder, f"{split}.json"))]
 
 
 def check_share(existing: dict[str, list[Pair]], requested: int, config: SynthesizeConfig) -> None:
-    """See to the share of the train split before anything is paid for; say so if much of it will be left out.
+    """Check `synthetic_share` before any paid request; print a message if requested pairs will be unused.
 
     Args:
-        requested: pairs of the train split that are to be written.
+        requested: number of requested pairs of the train split.
 
     Raises:
-        ValueError: no existing pairs are there for a share that needs some.
+        ValueError: the share requires existing pairs, and there are none.
     """
-    share, kept = config.synthetic_share, len(existing["train"])
+    share, count = config.synthetic_share, len(existing["train"])
     if share is None or share == 1 or not requested:
         return
-    if not kept:
+    if not count:
         raise ValueError(_unreachable(share, "no existing pairs"))
-    if requested > (used := round(kept * share / (1 - share))):
+    if requested > (used := round(count * share / (1 - share))):
         print(
-            f"{requested} pairs are asked for in train, of which synthetic_share {share:g} can use {used} with {kept} "
-            "existing ones: name `existing`, a folder with more, or ask for fewer `questions` or `kinds`",
+            f"{requested} pairs are requested for train; synthetic_share {share:g} uses at most {used} with {count} "
+            "existing pairs. Set `existing` to a folder with more records, or request fewer `questions` or `kinds`",
             flush=True,
         )
 
 
-def _unreachable(share: float, lacking: str) -> str:
+def _unreachable(share: float, cause: str) -> str:
     return (
-        f"synthetic_share {share:g} of the train split cannot be reached, since there are {lacking} for it: name "
-        "`existing`, a folder with records to mix in, or leave synthetic_share out to keep all pairs"
+        f"synthetic_share {share:g} of the train split cannot be reached: {cause}. Set `existing` to a folder with "
+        "records to mix in, or omit synthetic_share to use all pairs"
     )
 
 
 def mix(existing: dict[str, list[Pair]], accepted: list[Candidate], config: SynthesizeConfig) -> dict[str, list[Pair]]:
-    """Return the pairs of each split, existing ones first; the train split has the share of synthetic ones wanted.
+    """Return the pairs of each split, existing ones first; the train split has the share `synthetic_share`.
 
     Raises:
-        ValueError: that share cannot be reached.
+        ValueError: the share cannot be reached.
     """
     mixed = {}
     for number, split in enumerate(SPLITS):
         rng = np.random.default_rng([config.seed, number])
         synthetic = [candidate for candidate in accepted if candidate["split"] == split]
-        kept, share = existing[split], config.synthetic_share
-        present = bool(kept or synthetic)
+        others, share = existing[split], config.synthetic_share
+        has_pairs = bool(others or synthetic)
         if split == "train" and share is not None:
             if share < 1:
-                synthetic = _draw(synthetic, round(len(kept) * share / (1 - share)), rng)
+                synthetic = _sample(synthetic, round(len(others) * share / (1 - share)), rng)
             if share > 0:
-                kept = _draw(kept, round(len(synthetic) * (1 - share) / share), rng)
-            if present and ((share < 1 and not kept) or (share > 0 and not synthetic)):
-                raise ValueError(_unreachable(share, "too few synthetic pairs" if kept else "too few existing pairs"))
-        dealt = deal_letters(synthetic, rng)
-        mixed[split] = kept + [Pair(record(c), c["kind"], c["aspect"], c["request"]) for c in dealt]
+                others = _sample(others, round(len(synthetic) * (1 - share) / share), rng)
+            if has_pairs and ((share < 1 and not others) or (share > 0 and not synthetic)):
+                raise ValueError(_unreachable(share, "too few synthetic pairs" if others else "too few existing pairs"))
+        synthetic = assign_letters(synthetic, rng)
+        mixed[split] = others + [Pair(record(c), c["kind"], c["aspect"], c["request"]) for c in synthetic]
     return mixed
 
 
-def _draw(items: list, count: int, rng: np.random.Generator) -> list:
-    """Return so many of the items, drawn, in their order; all where there are no more."""
+def _sample(items: list, count: int, rng: np.random.Generator) -> list:
+    """Return `count` random items in their order, or all if there are fewer."""
     if count >= len(items):
         return items
-    return [items[place] for place in sorted(rng.permutation(len(items))[:count])]
+    return [items[index] for index in sorted(rng.permutation(len(items))[:count])]
 
 
 def describe(mixed: dict[str, list[Pair]]) -> dict[str, Any]:
-    """Return counts of pairs by source, type, aspect and split, lengths in words, and how often a letter is right."""
+    """Return counts of pairs by source, type, aspect and split, lengths in words, and counts of correct letters."""
     by: dict[str, dict[str, Counter[str]]] = {"source": {}, "type": {}, "aspect": {}}
     lengths: dict[str, dict[str, list[int]]] = {}
     letters: dict[str, dict[str, Counter[str]]] = {}

@@ -1,4 +1,4 @@
-"""What writers are asked: a list of requests, a function of captions and configuration alone."""
+"""Writing requests: a list that depends only on captions and configuration."""
 
 import hashlib
 import json
@@ -12,8 +12,8 @@ from mellow_platform.data.caption_tables import Caption
 from mellow_platform.synthesis.synthesize_config import SynthesizeConfig
 
 PASS = "write"
-DRAWS = 8  # of a partner with another text: all captions of a split may be the same
-TIERS = ("few_words", "sentence", "paragraph")  # of a difference explanation, in the order of ACD-1, -2, -3
+DRAWS = 8  # attempts to draw a partner with another text: all captions of a split may be the same
+TIERS = ("few_words", "sentence", "paragraph")  # lengths of a difference explanation, in the order of ACD-1, -2, -3
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +21,11 @@ class WritingRequest:
     """One prompt to a writer.
 
     Attributes:
-        id: name of its answer, the same in every run of the job; of a check, a hash of its content alone.
-        kind: detail, mcq, difference or entailment; of a check, blind or support.
-        pairs: questions that the answer is to hold; of a check, those that it judges.
-        material: what the prompt is about, as JSON types: `captions`, and of a check `questions`.
-        clips, split, taskname: of the questions to be; empty for a check.
+        id: name of the answer, the same in every run of the job; for a check, its kind and a hash of its content.
+        kind: detail, mcq, difference or entailment; for a check, blind or support.
+        pairs: number of questions to write; for a check, to judge.
+        material: variables of the prompt, as JSON types: `captions`, and for a check `questions`.
+        clips, split, taskname: fields of the records to write; empty for a check.
     """
 
     id: str
@@ -37,24 +37,24 @@ class WritingRequest:
     taskname: str = ""
 
 
-def content_hash(asked: list[Any], length: int) -> str:
-    """Return so many hexadecimal digits that tell a request from those that ask for something else."""
-    return hashlib.sha256(json.dumps(asked, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:length]
+def content_hash(content: list[Any], length: int) -> str:
+    """Return the first `length` hexadecimal digits of the SHA-256 of a request's content."""
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:length]
 
 
 def plan(captions: Sequence[Caption], config: SynthesizeConfig) -> list[WritingRequest]:
-    """Return one request of every kind about each caption, in their order; the captions of a clip stand together.
+    """Return one request per caption and kind, ordered by split, task and clip.
 
-    A difference is that to a caption of another clip of the same split and task, drawn by the seed; a caption whose
-    split has no other clip with another text gets none.
+    A difference compares a caption with one of another clip in the same split and task, drawn by the seed. A caption
+    without such a partner that has another text (after `DRAWS` attempts) has no difference request.
     """
     ordered = sorted(captions, key=lambda caption: (caption.split, caption.taskname, caption.clip))
     requests: list[WritingRequest] = []
-    for _, group in groupby(ordered, key=lambda caption: (caption.split, caption.taskname)):
-        alike = list(group)
-        rng = random.Random(f"{config.seed} {alike[0].split} {alike[0].taskname}")
-        for number, caption in enumerate(alike):
-            partner = _partner(alike, number, rng)
+    for _, captions_of_task in groupby(ordered, key=lambda caption: (caption.split, caption.taskname)):
+        group = list(captions_of_task)
+        rng = random.Random(f"{config.seed} {group[0].split} {group[0].taskname}")
+        for number, caption in enumerate(group):
+            partner = _partner(group, number, rng)
             for kind in config.kinds:
                 if kind != "difference":
                     requests.append(_request(len(requests), kind, [caption], config))
@@ -73,7 +73,7 @@ def _request(number: int, kind: str, captions: list[Caption], config: Synthesize
 
 
 def _partner(captions: list[Caption], number: int, rng: random.Random) -> Caption | None:
-    """Draw a caption of another clip with another text; the clips' captions are neighbours."""
+    """Draw a caption of another clip with another text; the captions of each clip are consecutive."""
     clip, text = captions[number].clip, captions[number].text.lower()
     first, last = number, number + 1
     while first > 0 and captions[first - 1].clip == clip:
@@ -84,14 +84,14 @@ def _partner(captions: list[Caption], number: int, rng: random.Random) -> Captio
     if not others:
         return None
     for _ in range(DRAWS):
-        place = rng.randrange(others)
-        partner = captions[place if place < first else place + last - first]
+        index = rng.randrange(others)
+        partner = captions[index if index < first else index + last - first]
         if partner.text.lower() != text:
             return partner
     return None
 
 
 def content_digest(requests: Sequence[WritingRequest]) -> str:
-    """Return the SHA-256 over all that is asked."""
+    """Return the SHA-256 of all requests."""
     lines = "".join(json.dumps(asdict(request), ensure_ascii=False) + "\n" for request in requests)
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The forms of answers: for each kind of request a JSON schema, and the check that an answer has it."""
+"""Schemas of answers, one per kind of request, and the parser that validates an answer."""
 
 import json
 from collections.abc import Iterator
@@ -18,22 +18,22 @@ ASPECTS = (
 )
 
 
-def _aspect(value: Any) -> Any:
-    """Return an aspect as it is listed; models write it in capitals, or as a name in code."""
+def _normalized_aspect(value: Any) -> Any:
+    """Return an aspect as it is listed; models write it in capitals, or with underscores."""
     return " ".join(value.lower().replace("_", " ").split()) if isinstance(value, str) else value
 
 
 Aspect = Annotated[
     Literal["audio events", "objects", "acoustic scenes", "signal properties", "semantics", "listener emotions"],
-    BeforeValidator(_aspect),
+    BeforeValidator(_normalized_aspect),
 ]
 Text = Annotated[str, Field(min_length=1)]
-FAULTS = BROKEN_JSON, WRONG_FORM = ("broken_json", "wrong_form")
-CHOICES = 4  # of a question that a model writes; rules may find fewer
+BROKEN_JSON, WRONG_FORM = "broken_json", "wrong_form"  # reasons of malformed answers
+CHOICES = 4  # choices per question of a model; rules may find fewer
 
 
 class AnswerSchema(BaseModel):
-    """Base of every form: no other keys, and no value of another type taken for one."""
+    """Base of all schemas: unknown keys and values of other types are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -47,7 +47,7 @@ class DetailQuestion(AnswerSchema):
 
 
 class ChoiceQuestion(AnswerSchema):
-    """A question with choices, one of which is `answer`."""
+    """A multiple-choice question; `answer` is one of its choices."""
 
     aspect: Aspect
     question: Text
@@ -56,7 +56,7 @@ class ChoiceQuestion(AnswerSchema):
 
 
 class DifferenceAnswer(AnswerSchema):
-    """What tells two clips apart, at three lengths."""
+    """The difference between two clips, at three lengths."""
 
     few_words: Text
     sentence: Text
@@ -64,7 +64,7 @@ class DifferenceAnswer(AnswerSchema):
 
 
 class EntailmentAnswer(AnswerSchema):
-    """Hypotheses on a clip: one that is true, one that may be, one that is false."""
+    """A true, a plausible and a false hypothesis about a clip."""
 
     true: Text
     plausible: Text
@@ -72,7 +72,7 @@ class EntailmentAnswer(AnswerSchema):
 
 
 class BlindAnswer(AnswerSchema):
-    """The answer to a question by one who has not heard the audio."""
+    """The answer to a question without audio."""
 
     number: int
     answer: str
@@ -93,19 +93,19 @@ LISTS: dict[str, tuple[str, type[AnswerSchema]]] = {
     "support": ("verdicts", Verdict),
 }
 OBJECTS: dict[str, type[AnswerSchema]] = {"difference": DifferenceAnswer, "entailment": EntailmentAnswer}
-WRITTEN_ONE_BY_ONE = ("detail", "mcq")  # each question stands for itself: some are worth having without the others
+INDEPENDENT_QUESTIONS = ("detail", "mcq")  # kinds of which some questions are useful without the others
 
 
 class BadAnswerError(ValueError):
-    """An answer that is not in the form asked for; `reason` is a short name to count by."""
+    """A malformed answer; `reason` is `broken_json` or `wrong_form`."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
 
 
-def form(kind: str, pairs: int) -> type[AnswerSchema]:
-    """Return the form of an answer to a request of `kind`: so many questions, or three texts."""
+def answer_model(kind: str, pairs: int) -> type[AnswerSchema]:
+    """Return the schema of an answer to a request of `kind`: a list of `pairs` items, or three texts."""
     if kind in OBJECTS:
         return OBJECTS[kind]
     name, item = LISTS[kind]
@@ -114,46 +114,47 @@ def form(kind: str, pairs: int) -> type[AnswerSchema]:
 
 
 def schema(request: WritingRequest) -> dict[str, Any]:
-    """Return the JSON schema of a model's answer to `request`, in words that strict servers know."""
-    return _without(form(request.kind, request.pairs).model_json_schema(), "minLength")
+    """Return the JSON schema of the answer to `request`, with keywords that servers accept in strict mode."""
+    return _drop_keys(answer_model(request.kind, request.pairs).model_json_schema(), "minLength")
 
 
-def unbounded(request: WritingRequest) -> dict[str, Any]:
-    """Return the same without the lengths of lists, which some servers refuse."""
-    return _without(schema(request), "minItems", "maxItems")
+def unbounded_schema(request: WritingRequest) -> dict[str, Any]:
+    """Return the JSON schema without lengths of lists, which some servers reject."""
+    return _drop_keys(schema(request), "minItems", "maxItems")
 
 
-def _without(value: Any, *keys: str) -> Any:
+def _drop_keys(value: Any, *keys: str) -> Any:
     if isinstance(value, dict):
-        return {name: _without(item, *keys) for name, item in value.items() if name not in keys}
-    return [_without(item, *keys) for item in value] if isinstance(value, list) else value
+        return {name: _drop_keys(item, *keys) for name, item in value.items() if name not in keys}
+    return [_drop_keys(item, *keys) for item in value] if isinstance(value, list) else value
 
 
-def parse(request: WritingRequest, text: str, least: int) -> dict[str, Any]:
-    """Return the content of an answer; what stands around its JSON (a code fence, thoughts) is left out.
+def parse(request: WritingRequest, text: str, min_questions: int) -> dict[str, Any]:
+    """Return the content of an answer; text around its JSON (a code fence, reasoning) is ignored.
 
-    Of questions that are written, those out of form are left out, and those past `request.pairs`.
+    Malformed detail and mcq questions are dropped, and those past `request.pairs`.
 
     Args:
-        least: written questions that it has to hold.
+        min_questions: smallest number of valid detail or mcq questions.
 
     Raises:
-        BadAnswerError: `broken_json` or `wrong_form`.
+        BadAnswerError: the answer contains no valid JSON object (`broken_json`), or none in the schema (`wrong_form`).
     """
     content, first = None, None
     for body in _objects(text.rpartition("</think>")[2]):
         try:
-            # The last one: a model may try before it answers.
-            content = _questions(request, body, least) if request.kind in WRITTEN_ONE_BY_ONE else _whole(request, body)
+            # The last valid object counts: models may write drafts first.
+            is_list = request.kind in INDEPENDENT_QUESTIONS
+            content = _parse_questions(request, body, min_questions) if is_list else _parse_object(request, body)
         except BadAnswerError as error:
             first = first or error
     if content is None:
-        raise first or BadAnswerError(BROKEN_JSON, "there is no JSON object")
+        raise first or BadAnswerError(BROKEN_JSON, "the answer contains no JSON object")
     return content
 
 
 def _objects(text: str) -> Iterator[str]:
-    """Yield the JSON objects in a text; from a brace that opens none, all that follows it."""
+    """Yield the JSON objects in a text; for a brace without a valid object, yield the rest of the text."""
     start = text.find("{")
     while start >= 0:
         try:
@@ -165,48 +166,46 @@ def _objects(text: str) -> Iterator[str]:
         start = text.find("{", end)
 
 
-class _Questions(AnswerSchema):
-    """The list of a model's questions before each is looked at."""
+class _QuestionList(AnswerSchema):
+    """Questions of a model before each is validated."""
 
     questions: list[Any]
 
 
-def _questions(request: WritingRequest, body: str, least: int) -> dict[str, Any]:
-    written, first = [], None
-    for place, fields in enumerate(_read(_Questions, body)["questions"]):
+def _parse_questions(request: WritingRequest, body: str, min_questions: int) -> dict[str, Any]:
+    questions, first = [], None
+    for number, fields in enumerate(_validate(_QuestionList, body)["questions"]):
         try:
-            written.append(LISTS[request.kind][1].model_validate(fields).model_dump())
+            questions.append(LISTS[request.kind][1].model_validate(fields).model_dump())
         except ValidationError as error:
-            first = first or _out_of_form(error, f"questions.{place}")
-    if len(written) < least:
-        raise first or BadAnswerError(WRONG_FORM, f"questions: {len(written)} are there, {request.pairs} are wanted")
-    return {"questions": written[: request.pairs]}
+            first = first or _schema_error(error, f"questions.{number}")
+    if len(questions) < min_questions:
+        raise first or BadAnswerError(WRONG_FORM, f"questions: found {len(questions)}; expected {request.pairs}")
+    return {"questions": questions[: request.pairs]}
 
 
-def _whole(request: WritingRequest, body: str) -> dict[str, Any]:
-    content = _read(form(request.kind, request.pairs), body)
+def _parse_object(request: WritingRequest, body: str) -> dict[str, Any]:
+    content = _validate(answer_model(request.kind, request.pairs), body)
     if request.kind in LISTS:
         _check_numbers(request, content[LISTS[request.kind][0]])
     return content
 
 
-def _read(wanted: type[AnswerSchema], body: str) -> dict[str, Any]:
+def _validate(model: type[AnswerSchema], body: str) -> dict[str, Any]:
     try:
-        return wanted.model_validate_json(body).model_dump()
+        return model.model_validate_json(body).model_dump()
     except ValidationError as error:
-        raise _out_of_form(error) from error
+        raise _schema_error(error) from error
 
 
-def _out_of_form(error: ValidationError, *places: str) -> BadAnswerError:
+def _schema_error(error: ValidationError, *path: str) -> BadAnswerError:
     first = error.errors()[0]
-    place = ".".join((*places, *map(str, first["loc"])))
-    message = f"{place}: {first['msg']}" if place else first["msg"]
+    location = ".".join((*path, *map(str, first["loc"])))
+    message = f"{location}: {first['msg']}" if location else first["msg"]
     return BadAnswerError(BROKEN_JSON if first["type"] == "json_invalid" else WRONG_FORM, message)
 
 
 def _check_numbers(request: WritingRequest, items: list[dict[str, Any]]) -> None:
     numbers = sorted(item["number"] for item in items)
     if numbers != list(range(1, request.pairs + 1)):
-        raise BadAnswerError(
-            WRONG_FORM, f"numbers {json.dumps(numbers)}: each from 1 to {request.pairs} is needed once"
-        )
+        raise BadAnswerError(WRONG_FORM, f"numbers {json.dumps(numbers)}: expected 1 to {request.pairs}, each once")

@@ -17,7 +17,7 @@ from mellow_platform.settings import (
 
 
 class LanguageModelSection(Section):
-    """Requests to the endpoint of --writer endpoint. These options change no question."""
+    """Requests to the endpoint of --writer endpoint. The corpus does not depend on these options."""
 
     concurrency: int = Field(16, ge=1, description="simultaneous requests per actor")
     requests_per_minute: float | None = Field(
@@ -143,8 +143,8 @@ class SynthesizeConfig(Section):
         None,
         ge=0,
         le=1,
-        description="largest share of synthetic questions in the train split (ReasonAQA: 0.7); surplus synthetic "
-        "questions are left out (default: all are used)",
+        description="share of synthetic questions in the train split (ReasonAQA: 0.7); surplus questions, synthetic or "
+        "existing, are left out (default: all are used)",
     )
     sampling: SamplingSection = SamplingSection()
     filters: FiltersSection = FiltersSection()
@@ -155,20 +155,20 @@ class SynthesizeConfig(Section):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that what is written, and the files with it, depend on; of prompts it is their texts.
+        """Fields that written answers depend on; the texts of prompts are compared separately.
 
-        How often, and up to which length, it is tried may be raised when answers fail by it.
+        `attempts` and `sampling.max_tokens` are excluded, so that they can be raised for failed requests.
         """
-        others = ("output", "prompts", "max_failed_share", "endpoint", "vllm", "workers", "attempts", *self.sifting)
+        others = ("output", "prompts", "max_failed_share", "endpoint", "vllm", "workers", "attempts", *self.selection)
         return self.model_dump(exclude=dict.fromkeys(others, True) | {"sampling": {"max_tokens"}})
 
     @property
-    def sifting(self) -> dict[str, Any]:
-        """The fields that decide what of it the corpus gets."""
+    def selection(self) -> dict[str, Any]:
+        """Fields that select the records of the corpus from written answers and existing pairs."""
         return self.model_dump(include={"checks", "filters", "existing", "synthetic_share"})
 
     @model_validator(mode="after")
-    def _an_engine_has_a_model(self) -> "SynthesizeConfig":
+    def _vllm_has_a_model(self) -> "SynthesizeConfig":
         if (self.writer == "vllm") != bool(self.vllm.model):
-            raise ValueError("writer: vllm and vllm.model, what it runs, go together")
+            raise ValueError(f"writer {self.writer}, vllm.model {self.vllm.model}: set vllm.model for vllm only")
         return self

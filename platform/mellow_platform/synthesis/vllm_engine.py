@@ -1,9 +1,8 @@
-"""Asking a language model that vLLM runs on the cluster's own GPUs, through `ray.data.llm`.
+"""Writer on the cluster's GPUs: vLLM through `ray.data.llm`.
 
-Not run on a GPU yet: what is tested is that the requests, and what becomes of the answers, are those of an endpoint.
+Not run on a GPU yet: tests check that prompts, schemas and the parsing of answers are those of an endpoint.
 
-Answers come back to the driver, which keeps each as it comes and writes whole parts: a kill takes what the engine has
-in hand.
+The driver stores each answer as soon as it arrives, and writes complete parts: a kill loses the requests in the engine.
 """
 
 import functools
@@ -19,100 +18,100 @@ import ray
 from mellow_platform import storage
 from mellow_platform.synthesis.prompts import Prompts
 from mellow_platform.synthesis.requests import WritingRequest
-from mellow_platform.synthesis.runner import ARRIVING, Answering, Part
+from mellow_platform.synthesis.runner import ARRIVING, AnswerParts, Part
 from mellow_platform.synthesis.schemas import BadAnswerError, parse, schema
 from mellow_platform.synthesis.synthesize_config import SynthesizeConfig
-from mellow_platform.synthesis.writer import REFUSED, WriterAnswer, begin, keep, read_arrived
+from mellow_platform.synthesis.writer import REFUSED, WriterAnswer, empty_answer, read_stored, store_answer
 
-FAILURE = "__inference_error__"  # the column in which Ray says what an engine did not answer
-WRITTEN_AT_ONCE = 16  # answers on their way to the folder
+FAILURE = "__inference_error__"  # column with Ray's error of a failed row
+CONCURRENT_WRITES = 16  # answers being stored
 
 Engine = Callable[[ray.data.Dataset], ray.data.Dataset]
 
 
-def ask_vllm(config: SynthesizeConfig, prompts: Prompts) -> Answering:
-    """Return how parts are answered by engines on GPUs; answers out of form are asked for again in a further round.
+def answer_on_vllm(config: SynthesizeConfig, prompts: Prompts) -> AnswerParts:
+    """Return a function that answers parts with engines on GPUs; each further round retries malformed answers.
 
     Raises:
         ValueError: vLLM is not installed.
     """
     if not importlib.util.find_spec("vllm"):
         raise ValueError(
-            "writer: vllm needs vLLM in the cluster's image, and it is not installed: pip install 'ray[llm]', or take "
-            "writer: endpoint with a server of your own"
+            "writer vllm requires vLLM in the cluster's image, and it is not installed. Run pip install 'ray[llm]', or "
+            "use writer endpoint with your own server"
         )
 
-    engine = functools.cache(functools.partial(_engine, config))  # built when there is something to ask
+    engine = functools.cache(functools.partial(_engine, config))  # built when there are requests
 
-    def answering(
+    def answer_parts(
         name: str, parts: list[Part], earlier: Mapping[str, WriterAnswer]
     ) -> Iterator[tuple[str, list[WriterAnswer]]]:
         folder = storage.join(config.output, ARRIVING, name)
-        left = {request.id: (part, request) for part, requests in parts for request in requests}
-        with ThreadPoolExecutor(WRITTEN_AT_ONCE) as pool:
+        pending = {request.id: (part, request) for part, requests in parts for request in requests}
+        with ThreadPoolExecutor(CONCURRENT_WRITES) as threads:
             for part, requests in parts:
-                known = read_arrived(f"{folder}/{part}", pool)
+                stored = read_stored(f"{folder}/{part}", threads)
                 for request in requests:
-                    if request.id in known:
-                        del left[request.id]
-                        yield part, [known[request.id]]
-            answers = {request.id: begin(request, earlier.get(request.id)) for _, request in left.values()}
-            for again in reversed(range(config.attempts)):
-                # In the order of the requests, so that parts become whole one after another.
-                rows = [engine_row(r, prompts, config, answers[r.id]["completions"]) for _, r in left.values()]
+                    if request.id in stored:
+                        del pending[request.id]
+                        yield part, [stored[request.id]]
+            answers = {request.id: empty_answer(request, earlier.get(request.id)) for _, request in pending.values()}
+            for further_attempts in reversed(range(config.attempts)):
+                # In the order of the requests, so that parts become complete one after another.
+                rows = [engine_row(r, prompts, config, answers[r.id]["completions"]) for _, r in pending.values()]
                 outputs = _run(rows, engine()) if rows else iter(())
-                yield from _keeping(folder, _settled(outputs, left, answers, bool(again)), pool)
+                yield from _stored(folder, _completed(outputs, pending, answers, bool(further_attempts)), threads)
 
-    return answering
+    return answer_parts
 
 
-def _settled(
+def _completed(
     outputs: Iterable[dict[str, Any]],
-    left: dict[str, tuple[str, WritingRequest]],
+    pending: dict[str, tuple[str, WritingRequest]],
     answers: dict[str, WriterAnswer],
-    again: bool,
+    retry: bool,
 ) -> Iterator[tuple[str, WriterAnswer]]:
-    """Yield what need not be asked again, each with its part, and take it from `left`.
+    """Yield answers that are not retried, each with its part, and remove their requests from `pending`.
 
     Args:
-        again: what is out of form can be asked for again.
+        retry: whether a further round can retry failed requests.
     """
     for output in outputs:
-        part, request = left[output["request"]]
-        answer = answers[request.id] = settle(answers[request.id], request, output, request.pairs if again else 1)
-        if not answer["error"] or not again:
-            del left[request.id]
+        part, request = pending[output["request"]]
+        answer = answers[request.id] = parse_row(answers[request.id], request, output, request.pairs if retry else 1)
+        if not answer["error"] or not retry:
+            del pending[request.id]
             yield part, answer
 
 
-def _keeping(
-    folder: str, answers: Iterable[tuple[str, WriterAnswer]], pool: Executor
+def _stored(
+    folder: str, answers: Iterable[tuple[str, WriterAnswer]], threads: Executor
 ) -> Iterator[tuple[str, list[WriterAnswer]]]:
-    """Yield answers when they are written, several of which are at a time."""
-    writing: deque[tuple[str, WriterAnswer, Future[None]]] = deque()
+    """Store answers, several at a time; yield each when it is stored."""
+    writes: deque[tuple[str, WriterAnswer, Future[None]]] = deque()
 
-    def written() -> tuple[str, list[WriterAnswer]]:
-        part, answer, future = writing.popleft()
+    def oldest() -> tuple[str, list[WriterAnswer]]:
+        part, answer, future = writes.popleft()
         future.result()
         return part, [answer]
 
     for part, answer in answers:
-        writing.append((part, answer, pool.submit(keep, f"{folder}/{part}", answer)))
-        if len(writing) == WRITTEN_AT_ONCE:
-            yield written()
-    while writing:
-        yield written()
+        writes.append((part, answer, threads.submit(store_answer, f"{folder}/{part}", answer)))
+        if len(writes) == CONCURRENT_WRITES:
+            yield oldest()
+    while writes:
+        yield oldest()
 
 
 def engine_row(request: WritingRequest, prompts: Prompts, config: SynthesizeConfig, attempt: int) -> dict[str, Any]:
-    """Return what the engine is given: the messages, and sampling parameters that hold it to the answer's form."""
+    """Return a row for the engine: messages, and sampling parameters with the schema of the answer."""
     sampling = config.sampling
     parameters: dict[str, Any] = {"max_tokens": sampling.max_tokens}
     if sampling.seed is not None:
         parameters["seed"] = sampling.seed + attempt
     if sampling.temperature is not None:
         parameters["temperature"] = sampling.temperature
-    # As text: each kind's schema would be another type to Arrow.
+    # As text: in Arrow, the schema of each kind would be another type.
     parameters["structured_outputs"] = {"json": json.dumps(schema(request))}
     return {
         "request": request.id,
@@ -121,28 +120,28 @@ def engine_row(request: WritingRequest, prompts: Prompts, config: SynthesizeConf
     }
 
 
-def settle(answer: WriterAnswer, request: WritingRequest, output: dict[str, Any], least: int) -> WriterAnswer:
-    """Return the answer with what the engine wrote: its content, or why there is none.
+def parse_row(answer: WriterAnswer, request: WritingRequest, row: dict[str, Any], min_questions: int) -> WriterAnswer:
+    """Return the answer with the content in a row of the engine's output, or with its error.
 
     Args:
-        least: written questions that it has to hold (`schemas.parse`).
+        min_questions: smallest number of valid questions (`schemas.parse`).
     """
-    if output.get(FAILURE):  # nothing was written, nor counted
-        return answer | {"error": REFUSED, "detail": output[FAILURE]}
+    if row.get(FAILURE):  # no completion, and no usage
+        return answer | {"error": REFUSED, "detail": row[FAILURE]}
     answer = answer | {
         "completions": answer["completions"] + 1,
-        "prompt_tokens": answer["prompt_tokens"] + output["num_input_tokens"],
-        "completion_tokens": answer["completion_tokens"] + output["num_generated_tokens"],
+        "prompt_tokens": answer["prompt_tokens"] + row["num_input_tokens"],
+        "completion_tokens": answer["completion_tokens"] + row["num_generated_tokens"],
     }
     try:
-        content = parse(request, output["generated_text"], least)
+        content = parse(request, row["generated_text"], min_questions)
     except BadAnswerError as error:
-        return answer | {"error": error.reason, "detail": f"{error}; the last answer: {output['generated_text']}"}
+        return answer | {"error": error.reason, "detail": f"{error}; the last answer: {row['generated_text']}"}
     return answer | {"content": json.dumps(content, ensure_ascii=False), "error": None, "detail": None}
 
 
 def _engine(config: SynthesizeConfig) -> Engine:
-    from ray.data.llm import build_processor, vLLMEngineProcessorConfig  # imports what only such a cluster has
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig  # requires vLLM
 
     assert config.vllm.model
     return build_processor(

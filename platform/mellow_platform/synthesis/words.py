@@ -1,9 +1,9 @@
-"""Texts as lists of words: what filters and rules compare."""
+"""Texts as lists of words, for the comparisons of filters and rules."""
 
 import re
 
 ARTICLES = frozenset(("a", "an", "the"))
-# Words that say nothing of what is heard: an answer is told by the others.
+# Words that do not describe a sound: answers are compared by the other words.
 FUNCTION_WORDS = ARTICLES | {
     "and", "as", "at", "be", "by", "for", "from", "has", "have", "in", "is", "it", "its", "of", "on", "or", "some",
     "that", "there", "this", "to", "was", "were", "which", "while", "with", "are",
@@ -17,13 +17,13 @@ def words(text: str) -> list[str]:
 
 
 def content_words(text: str) -> set[str]:
-    """Return the words that carry what a text says; all of them where it has no other."""
+    """Return the words of a text without function words, or all words if it contains only these."""
     found = set(words(text))
     return found - FUNCTION_WORDS or found
 
 
-def holds_phrase(text: list[str], phrase: list[str]) -> bool:
-    """Return whether the words of a phrase stand in a text one after another."""
+def contains_phrase(text: list[str], phrase: list[str]) -> bool:
+    """Return whether a text contains the words of a phrase consecutively."""
     return bool(phrase) and any(
         text[start : start + len(phrase)] == phrase for start in range(len(text) - len(phrase) + 1)
     )

@@ -1,4 +1,4 @@
-"""What writers give back, and what all of them have in common."""
+"""Interface of writers, the table of their answers, and the files of answers of unfinished parts."""
 
 from collections.abc import Mapping
 from concurrent.futures import Executor
@@ -9,17 +9,17 @@ import pyarrow as pa
 from mellow_platform import storage
 from mellow_platform.synthesis.requests import WritingRequest
 
-STOP = "stop"  # the error of an answer that is none: the job cannot go on
-REFUSED = "refused"  # that of a request which the model, or its server, will not answer
+STOP = "stop"  # error of an unanswered request after which the job ends
+REFUSED = "refused"  # error of a request that the model or its server rejects
 
 ANSWER_SCHEMA = pa.schema(
     [
         pa.field("request", pa.string(), nullable=False),
-        pa.field("content", pa.string()),  # JSON in the form of the request's kind; null where there is an error
-        pa.field("error", pa.string()),  # short name to count by
-        pa.field("detail", pa.string()),  # of the error, with the last text that came
-        pa.field("final", pa.bool_(), nullable=False),  # false: the next run asks again
-        # Of a language model, what came and what it cost, in all runs, answers that were of no use included:
+        pa.field("content", pa.string()),  # JSON in the schema of the request's kind; null if there is an error
+        pa.field("error", pa.string()),  # reason, a short name
+        pa.field("detail", pa.string()),  # error message, with the last malformed text if there is one
+        pa.field("final", pa.bool_(), nullable=False),  # false: the next run retries the request
+        # Usage of a language model over all runs, including malformed answers:
         pa.field("completions", pa.int32(), nullable=False),
         pa.field("retries", pa.int32(), nullable=False),
         pa.field("prompt_tokens", pa.int64(), nullable=False),
@@ -32,36 +32,36 @@ WriterAnswer = dict[str, Any]  # a row of ANSWER_SCHEMA
 
 
 class Writer(Protocol):
-    """Answers requests; one lives in each actor, and several threads call it at the same time."""
+    """Answers requests; each actor has one, and several threads call it at the same time."""
 
     def answers(
-        self, requests: list[WritingRequest], kept: str, earlier: Mapping[str, WriterAnswer]
+        self, requests: list[WritingRequest], folder: str, earlier: Mapping[str, WriterAnswer]
     ) -> list[WriterAnswer]:
         """Return the answers to `requests`, in any order.
 
         Args:
-            kept: folder of these requests' own. What cannot be had again for nothing is written there the moment it
-                comes, and what a run before wrote there is taken from it.
-            earlier: by request, what a run before came to where that is not final.
+            folder: folder of this part. Answers that cost money are stored there as soon as they arrive; answers that
+                an earlier run stored are read from it.
+            earlier: answers of earlier runs that are not final, by request.
         """
 
 
-def begin(request: WritingRequest, earlier: WriterAnswer | None = None) -> WriterAnswer:
-    """Return the answer to a request before anything comes; it has cost what an earlier one, if any, did."""
+def empty_answer(request: WritingRequest, earlier: WriterAnswer | None = None) -> WriterAnswer:
+    """Return an answer without content; its usage is that of the earlier answer, if there is one."""
     spent = {name: earlier[name] if earlier else 0 for name in SPENT}
     return {"request": request.id, "content": None, "error": None, "detail": None, "final": True} | spent
 
 
-def keep(folder: str, answer: WriterAnswer) -> None:
-    """Write an answer into the folder of its part, before that is whole."""
+def store_answer(folder: str, answer: WriterAnswer) -> None:
+    """Write an answer to a file in the folder of an unfinished part."""
     storage.write_json(storage.join(folder, f"{answer['request']}.json"), answer)
 
 
-def arrived(folder: str) -> list[str]:
-    """Return the files of answers that were kept in the folder of a part; what a kill left half-written is none."""
+def stored_files(folder: str) -> list[str]:
+    """Return the answer files in the folder of a part; partial files of a killed run are ignored."""
     return [storage.join(folder, name) for name in storage.list_folder(folder) if name.endswith(".json")]
 
 
-def read_arrived(folder: str, pool: Executor) -> dict[str, WriterAnswer]:
-    """Return the answers that were kept in the folder of a part, by request."""
-    return {answer["request"]: answer for answer in pool.map(storage.read_json, arrived(folder))}
+def read_stored(folder: str, threads: Executor) -> dict[str, WriterAnswer]:
+    """Return the answers stored in the folder of a part, by request."""
+    return {answer["request"]: answer for answer in threads.map(storage.read_json, stored_files(folder))}
