@@ -43,8 +43,8 @@ REFUSED_STATUSES = (400, 413, 422)  # the prompt or the body is invalid
 # Other 4xx that fail one request only; the client retries 408, 409, 429 and every 5xx.
 REQUEST_STATUSES = {408: "timeout", 409: "server_error", 429: "server_full", 403: "forbidden"}
 LONGEST_WAIT = 120.0  # seconds: the client does not retry after a longer Retry-After
-# Consecutive requests without a valid answer, in addition to `concurrency`, after which the job ends: so many are not
-# the fault of single prompts.
+# Consecutive requests without a valid answer, in addition to `concurrency`, after which the job ends: their prompts are
+# not the cause.
 MAX_UNUSABLE = 8
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between retries of a response with an unreadable body
 STORED_TEXT, QUOTED_TEXT = 2000, 500  # characters of a malformed answer in the table of failed requests, in an error

@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # packages of the extra `synthesis`, imported by the function
     from datasketch import MinHash
     from py3langid.langid import LanguageIdentifier
 
-# A text is rejected if it has at least so many bytes (a shorter one looks like any language) and the probability that
-# the identifier gives to another language exceeds this.
+# A text in another language is rejected from this number of bytes (shorter ones look like any language), and above
+# this probability.
 MIN_BYTES, MIN_PROBABILITY = 24, 0.9
 # Languages of the identifier that are not written in Latin letters.
 OTHER_SCRIPTS = frozenset([

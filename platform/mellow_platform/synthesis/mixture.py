@@ -76,7 +76,7 @@ def check_share(existing: dict[str, list[Pair]], requested: int, config: Synthes
         requested: number of requested pairs of the train split.
 
     Raises:
-        ValueError: the share requires existing pairs, and there are none.
+        ValueError: the share requires existing pairs, and `existing` has none.
     """
     share, count = config.synthetic_share, len(existing["train"])
     if share is None or share == 1 or not requested:

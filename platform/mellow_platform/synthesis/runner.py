@@ -152,7 +152,7 @@ def _request(fields: dict[str, Any]) -> WritingRequest:
 def _part_name(requests: list[WritingRequest]) -> str:
     """Return a part's name: the id of its first request and a hash of all ids.
 
-    A number would change when earlier parts are complete.
+    A number would change as soon as earlier parts are complete.
     """
     return f"{requests[0].id}-{hashlib.sha256(''.join(request.id for request in requests).encode()).hexdigest()[:8]}"
 

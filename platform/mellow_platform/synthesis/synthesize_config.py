@@ -150,7 +150,7 @@ class SynthesizeConfig(Section):
     filters: FiltersSection = FiltersSection()
     endpoint: LanguageModelSection = LanguageModelSection()
     vllm: VLLMSection = VLLMSection()
-    rows_per_part: int = Field(256, ge=1, description="requests per output file; a file is written whole")
+    rows_per_part: int = Field(256, ge=1, description="requests per part, which is one output file")
     workers: int = Field(2, ge=1, description="number of actors that write")
 
     @property

@@ -262,7 +262,7 @@ def _pair_counts(
 
 
 def _is_expected(request: WritingRequest, missing: int, reason: str) -> bool:
-    """Return whether so many pairs of a request may be missing for a reason: all if the request failed."""
+    """Return whether this number of missing pairs is expected for a reason: all pairs if the request failed."""
     if reason == UNWRITTEN:
         return 0 <= missing <= request.pairs
     if reason == TOO_FEW:

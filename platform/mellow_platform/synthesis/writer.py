@@ -15,9 +15,9 @@ REFUSED = "refused"  # error of a request that the model or its server rejects
 ANSWER_SCHEMA = pa.schema(
     [
         pa.field("request", pa.string(), nullable=False),
-        pa.field("content", pa.string()),  # JSON in the schema of the request's kind; null if there is an error
+        pa.field("content", pa.string()),  # JSON in the schema of the request's kind; null with an error
         pa.field("error", pa.string()),  # reason, a short name
-        pa.field("detail", pa.string()),  # error message, with the last malformed text if there is one
+        pa.field("detail", pa.string()),  # error message, and the last malformed text
         pa.field("final", pa.bool_(), nullable=False),  # false: the next run retries the request
         # Usage of a language model over all runs, including malformed answers:
         pa.field("completions", pa.int32(), nullable=False),
@@ -47,7 +47,7 @@ class Writer(Protocol):
 
 
 def empty_answer(request: WritingRequest, earlier: WriterAnswer | None = None) -> WriterAnswer:
-    """Return an answer without content; its usage is that of the earlier answer, if there is one."""
+    """Return an answer without content; its usage is that of the earlier answer, or 0."""
     spent = {name: earlier[name] if earlier else 0 for name in SPENT}
     return {"request": request.id, "content": None, "error": None, "detail": None, "final": True} | spent
 
