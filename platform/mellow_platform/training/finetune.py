@@ -32,7 +32,7 @@ from mellow_platform.training.checkpoints import Tensors
 from mellow_platform.training.examples import AnswerExamples
 from mellow_platform.training.flops import ModelFlops, measured_peak
 from mellow_platform.training.learning_rate_schedule import learning_rate_factor
-from mellow_platform.training.publication_check import Question, check_published, greedy_answers
+from mellow_platform.training.verify_export import Question, check_published, greedy_answers
 from mellow_platform.training.recorder import Recorder
 from mellow_platform.training.step_plan import StepPlan
 from mellow_platform.training.train_config import TrainConfig
