@@ -259,7 +259,7 @@ def test_benchmark_noise_is_a_condition():
     with pytest.raises(ValueError, match="noise"):
         EvaluateConfig(**fields, benchmark="noise")
     # The gate compares scores with audio, and must not pass without them.
-    with pytest.raises(ValueError, match="against: .*audio.*conditions"):
+    with pytest.raises(ValueError, match=r"against: .*audio.*conditions"):
         EvaluateConfig(**fields | {"model": "/m", "conditions": ["noise"]}, against="/a")
 
 
@@ -397,7 +397,7 @@ def test_missing_file_does_not_claim_output(corpus: SimpleNamespace):
 def test_output_of_another_model_is_kept(corpus: SimpleNamespace, truth: dict[str, Any]):
     with pytest.raises(ValueError, match=r"\(differing: model\)"):
         run_evaluation(corpus, "truth", "random")
-    with pytest.raises(ValueError, match="against.*`output`"):
+    with pytest.raises(ValueError, match=r"against.*`output`"):
         run_evaluation(corpus, "truth", "random", against=str(corpus.root / "truth"))
 
 
@@ -467,5 +467,5 @@ def test_category_names_are_escaped(tmp_path: Path):
 def test_invalid_verdict_raises(tmp_path: Path):
     write_records(str(tmp_path / "test.json"), [Record("c", "a.wav", "", "", "", "is it so?", "perhaps", "CLE.json")])
     config = EvaluateConfig(benchmark=["entailment"], corpus=str(tmp_path), model="random", output=str(tmp_path / "o"))
-    with pytest.raises(ValueError, match="test/0 of CLE .*'perhaps'"):
+    with pytest.raises(ValueError, match=r"test/0 of CLE .*'perhaps'"):
         evaluate(config)

@@ -59,7 +59,7 @@ def test_tiny_size_uses_same_class(model: MellowForConditionalGeneration):
 
 
 def test_unknown_size_raises():
-    with pytest.raises(ValueError, match="'mellow-huge' .*mellow-v0, mellow-tiny"):
+    with pytest.raises(ValueError, match=r"'mellow-huge' .*mellow-v0, mellow-tiny"):
         MellowConfig.from_size("mellow-huge")
 
 
@@ -84,7 +84,7 @@ def test_stored_features_give_same_logits_as_spectrograms(model: MellowForCondit
 
 
 def test_missing_audio_raises(model: MellowForConditionalGeneration, batch: dict):
-    with pytest.raises(ValueError, match="input_features.*audio_frames"):
+    with pytest.raises(ValueError, match=r"input_features.*audio_frames"):
         model(batch["input_ids"])
 
 

@@ -257,7 +257,7 @@ def test_partner_draws_need_shards_with_random_partners(shards: str, tmp_path: P
     manifest.configuration["partner"] = "same"
     manifest.write(str(tmp_path))
     shutil.copytree(f"{shards}/processor", tmp_path / "processor")
-    with pytest.raises(ValueError, match="partner: same.*--partner random"):
+    with pytest.raises(ValueError, match=r"partner: same.*--partner random"):
         load(str(tmp_path), partner_draws="clip")
 
 
