@@ -61,7 +61,7 @@ def markdown(report: dict[str, Any]) -> str:
             continue
         parts.append(score_table(summary))
         for axis, groups in summary["groups"].items():
-            rows = [[group, f"{own['questions']:,}", *cells(own["scores"])] for group, own in groups.items()]
+            rows = [[name, f"{group['questions']:,}", *cells(group["scores"])] for name, group in groups.items()]
             parts.append(markdown_table([axis, "questions", *titles], rows))
         if lines := notes(summary):
             parts.append("\n".join(f"- {line}" for line in lines))
@@ -203,7 +203,7 @@ def overviews(report: dict[str, Any]) -> dict[str, bytes]:
 def bars(groups: dict[str, Any], axis: str, score: str) -> bytes:
     """Return a PNG of a score by category and condition, for the `MAX_BARS` largest categories."""
     largest = sorted(groups, key=lambda name: -groups[name]["questions"])[:MAX_BARS]
-    rows = {f"{name} ({own['questions']})": own["scores"] for name, own in groups.items() if name in largest}
+    rows = {f"{name} ({groups[name]['questions']})": groups[name]["scores"] for name in groups if name in largest}
     return _bar_chart(rows, f"{score} by {axis} (questions)")
 
 
@@ -214,7 +214,9 @@ def _bar_chart(rows: dict[str, Scores], title: str) -> bytes:
         axes = figure.subplots()
         for number, condition in enumerate(conditions):
             offset = (number - (len(conditions) - 1) / 2) * thickness
-            bars = [(row + offset, own[condition]) for row, own in enumerate(rows.values()) if condition in own]
+            bars = [
+                (row + offset, scores[condition]) for row, scores in enumerate(rows.values()) if condition in scores
+            ]
             positions, values = [row for row, _ in bars], [score["value"] for _, score in bars]
             errors = np.array([[max(0.0, s["value"] - s["low"]), max(0.0, s["high"] - s["value"])] for _, s in bars]).T
             axes.barh(positions, values, thickness, color=COLORS[condition], label=CONDITIONS[condition])

@@ -39,7 +39,9 @@ class AnsweredBenchmark:
     @property
     def without_answer(self) -> dict[str, Counter[str]]:
         """Number of unanswered questions by condition and reason; without the conditions that have none."""
-        counts = {name: Counter(reply.error for reply in own if reply.error) for name, own in self.replies.items()}
+        counts = {
+            name: Counter(reply.error for reply in replies if reply.error) for name, replies in self.replies.items()
+        }
         return {name: reasons for name, reasons in counts.items() if reasons}
 
 
@@ -47,7 +49,7 @@ def score(benchmark: Benchmark, items: list[BenchmarkItem], replies: dict[str, l
     """Score the replies to a benchmark's items."""
     rows = [row for row, item in enumerate(items) if item.references]
     scored_items = [items[row] for row in rows]
-    predictions = {name: [own[row].text for row in rows] for name, own in replies.items() if rows}
+    predictions = {name: [answers[row].text for row in rows] for name, answers in replies.items() if rows}
     scores = {
         name: score_chance(benchmark, scored_items, texts) if name == "chance" else benchmark.score(scored_items, texts)
         for name, texts in predictions.items()
@@ -57,16 +59,16 @@ def score(benchmark: Benchmark, items: list[BenchmarkItem], replies: dict[str, l
 
 def common_metrics(scores: dict[str, BenchmarkScores]) -> dict[str, BenchmarkScores]:
     """Return the scores with only the metrics that all conditions have: a metric's program may fail under one."""
-    names = [{name for metric in own.metrics for name in metric.names} for own in scores.values()]
+    names = [{name for metric in entry.metrics for name in metric.names} for entry in scores.values()]
     common = set.intersection(*names) if names else set()
-    mains = {own.main for own in scores.values()} & common
+    mains = {entry.main for entry in scores.values()} & common
     return {
         condition: BenchmarkScores(
-            [metric for metric in own.metrics if common.issuperset(metric.names)],
-            own.main if mains == {own.main} else next(iter(mains)),
-            own.per_item,
+            [metric for metric in entry.metrics if common.issuperset(metric.names)],
+            entry.main if mains == {entry.main} else next(iter(mains)),
+            entry.per_item,
         )
-        for condition, own in scores.items()
+        for condition, entry in scores.items()
     }
 
 
@@ -130,10 +132,10 @@ def _data_sets(answered: AnsweredBenchmark, draws: Bootstrap) -> dict[str, Any]:
     for family in sorted(set(families)):
         rows = np.flatnonzero(families == family)
         item_rows = answered.scored_rows[rows]
-        replies = {name: [own[row] for row in item_rows] for name, own in answered.replies.items()}
+        replies = {name: [answers[row] for row in item_rows] for name, answers in answered.replies.items()}
         subset = score(answered.benchmark, [answered.items[row] for row in item_rows], replies)
         family_draws = draws.subset(rows)
-        scores = {name: _estimates(family_draws, own.metrics) for name, own in subset.scores.items()}
+        scores = {name: _estimates(family_draws, entry.metrics) for name, entry in subset.scores.items()}
         data_sets[str(family)] = {"questions": len(rows), "scores": scores}
     return data_sets
 
@@ -142,6 +144,7 @@ def _group_scores(answered: AnsweredBenchmark, draws: Bootstrap, rows: np.ndarra
     """Return the main score of a subset of the items under each condition."""
     group_draws = draws.subset(rows)
     scores = {
-        name: asdict(group_draws.estimate(_main(own).subset(rows))[own.main]) for name, own in answered.scores.items()
+        name: asdict(group_draws.estimate(_main(entry).subset(rows))[entry.main])
+        for name, entry in answered.scores.items()
     }
     return {"questions": len(rows), "scores": scores}

@@ -141,8 +141,8 @@ def score_table(report: dict[str, Any]) -> str:
         if "scores" not in summary:
             continue  # reference answers are not public
         main = summary["main"]
-        scores = [(name, {condition: own[main] for condition, own in summary["scores"].items()})]
-        scores += [(family, own["scores"]) for family, own in summary["groups"].get("family", {}).items()]
+        scores = [(name, {condition: values[main] for condition, values in summary["scores"].items()})]
+        scores += [(family, group["scores"]) for family, group in summary["groups"].get("family", {}).items()]
         rows += [
             [label, main, *(f"{values[condition]['value']:.3f}" for condition in report["conditions"])]
             for label, values in scores
