@@ -25,7 +25,6 @@ from mellow_platform.training.batches import batches
 from mellow_platform.training.checkpoints import FOLDER, MARKER, STATE, CheckpointStore
 from mellow_platform.training.finetune import BETAS, build_model, finetune, load_examples, train_answers
 from mellow_platform.training.learning_rate_schedule import learning_rate_factor
-from mellow_platform.training.verify_export import check_published
 from mellow_platform.training.step_plan import StepPlan
 from mellow_platform.training.train_config import TrainConfig
 from mellow_platform.training.trainer import (
@@ -35,6 +34,7 @@ from mellow_platform.training.trainer import (
     run_training,
     total_steps,
 )
+from mellow_platform.training.verify_export import check_published
 from tests.small_corpus import write_corpus, write_features
 
 STEPS = 20

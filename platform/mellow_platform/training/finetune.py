@@ -32,11 +32,11 @@ from mellow_platform.training.checkpoints import Tensors
 from mellow_platform.training.examples import AnswerExamples
 from mellow_platform.training.flops import ModelFlops, measured_peak
 from mellow_platform.training.learning_rate_schedule import learning_rate_factor
-from mellow_platform.training.verify_export import Question, check_published, greedy_answers
 from mellow_platform.training.recorder import Recorder
 from mellow_platform.training.step_plan import StepPlan
 from mellow_platform.training.train_config import TrainConfig
 from mellow_platform.training.trainer import build_plan, prepare_worker, run_training
+from mellow_platform.training.verify_export import Question, check_published, greedy_answers
 
 BETAS = (0.9, 0.98)
 CHECK_QUESTIONS = 8  # whose answers are compared before publication

@@ -63,8 +63,8 @@ class TrainConfig(RunSection):
         None,
         ge=0,
         le=1,
-        description="largest share of synthetic questions in training; surplus synthetic questions are left out "
-        "(default: all are used)",
+        description="share of synthetic questions in training; surplus questions of either kind are left out (default: "
+        "all are used)",
     )
     synthetic_subtypes: Names = Field(
         SYNTHETIC_SUBTYPES, description="subtypes of the questions that count as synthetic"
