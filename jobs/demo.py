@@ -39,7 +39,7 @@ LOCK = "demo.lock"
 STAGES = {
     "cluster": ("start Ray on this machine", 4.0),
     "corpus": ("write sound scenes and questions about them", 26.0),
-    "preprocess": ("compute log-mel spectrograms of the clips", 23.0),
+    "preprocess": ("compute log-mel spectrograms of training clips", 23.0),
     "pretrain encoder": ("train the audio encoder to recognise sounds", 104.0),
     "encode": ("run the frozen encoder once per clip", 48.0),
     "train": ("train Mellow to answer questions", 118.0),
@@ -334,10 +334,8 @@ def print_report(config: DemoConfig, summary: dict[str, Any], report: str) -> No
         return f"'{short}'" if " " in short else short
 
     table = [line for line in report.split("\n\n")[1].splitlines() if line.startswith("|")]
-    print(
-        f"\nScores of the model ({summary['parameters']:,} parameters) on test clips, and of the same model with noise"
-    )
-    print("or without audio; chance is a random choice among the given answers. Intervals are 95 %.\n")
+    print(f"\nScores of the model ({summary['parameters']:,} parameters) on test clips, with noise, and without audio;")
+    print("chance is a random choice among the given answers. Intervals are 95 %.\n")
     print("\n".join(table))
     if config.corpus:
         print_recordings(storage.read_json(storage.join(config.output, "corpus", "corpus.json")))

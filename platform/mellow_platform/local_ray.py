@@ -1,7 +1,7 @@
 """Ray cluster of one node on this machine, to which jobs are submitted as to any other cluster.
 
 Token, logs and output of jobs are in a folder that the caller chooses. The cluster writes nothing outside this folder
-and the temporary directory, and leaves no process behind.
+and the temporary directory. Its end ends all its processes.
 """
 
 import collections
