@@ -1,4 +1,4 @@
-"""Write a corpus that needs no download: synthetic scenes, or questions about labelled recordings.
+"""Write a corpus without a download: synthetic scenes, or questions about labelled recordings.
 
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
     python jobs/make_corpus.py --output /data/scenes
@@ -41,10 +41,10 @@ def make_scenes(config: CorpusConfig) -> dict[str, int]:
         for split, count in clips.items()
         for start in range(0, count, CLIPS_PER_TASK)
     ]
-    made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         write_clips, fn_kwargs={"output": config.output, "seed": config.seed}
     )
-    parts = sorted(made.take_all(), key=lambda row: row["start"])
+    parts = sorted(dataset.take_all(), key=lambda row: row["start"])
     scenes = {
         split: [scene for part in parts if part["split"] == split for scene in part["scenes"]] for split in SPLITS
     }

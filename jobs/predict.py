@@ -1,6 +1,6 @@
 """Answer questions about a folder or a table of clips.
 
-Submitted again after it was killed, it resumes with the missing answers; if it is complete, it does nothing.
+A resubmitted job resumes with the missing answers; a finished job does nothing.
 
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
     python jobs/predict.py --model s3://bucket/model --clips s3://bucket/recordings --question "caption the audio." \

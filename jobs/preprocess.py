@@ -1,6 +1,6 @@
 """Convert audio and question-answer records to Parquet shards.
 
-Submitted again after it was killed, it resumes with the missing shards; if it is complete, it does nothing.
+A resubmitted job resumes with the missing shards; a finished job does nothing.
 
 ray job submit --working-dir . --runtime-env infra/runtime_env.yaml -- \
     python jobs/preprocess.py --config jobs/configs/mellow-v0/preprocess.yaml --corpus s3://bucket/corpus \

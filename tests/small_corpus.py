@@ -1,4 +1,4 @@
-"""A small corpus of the built-in scenes, and its features from a tiny encoder with random weights."""
+"""Small corpus of built-in scenes, and its features from a tiny encoder with random weights."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from mellow_platform.preprocessing.preprocess_job import preprocess
 
 
 def write_corpus(uri: str, clips: dict[str, int]) -> None:
-    """Write a corpus of scenes to `uri`, with the given number of clips per split."""
+    """Write a corpus of scenes to `uri`, with `clips` clips per split."""
     scenes: dict[str, list[Scene]] = {}
     for split, count in clips.items():
         scenes[split] = []

@@ -1,4 +1,4 @@
-"""`mellow ask` against a model folder and an endpoint, and what every command does with help, errors and Ctrl-C."""
+"""`mellow ask` with a model folder and an endpoint; help, errors and Ctrl-C of every command."""
 
 import base64
 import contextlib
@@ -60,7 +60,7 @@ def waveform(name: str) -> np.ndarray:
 
 
 def fail(capsys: pytest.CaptureFixture, *arguments: str) -> str:
-    """Run a command that has to fail with status 1 and one line on stderr, and return the line."""
+    """Run a command that must fail with status 1 and one line on stderr; return the line."""
     with pytest.raises(SystemExit) as exit:
         main(arguments)
     output = capsys.readouterr()
@@ -98,7 +98,7 @@ def test_ask_folder_scores_choices(capsys: pytest.CaptureFixture):
     assert capsys.readouterr().out == "".join(f"{score.probability:.4f}\t{score.choice}\n" for score in scores)
 
 
-def test_ask_writes_nothing_else_and_imports_no_training_library():
+def test_ask_output_and_imports():
     code = (
         "import sys; from mellow_platform.cli import main;"
         "main(['ask', 'one.flac', 'a tone?', '--model', 'model', '--max-new-tokens', '300']);"
@@ -147,11 +147,11 @@ def test_ask_reads_a_clip_and_a_model_in_s3(bucket: str, capsys: pytest.CaptureF
         (["one.flac", "a tone?", "--model", "http://model.invalid/v1"], "OPENAI_API_KEY"),
     ],
 )
-def test_ask_names_what_is_wrong_in_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture):
+def test_ask_error_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture):
     assert re.search(message, fail(capsys, "ask", *words))
 
 
-def test_default_model_is_the_demos(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_default_model_is_of_the_demo(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr("mellow_platform.inference.ask.URL", f"http://127.0.0.1:{free_port()}/v1")
     message = fail(capsys, "ask", "one.flac", "a tone?")
     assert "runs/demo/model" in message
@@ -174,9 +174,9 @@ class Server(ThreadingHTTPServer):
 
     Attributes:
         requests: bodies of chat completions.
-        refusal: status and headers that chat completions are answered with, if any.
-        ending: how streams end: `whole`, `error` (an error event), `cut` (no end), `hang` (no end, and none follows).
-        owner: of the listed model.
+        refusal: status and headers of refused chat completions, if any.
+        ending: end of streams: `whole`, `error` (an error event), `cut` (closed without an end), `hang` (left open).
+        owner: owner of the listed model.
     """
 
     daemon_threads = True
@@ -215,7 +215,7 @@ class Handler(BaseHTTPRequestHandler):
         windows = [(0, 10), (10, 20.5)] if self.server.requests[-1].get("window") == "each" else [(0, 10)]
         for number, (start, end) in enumerate(windows):
             self.event(number, {"content": ""}, heard=[{"start": start, "end": end}])
-        for piece in ("a ", "loud ", "tone"):  # those of several windows are interleaved
+        for piece in ("a ", "loud ", "tone"):  # answers for several windows are interleaved
             for number in range(len(windows)):
                 self.event(number, {"content": piece})
         if self.server.ending == "hang":
@@ -301,13 +301,13 @@ def test_ask_endpoint_sorts_interleaved_windows(server: Server, capsys: pytest.C
         ((503, {"x-should-retry": "false"}), r"\b503\b"),
     ],
 )
-def test_ask_endpoint_names_a_refusal(refusal, message: str, server: Server, capsys: pytest.CaptureFixture):
+def test_ask_endpoint_refusal_is_named(refusal, message: str, server: Server, capsys: pytest.CaptureFixture):
     server.refusal = refusal
     line = fail(capsys, "ask", "one.flac", "a tone?", "--model", server.url)
     assert server.url in line and "too loud" in line and re.search(message, line)
 
 
-def test_ask_endpoint_names_a_wrong_key_but_not_its_value(server: Server, capsys, monkeypatch: pytest.MonkeyPatch):
+def test_ask_endpoint_wrong_key_is_not_printed(server: Server, capsys, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OPENAI_API_KEY", "wrong-key")
     message = fail(capsys, "ask", "one.flac", "a tone?", "--model", server.url)
     assert re.search(r"\b401\b.*unknown key.*OPENAI_API_KEY", message)
@@ -318,7 +318,7 @@ def test_ask_endpoint_names_a_wrong_key_but_not_its_value(server: Server, capsys
 
 
 @pytest.mark.parametrize(("ending", "message"), [("error", "model gone"), ("cut", "response")])
-def test_ask_endpoint_names_a_broken_stream(ending: str, message: str, server: Server, capsys: pytest.CaptureFixture):
+def test_ask_endpoint_broken_stream_fails(ending: str, message: str, server: Server, capsys: pytest.CaptureFixture):
     server.ending = ending
     with pytest.raises(SystemExit):
         main(["ask", "one.flac", "a tone?", "--model", server.url])
@@ -327,7 +327,7 @@ def test_ask_endpoint_names_a_broken_stream(ending: str, message: str, server: S
     assert message in output.err
 
 
-def test_ask_endpoint_refuses_choices_that_it_cannot_score(server: Server, capsys: pytest.CaptureFixture):
+def test_ask_endpoint_without_scores_fails(server: Server, capsys: pytest.CaptureFixture):
     choices = ["--model", server.url, "--choice", "yes"]
     assert "--choice" in fail(capsys, "ask", "one.flac", "a tone?", *choices)
     assert "--window each" in fail(capsys, "ask", "one.flac", "a tone?", *choices, "--window", "each")
@@ -344,7 +344,7 @@ def test_ctrl_c_ends_with_status_130(server: Server):
     assert errors == b""
 
 
-def test_ctrl_c_while_the_engine_answers_ends_with_status_130():
+def test_ctrl_c_during_generation_ends_with_status_130():
     command = [
         *MELLOW,
         "ask",
@@ -365,7 +365,7 @@ def test_ctrl_c_while_the_engine_answers_ends_with_status_130():
     assert errors == b""
 
 
-def test_a_reader_that_stops_reading_causes_no_message(server: Server):
+def test_closed_output_causes_no_message(server: Server):
     command = [*MELLOW, "ask", "long.flac", "a tone?", "--model", server.url, "--window", "each"]
     reading, writing = os.pipe()
     os.close(reading)
@@ -374,7 +374,7 @@ def test_a_reader_that_stops_reading_causes_no_message(server: Server):
     assert (result.returncode, result.stderr) == (1, b"")
 
 
-def test_unknown_options_are_refused(capsys: pytest.CaptureFixture):
+def test_unknown_options_are_rejected(capsys: pytest.CaptureFixture):
     for arguments in (["ask", "one.flac", "a tone?", "--modle", "x"], ["doctor", "machine"]):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
@@ -395,5 +395,5 @@ def test_help_imports_the_standard_library_only(command: list[str]):
     assert result.stderr.strip() == "[]"
 
 
-def test_windows_of_the_command_line_are_those_of_the_engine():
+def test_window_rules_of_command_line_and_engine_are_equal():
     assert WINDOWS == RULES

@@ -19,7 +19,7 @@ from mellow_platform.data import builtin_corpora
 from mellow_platform.data.labels import ClipLabels
 from mellow_platform.data.recordings import LabelledRecordings, read_recordings
 from mellow_platform.data.records import SPLITS, Record, read_records
-from mellow_platform.data.splits import deal
+from mellow_platform.data.splits import assign_splits
 from tests.conftest import REPOSITORY
 
 RATE = 8_000
@@ -27,7 +27,7 @@ ANIMALS = ("dog", "rooster", "crying_baby", "chirping_birds", "sea_waves")
 
 
 def write_sounds(folder: Path, paths: Iterable[str]) -> None:
-    """Write a WAV of 0.1 s at each of the paths, of different noise each."""
+    """Write a WAV file of 0.1 s with different noise to each path."""
     for number, path in enumerate(paths):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(wav(number))
@@ -40,7 +40,7 @@ def wav(number: int) -> bytes:
 
 
 def write_esc50(folder: Path) -> None:
-    """Write 5 categories with 8 clips each, two of which are takes of the same freesound file."""
+    """Write 5 categories with 8 clips each, in pairs of takes of the same freesound file."""
     rows = [
         f"{fold}-{1000 + 10 * target + fold}-{take}-{target}.wav,{fold},{target},{name},{target < 2},"
         f"{1000 + 10 * target + fold},{take}"
@@ -53,7 +53,7 @@ def write_esc50(folder: Path) -> None:
 
 
 def write_urbansound(folder: Path) -> None:
-    """Write 4 classes with 3 recordings of 4 slices each; slices of one recording are in one fold."""
+    """Write 4 classes with 3 recordings of 4 slices each; slices of a recording are in one fold."""
     names = ("air_conditioner", "car_horn", "children_playing", "dog_bark")
     rows = [
         f"{100 * number + take}-{number}-0-{part}.wav,{100 * number + take},{part}.0,{part + 4}.0,1,{take + 1},"
@@ -127,7 +127,7 @@ LAYOUTS = {
 
 @pytest.fixture(params=list(LAYOUTS))
 def layout(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
-    """Name of a layout, and a folder in it."""
+    """Name of a layout, and a folder with this layout."""
     folder = tmp_path / "recordings, täglich"
     folder.mkdir()
     LAYOUTS[request.param][0](folder)
@@ -157,7 +157,7 @@ def test_groups_are_never_split(layout: tuple[str, Path]):
     _, folder = layout
     clips = read_recordings(str(folder)).clips
     for seed in range(5):
-        splits = deal(clips, seed)
+        splits = assign_splits(clips, seed)
         groups = {split: {clip.group or clip.file for clip in members} for split, members in splits.items()}
         assert sum(map(len, groups.values())) == len(set.union(*groups.values()))
         assert sum(map(len, splits.values())) == len(clips)
@@ -170,22 +170,22 @@ def test_answers_and_choices_have_training_clips(layout: tuple[str, Path], tmp_p
     in_train = {label for record in records["train"] for label in clips[record.filepath1].labels}
     assert records["test"]
     for record in chain(*records.values()):
-        own = clips[record.filepath1].labels
+        labels = clips[record.filepath1].labels
         if record.is_multiple_choice:
             texts = [choice[3:] for choice in record.choices]
             assert set(texts) <= in_train
-            assert [text for text in texts if text in own] == [record.answer[3:]]
+            assert [text for text in texts if text in labels] == [record.answer[3:]]
         else:
-            heard = record.input.removeprefix("is this heard: ").removesuffix("?")
-            assert heard in in_train
-            assert (heard in own) == (record.answer == "yes")
+            label = record.input.removeprefix("is this heard: ").removesuffix("?")
+            assert label in in_train
+            assert (label in labels) == (record.answer == "yes")
 
 
 def test_same_seed_gives_same_corpus(tmp_path: Path):
     write_esc50(tmp_path)
     outputs = []
-    for place, seed in enumerate((1, 1, 2)):
-        output = tmp_path / f"out{place}"
+    for number, seed in enumerate((1, 1, 2)):
+        output = tmp_path / f"out{number}"
         make(tmp_path, output, seed=seed)
         outputs.append({file.name: file.read_bytes() for file in output.iterdir()})
     assert sorted(outputs[0]) == ["corpus.json", "labels.json", "mmau.json", "test.json", "train.json", "val.json"]
@@ -206,7 +206,7 @@ def test_names_of_labels_are_words(layout: tuple[str, Path]):
 
 
 def clips_of(counts: Iterable[int], group: str = "") -> list[ClipLabels]:
-    """Return so many clips of each label; with `group`, those of a label are one group."""
+    """Return `counts` clips of each label; with `group`, those of a label are one group."""
     return [
         ClipLabels(f"{label}/{number}.wav", (f"label {label}",), (), group and f"{group}{label}")
         for label, count in enumerate(counts)
@@ -221,20 +221,20 @@ def by_split(splits: dict[str, list[ClipLabels]]) -> dict[str, Counter[str]]:
 @pytest.mark.parametrize(
     ("groups", "expected"), [(1, (1, 0, 0)), (2, (1, 0, 1)), (4, (2, 1, 1)), (5, (3, 1, 1)), (40, (24, 8, 8))]
 )
-def test_each_label_is_dealt_three_to_one_to_one(groups: int, expected: tuple[int, int, int]):
-    counts = by_split(deal(clips_of([groups] * 6), seed=0))
+def test_labels_are_split_three_to_one_to_one(groups: int, expected: tuple[int, int, int]):
+    counts = by_split(assign_splits(clips_of([groups] * 6), seed=0))
     for label in range(6):
         assert tuple(counts[split][f"label {label}"] for split in SPLITS) == expected
 
 
 def test_labels_with_three_recordings_share_val():
-    splits = deal(clips_of([3] * 20), seed=0)
+    splits = assign_splits(clips_of([3] * 20), seed=0)
     assert [len(splits[split]) for split in SPLITS] == [30, 10, 20]
     assert len(by_split(splits)["test"]) == 20
 
 
 def test_rare_labels_leave_common_ones_stratified():
-    counts = by_split(deal(clips_of([2] * 50 + [10] * 4 + [1] * 30), seed=0))
+    counts = by_split(assign_splits(clips_of([2] * 50 + [10] * 4 + [1] * 30), seed=0))
     for label in range(50, 54):
         assert [counts[split][f"label {label}"] for split in SPLITS] == [6, 2, 2]
     assert all(counts["train"][f"label {label}"] == 1 for label in range(54, 84))
@@ -244,8 +244,8 @@ def test_label_in_one_group_is_not_tested(tmp_path: Path):
     write_esc50(tmp_path)
     rows = [f"lone{take}.wav,1,9,one_source,False,77,{take}" for take in "ABC"]
     write_sounds(tmp_path / "audio", [f"lone{take}.wav" for take in "ABC"])
-    for place, take in enumerate("ABC"):
-        (tmp_path / f"audio/lone{take}.wav").write_bytes(wav(500 + place))
+    for number, take in enumerate("ABC"):
+        (tmp_path / f"audio/lone{take}.wav").write_bytes(wav(500 + number))
     with (tmp_path / "meta/esc50.csv").open("a") as table:
         table.write("\n".join(rows))
     summary, records = make(tmp_path, tmp_path / "corpus")
@@ -278,7 +278,7 @@ def test_chance_follows_the_number_of_choices(tmp_path: Path):
     assert {len(record.choices) for record in records["test"] if record.is_multiple_choice} == {2, 4}
 
 
-def test_labels_of_a_clip_are_asked_about_equally(tmp_path: Path):
+def test_questions_are_balanced_over_labels(tmp_path: Path):
     write_fsd50k(tmp_path)
     summary, _ = make(tmp_path, tmp_path / "corpus", rounds=3)
     for each in summary["labels"]:
@@ -289,19 +289,19 @@ def test_labels_of_a_clip_are_asked_about_equally(tmp_path: Path):
     assert max(questions) - min(questions) <= 4
 
 
-def test_speakers_who_say_all_words_are_never_split():
+def test_speakers_with_all_labels_are_not_split():
     clips = [ClipLabels(f"{speaker}/{word}.wav", (word,), (), str(speaker)) for speaker in range(6) for word in ANIMALS]
-    splits = deal(clips, seed=0)
+    splits = assign_splits(clips, seed=0)
     assert {split: len({clip.group for clip in members}) for split, members in splits.items()} == {
         "train": 4, "val": 1, "test": 1,
     }  # fmt: skip
 
 
-def test_labels_dealt_with_rarer_ones_still_reach_train_and_test():
+def test_labels_assigned_with_rarer_ones_reach_train_and_test():
     pairs = ("bell horn", "horn dog", "dog bell", "bell horn", "horn dog", "dog bell", "cat bell", "cat dog")
     for seed in range(20):
         clips = [ClipLabels(f"{number}.wav", tuple(pair.split())) for number, pair in enumerate(pairs)]
-        counts = by_split(deal(clips, seed))
+        counts = by_split(assign_splits(clips, seed))
         assert set(counts["train"]) == set(counts["test"]) == {"bell", "horn", "dog", "cat"}
 
 
@@ -326,7 +326,7 @@ def read(folder: Path, header: str, *rows: str, newline: str = "\n", encoding: s
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
-def test_tables_of_every_program_are_read(delimiter: str, encoding: str, newline: str, tmp_path: Path):
+def test_tables_in_all_formats_are_read(delimiter: str, encoding: str, newline: str, tmp_path: Path):
     write_sounds(tmp_path, ["ä b.wav"])
     header, row = delimiter.join(["Path", "Class"]), delimiter.join(['"ä b.wav"', '"Löwe"'])
     assert read(tmp_path, header, row, newline=newline, encoding=encoding).clips == [ClipLabels("ä b.wav", ("löwe",))]
@@ -350,18 +350,18 @@ def test_file_is_found_by_name(name: str, tmp_path: Path):
     assert read(tmp_path, "file,label", f'"{name}",bell').clips == [ClipLabels("a/b/Bell, 1.WAV", ("bell",))]
 
 
-def test_accents_are_found_in_both_unicode_forms(tmp_path: Path):
+def test_file_is_found_in_both_unicode_forms(tmp_path: Path):
     write_sounds(tmp_path, [unicodedata.normalize("NFD", "é.wav")])
     (clip,) = read(tmp_path, "file,label", unicodedata.normalize("NFC", "é.wav,é")).clips
     assert (tmp_path / clip.file).is_file()
 
 
-def test_blank_before_a_file_name_is_kept(tmp_path: Path):
+def test_space_before_file_name_is_kept(tmp_path: Path):
     write_sounds(tmp_path, [" a.wav", "b/a.wav"])
     assert read(tmp_path, "file,label", " a.wav,bell").clips[0].file == " a.wav"
 
 
-def test_base_name_of_two_files_is_refused(tmp_path: Path):
+def test_ambiguous_base_name_is_rejected(tmp_path: Path):
     write_sounds(tmp_path, ["x/a.wav", "y/a.wav", "1.wav"])
     with pytest.raises(ValueError, match=r"list\.csv, line 2: 'a\.wav'.*x/a\.wav.*y/a\.wav"):
         read(tmp_path, "file,label", "a.wav,bell")
@@ -439,7 +439,7 @@ def test_copies_are_one_recording(tmp_path: Path):
     assert "dog/a (1).wav" in found.warnings[0] and "cat/b.wav" in found.warnings[0]
 
 
-def test_two_sources_of_labels_are_refused(tmp_path: Path):
+def test_two_sources_of_labels_are_rejected(tmp_path: Path):
     write_table(tmp_path)
     write_text(tmp_path / "meta/other.csv", "fname,class\n")
     with pytest.raises(ValueError, match=r"list\.csv.*meta/other\.csv"):
@@ -455,7 +455,7 @@ def test_two_sources_of_labels_are_refused(tmp_path: Path):
         (["train/a.wav", "test/b.wav", "val/c.wav"], "test, train, val"),
     ],
 )
-def test_folder_without_labels_is_refused(files: list[str], message: str, tmp_path: Path):
+def test_folder_without_labels_is_rejected(files: list[str], message: str, tmp_path: Path):
     write_sounds(tmp_path, files)
     with pytest.raises(ValueError, match=message):
         read_recordings(str(tmp_path))
@@ -471,14 +471,14 @@ def test_table_with_other_columns_is_named(tmp_path: Path):
     ("labels", "message"),
     [(3, r"\b12\b.*\b3\b"), (2, r"\b8\b.*\b2\b"), (0, "folder")],
 )
-def test_too_few_recordings_are_refused(labels: int, message: str, tmp_path: Path):
+def test_too_few_recordings_are_rejected(labels: int, message: str, tmp_path: Path):
     write_sounds(tmp_path, [f"{ANIMALS[label]}/{number}.wav" for label in range(labels) for number in range(4)])
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         make(tmp_path, tmp_path / "corpus")
     assert not (tmp_path / "corpus").exists()
 
 
-def test_corpus_without_test_questions_is_refused(tmp_path: Path):
+def test_corpus_without_test_questions_is_rejected(tmp_path: Path):
     write_sounds(tmp_path, [f"{number}.wav" for number in range(20)])
     rows = [f"{number}.wav,{ANIMALS[number % 5]},freesound" for number in range(20)]
     write_text(tmp_path / "list.csv", "\n".join(["file,label,source", *rows]))
@@ -486,7 +486,7 @@ def test_corpus_without_test_questions_is_refused(tmp_path: Path):
         make(tmp_path, tmp_path / "corpus")
 
 
-def test_label_that_looks_like_a_choice_is_refused(tmp_path: Path):
+def test_label_with_choice_letter_is_rejected(tmp_path: Path):
     write_sounds(tmp_path, [f"{name}/{number}.wav" for name in (*ANIMALS[:3], "class b) bell") for number in range(5)])
     with pytest.raises(ValueError, match=r"'class b\) bell'"):
         make(tmp_path, tmp_path / "corpus")

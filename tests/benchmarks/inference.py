@@ -1,10 +1,10 @@
-"""How fast the engine answers at the published size, against the published algorithm and transformers' generate.
+"""Speed of the engine at the published size, against the published algorithm and transformers' generate.
 
 python tests/benchmarks/inference.py                            # random weights, about seven minutes on two cores
-python tests/benchmarks/inference.py --decoder SmolLM2.gguf     # real decoder weights: also what int8 costs
+python tests/benchmarks/inference.py --decoder SmolLM2.gguf     # real decoder weights: also the cost of int8
 python tests/benchmarks/inference.py --quick                    # every figure once
 
-Everything is timed in one run on one machine, the systems in turn, after a warm-up of each; ratios are what counts.
+All systems are timed in turn, in one run on one machine, after a warm-up of each. Only ratios are comparable.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's own folder alone would be on it
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # otherwise, it contains only the script's folder
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ QUESTIONS = [
 README = Path(__file__).resolve().parents[2] / "README.md"
 NEW_TOKENS = 32
 LENGTHS = list(range(4, 65, 4))  # of the 16 answers
-TOLERANCE = 1e-4  # of float32 logits, whatever the batch
+TOLERANCE = 1e-4  # of float32 log-probabilities over batches
 
 Pair = list[np.ndarray]  # two waveforms
 
@@ -62,13 +62,13 @@ def main() -> None:
         systems = {name: stack.enter_context(System(name, folder)) for name in ("reference", *DTYPES)}
         figures = measure(systems, repetitions=1 if arguments.quick else 3)
         if arguments.decoder:
-            print_table("What int8 costs on running text", int8_cost(folder))
+            print_table("Cost of int8 on running text", int8_cost(folder))
     print_table("Ratios and peaks", {key: [figures[d][key] for d in DTYPES] for key in figures[DTYPES[0]]}, DTYPES)
     report("inference", figures, arguments.record)
 
 
 def build(decoder: str | None) -> tuple[MellowForConditionalGeneration, MellowProcessor]:
-    """Return a model of the published size: random, but for the decoder's weights where they are given."""
+    """Return a random model of the published size, with the weights of `decoder` if it is set."""
     torch.manual_seed(0)
     if not decoder:
         tokenizer = train_tokenizer(QUESTIONS)
@@ -77,7 +77,7 @@ def build(decoder: str | None) -> tuple[MellowForConditionalGeneration, MellowPr
         tokenizer, language_model = load_tokenizer(decoder), load_decoder(decoder)
         model = MellowForConditionalGeneration(MellowConfig.from_size("mellow-v0", text_config=language_model.config))
         model.language_model.load_state_dict(language_model.state_dict())
-        # Audio as loud as words, or it drowns what the decoder knows.
+        # Audio embeddings get the scale of text embeddings, so that they do not dominate the decoder.
         scale = language_model.get_input_embeddings().weight.std()
         torch.nn.init.constant_(model.get_parameter("projection.layer_norm.weight"), float(scale))
     return model.eval(), MellowProcessor(MellowFeatureExtractor(), tokenizer)
@@ -89,14 +89,14 @@ def make_clips(count: int) -> list[np.ndarray]:
 
 
 class Reference:
-    """The model without an engine."""
+    """Model without an engine."""
 
     def __init__(self, folder: str):
         self.model, self.processor = load_model(folder)
 
     @torch.no_grad()
     def published(self, text: str, pair: Pair, new_tokens: int) -> None:
-        """The published algorithm: the whole sequence through the decoder for every token, nothing cached."""
+        """Run the published algorithm: the whole sequence through the decoder for every token, without a cache."""
         embeddings = self.model.prefix(**self.processor(audio=[pair], text=[text]))
         for _ in range(new_tokens):
             logits = self.model.language_model(inputs_embeds=embeddings, use_cache=False).logits
@@ -104,13 +104,13 @@ class Reference:
             embeddings = torch.cat([embeddings, new], dim=1)
 
     def generate(self, texts: list[str], pairs: list[Pair], new_tokens: int) -> None:
-        """transformers' generate with its cache, on one padded batch."""
+        """Run transformers' generate with its cache, on one padded batch."""
         inputs = self.processor(audio=pairs, text=texts)
         tokens = self.model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=None)
         assert tokens.shape == (len(texts), new_tokens)
 
     def bounds(self) -> dict[str, float]:
-        """Measure memory and products of this machine, and count what a token and a position take of them."""
+        """Measure memory bandwidth and float32 products per second of this machine, and count weights and positions."""
         memory, square = torch.ones(2**26), torch.ones(2048, 2048)
         decoder = self.model.language_model
         layers, head = (sum(p.numel() for p in part.parameters()) for part in (decoder.model.layers, decoder.lm_head))
@@ -124,30 +124,30 @@ class Reference:
         }
 
 
-class Engined:
-    """The engine in one precision."""
+class EngineSystem:
+    """Engine in one precision."""
 
     def __init__(self, folder: str, dtype: str):
         self.engine = Engine.load(folder, dtype=dtype)
 
     def peak_gib(self) -> float:
-        """Return the most memory that this process has held, in GiB."""
+        """Return the peak memory of this process, in GiB."""
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
-    def forget(self) -> None:
-        """Empty the caches, as for clips that were never heard."""
+    def clear_caches(self) -> None:
+        """Empty the caches, as for new clips."""
         for cache in (self.engine._clip_tokens, self.engine._prefixes):
             cache.clear()
 
     def cold(self, requests: list[Request]) -> None:
-        self.forget()
+        self.clear_caches()
         for answer, request in zip(self.engine.generate(requests), requests, strict=True):
             if len(answer.tokens) != request.max_new_tokens:
-                raise RuntimeError("an answer ended by itself: times of answers of other lengths do not compare")
+                raise RuntimeError("an answer ended before max_new_tokens, so its time is not comparable")
 
     def cold_first_token(self, request: Request) -> None:
-        self.forget()
+        self.clear_caches()
         self.warm_first_token(request)
 
     def warm_first_token(self, request: Request) -> None:
@@ -156,21 +156,21 @@ class Engined:
         stream.cancel()
 
     def changed_by_batch(self, requests: list[Request]) -> tuple[int, float]:
-        """Return how many answers depend on the batch or the caches, and by how much a log-probability does at most.
+        """Return the number of answers that depend on batch or caches, and the largest difference of log-probabilities.
 
-        Greedy answers, and drawn ones with a seed, which wander over the vocabulary where greedy ones repeat.
+        Both greedy and sampled answers (with a seed), because greedy ones repeat few tokens.
         """
         changed: set[int] = set()
         worst = 0.0
         for temperature in (0.0, 1.0):
-            asked = [replace(request, temperature=temperature, seed=0, logprobs=True) for request in requests]
-            alone = []
-            for request in asked:
-                self.forget()
-                alone += self.engine.generate([request])
-            self.forget()
-            for together in (self.engine.generate(asked), self.engine.generate(asked)):
-                for number, (one, other) in enumerate(zip(alone, together, strict=True)):
+            batch = [replace(request, temperature=temperature, seed=0, logprobs=True) for request in requests]
+            single = []
+            for request in batch:
+                self.clear_caches()
+                single += self.engine.generate([request])
+            self.clear_caches()
+            for together in (self.engine.generate(batch), self.engine.generate(batch)):
+                for number, (one, other) in enumerate(zip(single, together, strict=True)):
                     if one.tokens != other.tokens:
                         changed.add(number)
                     elif one.logprobs and other.logprobs:
@@ -178,7 +178,7 @@ class Engined:
         return len(changed), worst
 
     def parts(self, pair: Pair, prefix: int, prompt: int) -> dict[str, float]:
-        """Return the seconds of what the engine computes for a request, part by part."""
+        """Return the seconds of each part of a request."""
         return self.engine._call(lambda: self._parts(pair, prefix, prompt)).result()
 
     def _parts(self, pair: Pair, prefix: int, prompt: int) -> dict[str, float]:
@@ -197,10 +197,10 @@ class Engined:
 
 
 class System:
-    """A `Reference` or `Engined` in a process of its own, which sleeps while it is not called.
+    """A `Reference` or `EngineSystem` in a process of its own, which sleeps between calls.
 
-    In one process their threads would slow each other down: OpenMP lets idle threads spin only while there are no more
-    of them than cores, and a sleeping thread takes longer to wake than a layer's product takes.
+    In one process, their threads would slow each other down: OpenMP lets idle threads spin only if there are no more of
+    them than cores, and waking a sleeping thread takes longer than a layer's product.
     """
 
     def __init__(self, name: str, folder: str):
@@ -217,7 +217,7 @@ class System:
         self._process.join()
 
     def __call__(self, method: str, *arguments: Any) -> tuple[float, Any]:
-        """Call a method over there; return the seconds that it took and what it returned."""
+        """Call a method in the process; return its seconds and its result."""
         self._pipe.send((method, arguments))
         result = self._pipe.recv()
         if isinstance(result, Exception):
@@ -226,9 +226,9 @@ class System:
 
 
 def serve(pipe: Connection, name: str, folder: str) -> None:
-    """What runs in the process of a `System`."""
+    """Run calls in the process of a `System`."""
     transformers.utils.logging.disable_progress_bar()
-    system = Reference(folder) if name == "reference" else Engined(folder, name)
+    system = Reference(folder) if name == "reference" else EngineSystem(folder, name)
     while True:
         method, arguments = pipe.recv()
         try:
@@ -252,14 +252,14 @@ def fastest(function: Callable[[], object], repetitions: int = 5) -> float:
 
 
 def measure(systems: dict[str, System], repetitions: int) -> dict[str, dict[str, Any]]:
-    """Time everything and print it; return the ratios by precision, and the table of seconds."""
+    """Time and print all figures; return the ratios by precision, and the table of seconds."""
     clips = make_clips(8)
     pairs = [clips[start : start + 2] for start in (0, 2, 4, 6)]
     one = Request(QUESTIONS[0], tuple(pairs[0]), NEW_TOKENS)
     # Every pair has all questions, with short and long answers.
     lengths = np.random.default_rng(0).permutation(LENGTHS).tolist()
     many = [Request(QUESTIONS[n % 4], tuple(pairs[n // 4]), length) for n, length in enumerate(lengths)]
-    texts, heard = [request.text for request in many], [list(request.clips) for request in many]
+    texts, clip_pairs = [request.text for request in many], [list(request.clips) for request in many]
 
     figures: dict[str, dict[str, Any]] = {dtype: {} for dtype in DTYPES}
     for dtype in DTYPES:
@@ -267,7 +267,7 @@ def measure(systems: dict[str, System], repetitions: int) -> dict[str, dict[str,
         figures[dtype]["peak_gib"] = round(systems[dtype]("peak_gib")[1], 3)
         systems[dtype]("cold", many)
     warm_ups: dict[str, tuple] = {
-        "reference": ("generate", texts[:1], heard[:1], 2),
+        "reference": ("generate", texts[:1], clip_pairs[:1], 2),
         **{dtype: ("cold", [replace(one, max_new_tokens=2)]) for dtype in DTYPES},
     }
 
@@ -278,10 +278,10 @@ def measure(systems: dict[str, System], repetitions: int) -> dict[str, dict[str,
 
     calls: dict[str, tuple] = {
         "published": ("reference", "published", one.text, pairs[0], NEW_TOKENS),
-        "generate": ("reference", "generate", texts[:1], heard[:1], NEW_TOKENS),
-        "generate, 1 token": ("reference", "generate", texts[:1], heard[:1], 1),
-        "generate, 16 x 64": ("reference", "generate", texts, heard, LENGTHS[-1]),
-        "generate, 16 x 4": ("reference", "generate", texts, heard, LENGTHS[0]),
+        "generate": ("reference", "generate", texts[:1], clip_pairs[:1], NEW_TOKENS),
+        "generate, 1 token": ("reference", "generate", texts[:1], clip_pairs[:1], 1),
+        "generate, 16 x 64": ("reference", "generate", texts, clip_pairs, LENGTHS[-1]),
+        "generate, 16 x 4": ("reference", "generate", texts, clip_pairs, LENGTHS[0]),
     }
     for dtype in DTYPES:
         calls |= {
@@ -293,14 +293,14 @@ def measure(systems: dict[str, System], repetitions: int) -> dict[str, dict[str,
             f"{dtype}, first token": (dtype, "cold_first_token", one),
             f"{dtype}, first token again": (dtype, "warm_first_token", replace(one, text=QUESTIONS[1])),
         }
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    seconds_of: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repetitions):
-        # In turn, so that none has the quieter machine; each is woken first, for a machine may take memory and clock
-        # rate away from a process that slept while the others were timed.
+        # In turn, so that load on the machine affects all systems; each has a warm-up call, because a process that
+        # slept may have lost memory and clock rate.
         for name, (system, method, *arguments) in calls.items():
             systems[system](*warm_ups[system])
-            taken[name].append(systems[system](method, *arguments)[0])
-    times = {name: statistics.median(values) for name, values in taken.items()}
+            seconds_of[name].append(systems[system](method, *arguments)[0])
+    times = {name: statistics.median(values) for name, values in seconds_of.items()}
 
     names = ("generate", *DTYPES)
     decode = {name: (times[name] - times[f"{name}, 1 token"]) / (NEW_TOKENS - 1) for name in names}
@@ -329,7 +329,7 @@ def measure(systems: dict[str, System], repetitions: int) -> dict[str, dict[str,
     for dtype in DTYPES:
         changed, worst = systems[dtype]("changed_by_batch", many)[1]
         bound = f" (bound {TOLERANCE:g})" if dtype == "float32" else ""
-        print(f"{dtype}: {changed} of {len(many)} answers differ between alone, batch of 16 and warm caches,")
+        print(f"{dtype}: {changed} of {len(many)} answers differ between single, batch of 16 and warm caches,")
         print(f"    log-probabilities by at most {worst:.1e}{bound}")
         figures[dtype] |= {
             "speedup_vs_published": round(times["published"] / times[dtype], 2),
@@ -344,10 +344,10 @@ def measure(systems: dict[str, System], repetitions: int) -> dict[str, dict[str,
 
 
 def print_bounds(bounds: dict[str, float], parts: dict[str, dict[str, float]]) -> None:
-    """Print what the parts of a request take, and the least that memory and arithmetic of this machine allow."""
+    """Print the seconds of each part of a request, and their lower bounds by memory and arithmetic of this machine."""
     bandwidth, products = bounds["bandwidth"], bounds["products"]
     print(f"\nmeasured: memory {bandwidth / 1e9:.1f} GB/s, float32 products {products / 1e12:.3f} TFLOP/s")
-    print_table("Seconds a part", {name: [parts[dtype][name] for dtype in DTYPES] for name in parts[DTYPES[0]]}, DTYPES)
+    print_table("Part, seconds", {name: [parts[dtype][name] for dtype in DTYPES] for name in parts[DTYPES[0]]}, DTYPES)
     weights = bounds["layer_weights"] + bounds["head_weights"]
     print_table(
         "Bounds in seconds",

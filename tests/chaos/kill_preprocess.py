@@ -1,14 +1,14 @@
-"""Kill a preprocessing job at seeded random moments, and compare what it leaves with an undisturbed run.
+"""Kill a preprocessing job at seeded random moments, and compare its output with that of an undisturbed run.
 
 python tests/chaos/kill_preprocess.py --kills 10 --seed 0      # about ten minutes on two cores
 
-A corpus in object storage whose server fails one request in twenty; a cluster of two nodes; one job, of which a
-worker, a node, or the driver is killed in turn. The job is submitted again when its driver was killed, and only then.
-What counts is what is committed: `lost` are files of the undisturbed run that are missing, `repeated` clips that stand
-twice and files that the undisturbed run has not, and `different` files whose bytes differ. `redone` are shards that
-were written more than once: at most those in hand at a kill, one for each logical CPU of the cluster.
+The corpus is in object storage, whose server fails one request in twenty. A worker, a node or the driver of a job on a
+cluster of two nodes is killed in turn; the job is resubmitted only after a kill of its driver. Counted are files of the
+undisturbed run that are missing (`lost`), duplicate clips and additional files (`repeated`), files with other bytes
+(`different`), and shards that were written more than once (`redone`): at most one per kill and logical CPU of the
+cluster.
 
-The last line is JSON; the exit code is 1 if anything was lost, repeated or different, or too much redone.
+The last line is JSON; the exit code is 1 if anything was lost, repeated or different, or if too much was redone.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder alone would be on it
+sys.path.insert(0, str(Path(__file__).parents[2]))  # otherwise, it contains only the script's folder
 
-import tests  # noqa: F401  # its token for Ray, before Ray is imported
+import tests  # noqa: F401  # sets its token for Ray before Ray is imported
 
 # isort: split
 import ray
@@ -38,14 +38,14 @@ from tests.object_storage import ObjectStore, object_store
 from tests.shared_ray import SharedRay
 from tests.small_corpus import write_corpus
 
-CPUS = {"head": 1, "node": 1}  # logical ones, and so many shards in hand
-CLIPS_A_SHARD = 4
+CPUS = {"head": 1, "node": 1}  # logical CPUs, each with one shard in progress
+CLIPS_PER_SHARD = 4
 SHARDS = ("stock/", "clips/", "records/")
 TIME_LIMIT = 1200.0  # seconds
 
 
 def run(folder: Path, kills: int, seed: int, clips: int) -> dict[str, Any]:
-    """Run the experiment in `folder` with so many clips a corpus; print a table, and return what is to be reported."""
+    """Run the experiment in `folder` with a train split of `clips`; print a table, and return the result."""
     rng = random.Random(seed)
     order = [(WORKER, NODE, DRIVER)[number % 3] for number in range(kills)]
     rng.shuffle(order)
@@ -59,7 +59,7 @@ def run(folder: Path, kills: int, seed: int, clips: int) -> dict[str, Any]:
         )
         undisturbed = storage.join(store.uri, "undisturbed")
         config = PreprocessConfig(
-            corpus=corpus, output=undisturbed, size="mellow-tiny", clips_per_shard=CLIPS_A_SHARD, records_per_shard=64
+            corpus=corpus, output=undisturbed, size="mellow-tiny", clips_per_shard=CLIPS_PER_SHARD, records_per_shard=64
         )
         seconds = _undisturbed(config)
     with object_store(folder / "s3", failures=0.05, seed=seed) as store:
@@ -69,9 +69,9 @@ def run(folder: Path, kills: int, seed: int, clips: int) -> dict[str, Any]:
         failed = store.failed, store.requests
     with object_store(folder / "s3") as store:
         found = compare(undisturbed, disturbed.output)
-    print(f"{'kill':>4}  {'after':>7}  {'shards':>6}  what")
+    print(f"{'kill':>4}  {'after':>7}  {'shards':>6}  killed")
     for number, event in enumerate(events, 1):
-        print(f"{number:4d}  {event['after']:6.1f}s  {event['shards']:6d}  {event['what']}")
+        print(f"{number:4d}  {event['after']:6.1f}s  {event['shards']:6d}  {event['victim']}")
     print(f"{failed[0]} of {failed[1]} requests failed; {len(written)} shards were written")
     redone = sum(count - 1 for count in written.values())
     bound = len(events) * sum(CPUS.values())
@@ -79,7 +79,7 @@ def run(folder: Path, kills: int, seed: int, clips: int) -> dict[str, Any]:
 
 
 def _undisturbed(config: PreprocessConfig) -> float:
-    """Run the job in this process's own cluster; return its seconds."""
+    """Run the job on a cluster of this process; return its seconds."""
     SharedRay.use(num_cpus=2, object_store_memory=256 << 20)
     try:
         progress = Progress("undisturbed", 1)
@@ -92,10 +92,10 @@ def _undisturbed(config: PreprocessConfig) -> float:
 def _disturb(
     config: PreprocessConfig, store: ObjectStore, order: list[str], rng: random.Random, folder: Path, seconds: float
 ) -> list[dict[str, Any]]:
-    """Run the job on a cluster to its end; kill at random moments that follow on another's progress.
+    """Run the job on a cluster until it finishes; kill at random moments, and return the kills.
 
-    A moment is a random number of shards, so that kills are spread over the job however fast the machine is, and a
-    random while of up to two seconds after these are written.
+    A moment is a random number of written shards, so that kills are spread over the job on any machine, and a random
+    delay of up to two seconds.
     """
     settings = folder / "preprocess.yaml"
     settings.write_text(json.dumps(config.model_dump(exclude_none=True)))
@@ -105,10 +105,10 @@ def _disturb(
     total = sum(name.startswith(SHARDS) for name in files)
     moments = sorted(rng.uniform(0.0, 0.85) * total for _ in order)
     events: list[dict[str, Any]] = []
-    begun = time.monotonic()
+    start = time.monotonic()
     with ChaosCluster(store.env, nodes=1, cpus=CPUS["node"], head_cpus=CPUS["head"]) as cluster:
         driver = cluster.run_driver(command, log)
-        while time.monotonic() - begun < TIME_LIMIT + seconds:
+        while time.monotonic() - start < TIME_LIMIT + seconds:
             if driver.poll() == 0:
                 return events
             if driver.poll() is not None:
@@ -116,9 +116,9 @@ def _disturb(
             done = len(set(_written(store, config.output)))
             if len(events) < len(order) and done >= moments[len(events)]:
                 time.sleep(rng.uniform(0.0, 2.0))
-                what = cluster.kill(order[len(events)], rng, driver)
-                if what:
-                    events.append({"after": time.monotonic() - begun, "shards": done, "what": what})
+                victim = cluster.kill(order[len(events)], rng, driver)
+                if victim:
+                    events.append({"after": time.monotonic() - start, "shards": done, "victim": victim})
                 if driver.poll() is not None and driver.returncode != 0:
                     driver = cluster.run_driver(command, log)
             time.sleep(0.2)
@@ -126,23 +126,23 @@ def _disturb(
 
 
 def _written(store: ObjectStore, output: str) -> list[str]:
-    """Return the shards of the set `output` that were written, one for each time."""
+    """Return the shards written to the set `output`, once per write."""
     return [uri for folder in SHARDS for uri in store.written(f"{output}/{folder}")]
 
 
 def compare(undisturbed: str, disturbed: str) -> dict[str, int]:
-    """Return how many files of one set are lost or different in the other, and how many rows stand twice there."""
+    """Return the numbers of lost and different files in `disturbed`, and of duplicate clips and additional files."""
     expected, found = Manifest.read(undisturbed), Manifest.read(disturbed)
-    there = {name for name, _ in storage.find(disturbed)}
+    existing = {name for name, _ in storage.find(disturbed)}
     others = ("stock/", "processor/", "statistics.")
     names = set(expected.files) | {name for name, _ in storage.find(undisturbed) if name.startswith(others)}
-    lost = names - there
+    lost = names - existing
     different = {
         name
         for name in names - lost
         if storage.read_bytes(f"{undisturbed}/{name}") != storage.read_bytes(f"{disturbed}/{name}")
     }
-    extra = {name for name in there if name.startswith(SHARDS)} - names
+    extra = {name for name in existing if name.startswith(SHARDS)} - names
     clip_ids = found.read_table(disturbed, "clips", ["clip_id"])["clip_id"].to_pylist()
     repeated = len(clip_ids) - len(set(clip_ids)) + len(extra)
     different |= {"manifest.json"} if expected.content_hash != found.content_hash else set()
@@ -153,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clips", type=int, default=400, help="of the train split")
+    parser.add_argument("--clips", type=int, default=400, help="clips of the train split")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = run(Path(folder), arguments.kills, arguments.seed, arguments.clips)

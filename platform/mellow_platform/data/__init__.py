@@ -1,1 +1,1 @@
-"""Question-answer records, audio decoding, shards, and the built-in corpus; knows nothing of the model."""
+"""Question-answer records, audio decoding, shards, and built-in corpora; independent of models and jobs."""

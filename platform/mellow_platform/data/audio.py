@@ -9,17 +9,17 @@ import soxr
 
 from mellow_platform.data.audio_limits import AudioLimits
 
-# Full scale is 1, and 2**31 where a file of floats holds integers. The power of samples of more than about 1e15
-# overflows float32, and what a model makes of that is NaN.
+# Full scale is 1, or 2**31 if a file of floats contains integers. The power of samples above about 1e15 overflows
+# float32, and the model then returns NaN.
 LOUDEST = 1e10
 
 
 class AudioError(ValueError):
-    """A clip that cannot be used.
+    """Failure to read or decode a clip.
 
     Attributes:
-        reason: short name to count by: `missing`, `empty`, `too_large`, `not_audio` (no format that is known here),
-            `bad_header`, `too_long`, `truncated`, `no_samples`, `not_finite`.
+        reason: short name for counts: `missing`, `empty`, `too_large`, `not_audio` (unknown format), `bad_header`,
+            `too_long`, `too_short`, `truncated`, `no_samples`, `not_finite`.
     """
 
     def __init__(self, reason: str, message: str):
@@ -28,7 +28,7 @@ class AudioError(ValueError):
 
 
 def check_size(size: int, limits: AudioLimits) -> None:
-    """Make sure that a file of `size` bytes may be read.
+    """Check the size of a file, in bytes, before it is read.
 
     Raises:
         AudioError: `empty` or `too_large`.
@@ -43,7 +43,7 @@ def decode(data: bytes, sampling_rate: int, limits: AudioLimits | None = None) -
     """Return the waveform [samples], float32, channels averaged, resampled to `sampling_rate` Hz.
 
     Raises:
-        AudioError: the bytes are no usable audio; `reason` says why.
+        AudioError: the bytes are not usable audio; `reason` is the cause.
     """
     limits = limits or AudioLimits()
     check_size(len(data), limits)
@@ -56,25 +56,25 @@ def decode(data: bytes, sampling_rate: int, limits: AudioLimits | None = None) -
         try:
             channels = file.read(dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
-            raise AudioError("truncated", f"decoding breaks off: {error.error_string or error}") from error
+            raise AudioError("truncated", f"decoding stopped early: {error.error_string or error}") from error
         _check_length(file, len(channels), data)
         rate = file.samplerate
     if len(channels) == 0:
         raise AudioError("no_samples", "0 samples after decoding")
-    with np.errstate(over="ignore", invalid="ignore"):  # looked at below
-        # Many times faster than a mean over so short an axis.
+    with np.errstate(over="ignore", invalid="ignore"):  # checked below
+        # Many times faster than a mean over an axis this short.
         waveform = sum(channels.T) / np.float32(channels.shape[1])
     if rate != sampling_rate:
         waveform = soxr.resample(waveform, rate, sampling_rate)
     if len(waveform) == 0:
         raise AudioError("no_samples", f"0 samples after resampling from {rate} Hz to {sampling_rate} Hz")
     if not is_bounded(waveform):
-        raise AudioError("not_finite", f"the samples hold NaN, infinity or a value past {LOUDEST:g}")
+        raise AudioError("not_finite", f"the samples contain NaN, infinity or a value above {LOUDEST:g}")
     return waveform
 
 
 def try_decode(data: bytes | AudioError, sampling_rate: int, limits: AudioLimits) -> np.ndarray | AudioError:
-    """Return the waveform of `decode`, or the error that the clip has."""
+    """Return the waveform of `decode`, or its error."""
     if isinstance(data, AudioError):
         return data
     try:
@@ -84,8 +84,8 @@ def try_decode(data: bytes | AudioError, sampling_rate: int, limits: AudioLimits
 
 
 def is_bounded(samples: np.ndarray) -> bool:
-    """Whether all samples, of which there is at least one, are numbers of at most `LOUDEST`."""
-    # As Python's floats, whatever the samples are: half precision has no such bound. NaN is neither.
+    """Return whether all samples, at least one, are numbers from -`LOUDEST` to `LOUDEST`."""
+    # Compared as Python floats, because half precision cannot represent the bound. Both are false for NaN.
     return float(samples.max()) <= LOUDEST and float(samples.min()) >= -LOUDEST
 
 
@@ -107,41 +107,44 @@ def _check_header(file: soundfile.SoundFile, limits: AudioLimits) -> None:
 
 
 def _check_length(file: soundfile.SoundFile, decoded: int, data: bytes) -> None:
-    """Make sure that all the audio is there that the file promises.
+    """Check that a file contains as many frames as its header declares.
 
-    libsndfile shortens what it promises to what is there for WAV and Ogg, so that these are looked at here; the length
-    of an MP3 is a promise only where its encoder left one (a Xing or Info tag), and an estimate elsewhere.
+    libsndfile reduces the declared frames of WAV and Ogg to the frames in the file, so these formats are checked here.
+    The length of an MP3 is exact only if its encoder wrote it (a Xing or Info tag); otherwise it is an estimate.
+
+    Raises:
+        AudioError: `truncated`.
     """
-    promised = file.frames
+    declared = file.frames
     if file.format in ("WAV", "WAVEX"):
-        promised = _wav_frames(data, promised)
+        declared = _wav_frames(data, declared)
     elif file.format == "MP3" and not (b"Xing" in data[: 1 << 16] or b"Info" in data[: 1 << 16]):
-        promised = decoded
+        declared = decoded
     elif file.format == "OGG" and not _ends_ogg(data):
-        raise AudioError("truncated", f"the stream has no last page; {decoded} frames are left")
-    if decoded < promised:
-        raise AudioError("truncated", f"the header promises {promised} frames, and {decoded} are there")
+        raise AudioError("truncated", f"the stream has no last page; {decoded} frames were decoded")
+    if decoded < declared:
+        raise AudioError("truncated", f"the header declares {declared} frames; the file contains {decoded}")
 
 
 def _ends_ogg(data: bytes) -> bool:
-    """Whether the last page of an Ogg file says that its stream ends there."""
-    place = data.rfind(b"OggS") + 5
-    return place < len(data) and bool(data[place] & 4)
+    """Return whether the last page of an Ogg file is marked as the end of its stream."""
+    position = data.rfind(b"OggS") + 5
+    return position < len(data) and bool(data[position] & 4)
 
 
-def _wav_frames(data: bytes, there: int) -> int:
-    """Return the frames that a WAV header promises: `there`, where it does not say (a recorder's stream)."""
-    place, frame_bytes = 12, 0
-    while place + 8 <= len(data):
-        name, size = data[place : place + 4], struct.unpack_from("<I", data, place + 4)[0]
-        if name == b"fmt " and place + 22 <= len(data):
-            frame_bytes = struct.unpack_from("<H", data, place + 20)[0]
+def _wav_frames(data: bytes, decodable: int) -> int:
+    """Return the frames that a WAV header declares, or `decodable` if it has no size (a recorder's stream)."""
+    position, frame_bytes = 12, 0
+    while position + 8 <= len(data):
+        name, size = data[position : position + 4], struct.unpack_from("<I", data, position + 4)[0]
+        if name == b"fmt " and position + 22 <= len(data):
+            frame_bytes = struct.unpack_from("<H", data, position + 20)[0]
         elif name == b"data":
-            whole = size not in (0, 0xFFFFFFFF) and frame_bytes
-            # A compressed WAV has blocks of several frames: whether its last is cut cannot be seen so.
-            return size // frame_bytes if whole and there * frame_bytes <= size else there
-        place += 8 + size + size % 2
-    return there
+            has_size = size not in (0, 0xFFFFFFFF) and frame_bytes
+            # Blocks of a compressed WAV contain several frames: the size does not show whether the last one is cut.
+            return size // frame_bytes if has_size and decodable * frame_bytes <= size else decodable
+        position += 8 + size + size % 2
+    return decodable
 
 
 def encode(waveform: np.ndarray, sampling_rate: int, container: str = "FLAC") -> bytes:

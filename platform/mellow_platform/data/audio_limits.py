@@ -9,9 +9,9 @@ from mellow_platform.settings import Section
 MaxBytes = Annotated[int, Field(gt=0, description="largest file, in bytes")]
 MaxSeconds = Annotated[float, Field(gt=0, description="longest recording, in seconds")]
 MaxSamples = Annotated[
-    int, Field(gt=0, description="most samples of a recording, over all channels; decoding takes 4 bytes per sample")
+    int, Field(gt=0, description="largest number of samples over all channels; decoding takes 4 bytes per sample")
 ]
-MaxChannels = Annotated[int, Field(ge=1, description="most channels of a recording")]
+MaxChannels = Annotated[int, Field(ge=1, description="largest number of channels of a recording")]
 MinRate = Annotated[int, Field(gt=0, description="lowest sampling rate, in Hz")]
 MaxRate = Annotated[int, Field(gt=0, description="highest sampling rate, in Hz")]
 

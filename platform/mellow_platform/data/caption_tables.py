@@ -1,4 +1,4 @@
-"""Captions of clips, in the layouts that they are published in."""
+"""Captions of clips, in their published layouts."""
 
 import string
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from mellow_platform.data.records import SPLITS
 from mellow_platform.data.splits import split_of
 from mellow_platform.data.tables import read_table
 
-# What a file's columns say it is; the first that all stand there.
+# Required columns of each layout.
 AUDIOCAPS = ("youtube_id", "start_time", "caption")
 CLOTHO = ("file_name", "caption_1")
 REASONAQA = ("filepath1", "caption1")
 LABELS = ("file",)
 CAPTIONS = ("clip", "caption")
-# Names and texts may look like numbers; a CSV file's columns are read as they are written.
+# Columns of CSV files that are read as text, because names and captions may look like numbers.
 TEXT_COLUMNS = (
     *AUDIOCAPS,
     *CLOTHO,
@@ -29,9 +29,9 @@ TEXT_COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """What one person wrote about a clip, or where `labels` is set what the clip is tagged with.
+    """A caption of a clip, or its tags if `labels` is set.
 
-    `clip` is a path relative to an audio root; `taskname` is that of the questions to be.
+    `clip` is a path relative to an audio root; `taskname` is the task name of questions about the caption.
     """
 
     clip: str
@@ -42,41 +42,39 @@ class Caption:
 
 
 def read_captions(uris: list[str], taskname: str, clip_name: str, limit: int | None = None) -> list[Caption]:
-    """Read the captions in files of any of the layouts below, each (clip, text) once, in the order they stand there.
+    """Read captions from files of any layout below, in file order; each pair of clip and text is returned once.
 
     AudioCaps: `audiocap_id,youtube_id,start_time,caption`. Clotho: `file_name,caption_1,...,caption_5`. ReasonAQA:
-    records with `filepath1`, `caption1` and, of two clips, `filepath2`, `caption2`. Tags: `{file, labels}` or
-    `{file, label, category}`. Any other table: `clip` and `caption` (a text or a list of texts), and where there is
-    one `split`. A clip is of the split that its row or, without that, its file's name says (`split_of`).
+    records with `filepath1`, `caption1` and, for two clips, `filepath2`, `caption2`. Tags: `{file, labels}` or
+    `{file, label, category}`. Any other table: `clip`, `caption` (a text or a list of texts) and optionally `split`.
+    A row without a split has the split of its file's name (`split_of`).
 
     Args:
-        taskname: of captions whose layout brings none.
-        clip_name: path of an AudioCaps clip, with the names of columns in braces.
-        limit: read only the first captions of each file.
+        taskname: task name of captions from layouts without one.
+        clip_name: path of an AudioCaps clip, with column names in braces.
+        limit: largest number of captions per file.
 
     Raises:
-        FileNotFoundError: a file is absent.
-        ValueError: a file has none of the layouts or no captions, a row lacks clip or caption, or a clip is in two
+        FileNotFoundError: a file is missing.
+        ValueError: a file has an unknown layout or no captions, a row lacks clip or caption, or a clip is in two
             splits; the message names file, row and value.
     """
     splits: dict[str, str] = {}
-    found: dict[tuple[str, str], Caption] = {}
+    unique: dict[tuple[str, str], Caption] = {}
     for uri in uris:
-        own: dict[tuple[str, str], Caption] = {}
+        captions: dict[tuple[str, str], Caption] = {}
         for caption in _read(uri, taskname, clip_name):
-            known = splits.setdefault(caption.clip, caption.split)
-            if known != caption.split:
-                raise ValueError(
-                    f"{uri}: clip {caption.clip} is in {caption.split}, and in {known} too: keep it in one"
-                )
-            own.setdefault((caption.clip, caption.text), caption)
-            if len(own) == limit:
+            split = splits.setdefault(caption.clip, caption.split)
+            if split != caption.split:
+                raise ValueError(f"{uri}: clip {caption.clip} is in both {caption.split} and {split}; keep it in one")
+            captions.setdefault((caption.clip, caption.text), caption)
+            if len(captions) == limit:
                 break
-        if not own:
-            raise ValueError(f"{uri} holds no captions")
-        for key, caption in own.items():
-            found.setdefault(key, caption)
-    return list(found.values())
+        if not captions:
+            raise ValueError(f"{uri} contains no captions")
+        for key, caption in captions.items():
+            unique.setdefault(key, caption)
+    return list(unique.values())
 
 
 def _read(uri: str, taskname: str, clip_name: str) -> Iterator[Caption]:
@@ -93,18 +91,18 @@ def _read(uri: str, taskname: str, clip_name: str) -> Iterator[Caption]:
     if columns >= set(LABELS) and uri.lower().endswith(".json"):
         return _labels(uri, rows, taskname)
     raise ValueError(
-        f"{uri} has columns {', '.join(columns) or '(none)'}: expected {', '.join(AUDIOCAPS)} (AudioCaps), "
+        f"{uri} has columns {', '.join(columns) or '(none)'}; expected {', '.join(AUDIOCAPS)} (AudioCaps), "
         f"{', '.join(CLOTHO)}, ... (Clotho), {', '.join(REASONAQA)} (ReasonAQA), file, labels, or {', '.join(CAPTIONS)}"
     )
 
 
 def _audiocaps(uri: str, rows: list[dict[str, Any]], clip_name: str) -> Iterator[Caption]:
-    named = [field for _, field, _, _ in string.Formatter().parse(clip_name) if field]
+    columns = [field for _, field, _, _ in string.Formatter().parse(clip_name) if field]
     for number, row in enumerate(rows):
         try:
-            clip = clip_name.format_map({name: _name(uri, number, row, name) for name in named if name in row})
+            clip = clip_name.format_map({name: _name(uri, number, row, name) for name in columns if name in row})
         except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"{uri}: row {number}: clip_name {clip_name!r} does not fit: {error}") from error
+            raise ValueError(f"{uri}: row {number}: clip_name {clip_name!r} is invalid: {error}") from error
         yield Caption(clip, _text(uri, number, row, "caption"), _split(uri, number, row), "audiocaps")
 
 
@@ -133,13 +131,13 @@ def _table(uri: str, rows: list[dict[str, Any]], taskname: str) -> Iterator[Capt
 
 
 def _labels(uri: str, rows: list[dict[str, Any]], taskname: str) -> Iterator[Caption]:
-    """Yield tags as captions: what is heard, one after another, in words that are nobody's."""
+    """Yield the labels of each clip, separated by commas, as its caption."""
     for number, (row, clip) in enumerate(zip(rows, read_labels(uri), strict=True)):
         yield Caption(clip.file, ", ".join(clip.labels), _split(uri, number, row), taskname, clip.labels)
 
 
 def _name(uri: str, number: int, row: dict[str, Any], name: str) -> str:
-    """Return what a column puts into a file's name; tables of some types have numbers there."""
+    """Return a column's value for a file name; a whole number becomes text."""
     value = row[name]
     return str(value) if isinstance(value, int) else _text(uri, number, row, name)
 
@@ -147,7 +145,7 @@ def _name(uri: str, number: int, row: dict[str, Any], name: str) -> str:
 def _text(uri: str, number: int, row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{uri}: row {number} has {value!r} in {name}: expected a text")
+        raise ValueError(f"{uri}: row {number} has {value!r} in column {name}; expected text")
     return " ".join(value.split())
 
 
@@ -155,5 +153,5 @@ def _split(uri: str, number: int, row: dict[str, Any]) -> str:
     if not (value := row.get("split")):
         return split_of(uri.rsplit("/", 1)[-1])
     if value not in SPLITS:
-        raise ValueError(f"{uri}: row {number} has {value!r} in split: expected {', '.join(SPLITS)}")
+        raise ValueError(f"{uri}: row {number} has {value!r} in column split; expected {', '.join(SPLITS)}")
     return value

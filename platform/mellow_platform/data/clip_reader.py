@@ -1,8 +1,8 @@
-"""Read the bytes of clips: files of their own, members of tars, rows of Parquet files.
+"""Read the bytes of clips from single files, members of tars, and rows of Parquet files.
 
-Ray Data's own readers are not used for this. `read_audio` decodes every file whole before anything can be checked, and
-one damaged file ends the job; `read_webdataset` reads a tar as one stream, so that a task that is repeated begins at
-its first byte, and rows have no address; both take their order from the blocks that the files happen to be put in.
+Ray Data's readers are not used. `read_audio` decodes each file completely before any check, and one damaged file ends
+the job. `read_webdataset` reads a tar as one stream, so that a retried task starts at its first byte, and rows have no
+address. The row order of both depends on how Ray Data groups files into blocks.
 """
 
 from collections import deque
@@ -19,14 +19,14 @@ from mellow_platform.data.audio import AudioError, check_size
 from mellow_platform.data.audio_limits import AudioLimits
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".oga", ".opus")
-READERS = 8  # threads that wait for storage, and so many files that are held ahead
+READERS = 8  # threads that read from storage, and files that are read ahead
 
 
 @dataclass(frozen=True)
 class ClipAddress:
-    """Where the bytes of a clip are: a whole file, `size` bytes from `offset` of a tar, or a row of a Parquet file.
+    """Location of a clip's bytes: a whole file, `size` bytes from `offset` of a tar, or a row of a Parquet file.
 
-    `path` is the clip's name in the corpus, `taskname` that of its questions.
+    `path` is the clip's name in the corpus, `taskname` the task name of its questions.
     """
 
     path: str
@@ -39,10 +39,10 @@ class ClipAddress:
 
 
 def audio_root(roots: str | dict[str, str] | None, corpus: str | None, taskname: str) -> str:
-    """Return the folder that the paths of a question of `taskname` are relative to: by default `<corpus>/audio`.
+    """Return the folder that paths of task `taskname` are relative to; by default `<corpus>/audio`.
 
     Raises:
-        ValueError: `roots` names folders by task, and not this one's.
+        ValueError: `roots` has folders per task, but none for this one.
     """
     if isinstance(roots, dict):
         if taskname not in roots:
@@ -52,7 +52,7 @@ def audio_root(roots: str | dict[str, str] | None, corpus: str | None, taskname:
 
 
 def read(clip: ClipAddress, limits: AudioLimits) -> bytes:
-    """Return the bytes of a clip that has a file of its own or stands in a tar.
+    """Return the bytes of a clip in a file or in a tar.
 
     Raises:
         AudioError: `missing`, `empty` or `too_large`.
@@ -67,43 +67,43 @@ def read(clip: ClipAddress, limits: AudioLimits) -> bytes:
 
 
 def read_clips(clips: Iterable[ClipAddress], limits: AudioLimits) -> Iterator[tuple[ClipAddress, bytes | AudioError]]:
-    """Yield clips with their bytes, or why there are none, in the order given; a few are read ahead."""
+    """Yield clips with their bytes or their error, in the given order; a few are read ahead."""
     clips = list(clips)
     in_parquet = {clip.uri for clip in clips if clip.row >= 0}
     columns = {uri: ParquetAudio(uri) for uri in in_parquet}
 
     def fetch(clip: ClipAddress) -> bytes | AudioError:
-        return columns[clip.uri][clip.row] if clip.row >= 0 else _attempt(clip, limits)
+        return columns[clip.uri][clip.row] if clip.row >= 0 else _try_read(clip, limits)
 
-    # Rows share the group that was read last: one thread.
-    return _ahead(fetch, clips, 1 if in_parquet else READERS)
+    # One thread, because rows share the row group in memory.
+    return _read_ahead(fetch, clips, 1 if in_parquet else READERS)
 
 
-def _attempt(clip: ClipAddress, limits: AudioLimits) -> bytes | AudioError:
+def _try_read(clip: ClipAddress, limits: AudioLimits) -> bytes | AudioError:
     try:
         return read(clip, limits)
     except AudioError as error:
         return error
 
 
-def _ahead(
+def _read_ahead(
     fetch: Callable[[ClipAddress], bytes | AudioError], clips: Iterable[ClipAddress], threads: int
 ) -> Iterator[tuple[ClipAddress, bytes | AudioError]]:
-    """Yield each clip with what `fetch` returns, in order; at most `threads` of them are under way or waiting."""
+    """Yield each clip with the result of `fetch`, in order; at most `threads` clips are read ahead."""
     with ThreadPoolExecutor(threads) as pool:
-        waiting: deque = deque()
+        queue: deque = deque()
         for clip in clips:
-            waiting.append((clip, pool.submit(fetch, clip)))
-            if len(waiting) >= threads:
-                first, future = waiting.popleft()
+            queue.append((clip, pool.submit(fetch, clip)))
+            if len(queue) >= threads:
+                first, future = queue.popleft()
                 yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
+        while queue:
+            first, future = queue.popleft()
             yield first, future.result()
 
 
 class ParquetAudio:
-    """The audio column of a Parquet file by row number; the row group that was read last is kept."""
+    """Audio column of a Parquet file by row number; keeps the last row group in memory."""
 
     def __init__(self, uri: str):
         fs, path = storage.arrow_filesystem(uri)

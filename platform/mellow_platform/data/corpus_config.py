@@ -28,8 +28,8 @@ class CorpusConfig(Section):
     rounds: int | None = Field(
         None,
         ge=1,
-        description="questions of each family per training clip (default: 3 for scenes; for recordings as many as "
-        "give 12,000 questions, 40 at most)",
+        description="questions of each family per training clip (default: 3 for scenes; for recordings the number "
+        "that gives 12,000 questions, 40 at most)",
     )
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mellow_platform import storage
 
-# Fields and columns, in lower case, that say which clips have one origin; the first one that a table has counts.
+# Fields and columns, in lower case, that name the common origin of clips; the first one in a table is used.
 # src_file is ESC-50's, fsid (fsID) UrbanSound8K's: the recording on freesound.org that a clip was cut from.
 GROUP_FIELDS = ("group", "speaker", "source", "kit", "src_file", "fsid", "uploader")
 
@@ -18,9 +18,9 @@ class ClipLabels:
 
     Attributes:
         file: path under the audio root.
-        labels: every tag of the clip, its categories included.
-        categories: those of `labels` that name a kind of sound ("birds"), where `label` and `category` are apart.
-        group: name that clips of one origin share (a speaker, a long recording, a drum kit); empty if unknown.
+        labels: all tags of the clip, including its categories.
+        categories: the `labels` that name a kind of sound ("birds"), if label and category are separate.
+        group: common name of clips of one origin (a speaker, a long recording, a drum kit); empty if unknown.
     """
 
     file: str
@@ -30,19 +30,19 @@ class ClipLabels:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Labels that name the sound itself; a clip whose only label is its category is named by that."""
+        """Labels that name the sound itself, or the categories if there are no other labels."""
         return tuple(label for label in self.labels if label not in self.categories) or self.labels
 
 
 def read_labels(uri: str) -> list[ClipLabels]:
     """Read labels from `labels.json`, or from an AudioSet segment list (`*.csv`).
 
-    JSON: a list of `{file, labels: [...]}` or `{file, label, category}`, with a group (see `GROUP_FIELDS`) or without.
-    CSV: `YTID, start, end, "mid,mid"`; the names of the mids come from `class_labels_indices.csv` beside it, and
+    JSON: a list of `{file, labels: [...]}` or `{file, label, category}`, optionally with a group (`GROUP_FIELDS`).
+    CSV: `YTID, start, end, "mid,mid"`; names of mids are read from `class_labels_indices.csv` in the same folder, and
     clip files are `<YTID>.wav`.
 
     Raises:
-        ValueError: the file has another form; the message names the entry.
+        ValueError: an entry is malformed; the message names it.
     """
     return _read_audioset(uri) if uri.endswith(".csv") else _read_json(uri)
 
@@ -57,7 +57,7 @@ def vocabulary(clips: list[ClipLabels]) -> list[str]:
 
 
 def group_field(fields: Collection[str]) -> str:
-    """Return which of `fields`, in lower case, holds the group; empty if none does."""
+    """Return the first of `GROUP_FIELDS` in `fields` (lower case); empty if there is none."""
     return next((name for name in GROUP_FIELDS if name in fields), "")
 
 
@@ -69,21 +69,21 @@ def _read_json(uri: str) -> list[ClipLabels]:
     group = group_field({name for row in rows for name in row})
     clips = []
     for number, row in enumerate(rows):
-        named = row.get("labels") or [row[key] for key in ("label", "category") if row.get(key) is not None]
-        labels = [_label(value) for value in named] if isinstance(named, list) else []
+        values = row.get("labels") or [row[key] for key in ("label", "category") if row.get(key) is not None]
+        labels = [_label(value) for value in values] if isinstance(values, list) else []
         if not isinstance(row.get("file"), str) or not labels or not all(labels):
             raise ValueError(
                 f"{uri}: entry {number} needs `file` and a list `labels` (or `label` and `category`): "
                 f"{entries[number]!r:.200}"
             )
         categories = labels[1:] if not row.get("labels") else []
-        origin = row.get(group)
+        group_name = row.get(group)
         clips.append(
             ClipLabels(
                 row["file"],
                 tuple(dict.fromkeys(labels)),
                 tuple(categories),
-                "" if origin is None else str(origin),
+                "" if group_name is None else str(group_name),
             )
         )
     return clips
@@ -106,7 +106,7 @@ def _read_audioset(uri: str) -> list[ClipLabels]:
         unknown = [mid for mid in mids if mid not in names]
         if not mids or unknown:
             raise ValueError(
-                f'{uri}: line {number} should be `YTID, start, end, "mid,..."` with mids of {index}: {row}'
+                f'{uri}: line {number} is {row}; expected `YTID, start, end, "mid,..."` with mids of {index}'
             )
         clips.append(ClipLabels(f"{row[0]}.wav", tuple(names[mid] for mid in mids)))
     return clips

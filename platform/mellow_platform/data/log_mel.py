@@ -1,5 +1,5 @@
 """Log-mel spectrograms of clips, without transformers' model code: a process that decodes clips starts in a third of
-the time that loading it takes."""
+the time of that import."""
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,15 +13,15 @@ SHORT_CLIP_RULES = ("pad", "repeat")
 
 @dataclass(frozen=True)
 class FrontEnd:
-    """The log-mel spectrogram that an encoder takes; the defaults are Mellow's published ones.
+    """Parameters of an encoder's log-mel spectrogram; the defaults are Mellow's published ones.
 
     Attributes:
         feature_size: number of Slaney mel bands.
-        sampling_rate: of the waveforms, in Hz.
-        clip_seconds: length every clip is brought to.
+        sampling_rate: sampling rate of waveforms, in Hz.
+        clip_seconds: length of every clip after padding or cutting.
         n_fft: samples in a periodic Hann window.
         hop_length: samples between frames.
-        min_frequency, max_frequency: of the bands, in Hz.
+        min_frequency, max_frequency: limits of the bands, in Hz.
     """
 
     feature_size: int = 64
@@ -42,21 +42,21 @@ class FrontEnd:
         return 1 + self.clip_samples // self.hop_length
 
     def differences(self, other: "FrontEnd") -> str:
-        """Return the values in which `other` is another front end, for an error message; empty where it is the same."""
-        theirs = asdict(other)
+        """Return the values that differ from `other`, as text for an error message; empty if there are none."""
+        values = asdict(other)
         return ", ".join(
-            f"{name} {value:g} against {theirs[name]:g}"
+            f"{name} {value:g} against {values[name]:g}"
             for name, value in asdict(self).items()
-            if value != theirs[name]
+            if value != values[name]
         )
 
 
 @dataclass(frozen=True)
 class LogMel:
-    """Computes spectrograms of one front end.
+    """Spectrograms of one front end.
 
     Attributes:
-        short_clip: what fills a shorter clip: `pad` (zeros) or `repeat` (the clip again). A longer clip is cut to its
+        short_clip: filling of shorter clips: `pad` (zeros) or `repeat` (the clip itself). Longer clips are cut to their
             first `clip_seconds`.
     """
 
@@ -85,7 +85,7 @@ class LogMel:
         """Return float32 `waveform` [n] cut or filled to [clip_samples].
 
         Raises:
-            ValueError: not one channel, or no samples.
+            ValueError: `waveform` has several channels, or no samples.
         """
         waveform = np.asarray(waveform, np.float32)
         if waveform.ndim != 1:
@@ -109,5 +109,5 @@ class LogMel:
             return_complex=True,
         )
         power = spectrum.real.square() + spectrum.imag.square()
-        mel = power.transpose(1, 2) @ torch.tensor(self.filters)  # a copy: Ray hands out read-only arrays
+        mel = power.transpose(1, 2) @ torch.tensor(self.filters)  # a copy, because arrays from Ray are read-only
         return 10.0 * torch.log10(torch.clamp(mel, min=1e-10))

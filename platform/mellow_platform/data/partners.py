@@ -1,4 +1,4 @@
-"""What stands in the second place of the sequence where a question is about one clip."""
+"""Second clip of the sequence for questions about one clip."""
 
 import hashlib
 from bisect import bisect_left
@@ -7,38 +7,38 @@ from typing import Literal, TypeVar
 
 Partner = Literal["random", "same", "silence"]
 
-# The silent clip that a shard set stores under the rule `silence`.
+# Path of the silent clip in shard sets with the rule `silence`.
 SILENCE = "<silence>"
 
 Clip = TypeVar("Clip")
 
 
-def second_clip(clips: Sequence[Clip], rule: Partner, silence: Clip, drawn: Clip | None = None) -> Clip:
-    """Return the second clip of a question about `clips`, one or two, in any form (waveform, features, id).
+def second_clip(clips: Sequence[Clip], rule: Partner, silence: Clip, random_clip: Clip | None = None) -> Clip:
+    """Return the second clip of a question about one or two `clips`, in any form (waveform, features, id).
 
     Args:
-        rule: what joins a single clip.
-        silence: the silent clip in this form.
-        drawn: the clip that `random` drew. Without a corpus there is none to draw: the clip itself stands in, so
-            that an answer depends on nothing but the question.
+        rule: partner of a single clip.
+        silence: silent clip in this form.
+        random_clip: clip for the rule `random`. Without it (there is no corpus), the clip itself is used, so that an
+            answer depends only on the question.
     """
     if len(clips) > 1:
         return clips[1]
     if rule == "silence":
         return silence
-    return clips[0] if rule == "same" or drawn is None else drawn
+    return clips[0] if rule == "same" or random_clip is None else random_clip
 
 
 def draw_partner(clip_id: str, position: int, clips: Sequence[str]) -> str:
-    """Return one of the sorted, distinct clip ids `clips`: never `clip_id` itself where there is another.
+    """Return one of the sorted, distinct clip ids `clips`, other than `clip_id` if there is another.
 
-    The draw is a function of the clip's content and of the record's position in its split: the same in every run.
+    The draw is a function of the clip's content and the record's position in its split: the same in every run.
     """
-    place = bisect_left(clips, clip_id)
-    among = place < len(clips) and clips[place] == clip_id
-    others = len(clips) - among
+    index = bisect_left(clips, clip_id)
+    included = index < len(clips) and clips[index] == clip_id
+    others = len(clips) - included
     if not others:
         return clip_id
     digest = hashlib.sha256(f"{clip_id} {position}".encode()).digest()
-    drawn = int.from_bytes(digest[:8], "big") % others
-    return clips[drawn + (among and drawn >= place)]
+    choice = int.from_bytes(digest[:8], "big") % others
+    return clips[choice + (included and choice >= index)]

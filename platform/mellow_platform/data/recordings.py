@@ -1,6 +1,6 @@
 """Folders of labelled recordings: `labels.json`, a table of file names and labels, or a subfolder per label.
 
-docs/guides/recordings.md describes what each of these layouts may hold.
+docs/guides/recordings.md describes these layouts.
 """
 
 import codecs
@@ -21,17 +21,17 @@ from mellow_platform.data.labels import ClipLabels, group_field, read_labels
 
 LABELS_JSON = "labels.json"
 SUBFOLDERS = "subfolders"
-# Columns in lower case; of several in one table, the first counts.
+# Columns in lower case; the first one in a table is used.
 FILE_COLUMNS = ("path", "filepath", "file_path", "file", "filename", "file_name", "fname", "slice_file_name")
 LABEL_COLUMNS = ("label", "labels", "class", "category")
-# Tables of published data sets, and where their recordings are; other tables beside one of these are not read.
+# Tables of published data sets with the folders of their recordings; if one exists, other tables are not read.
 PUBLISHED = {
     "meta/esc50.csv": "audio",
     "metadata/UrbanSound8K.csv": "audio/fold{fold}",
     "FSD50K.ground_truth/dev.csv": "FSD50K.dev_audio",
 }
 NOT_A_LABEL = re.compile(r"fold ?\d+|train|val|valid|validation|dev|eval|test")  # subfolders of published data sets
-MAX_MISSING_SHARE = 0.5  # of the files that a table names; with more, folder and table do not belong together
+MAX_MISSING_SHARE = 0.5  # of the files in a table; above it, folder and table do not match
 
 
 @dataclass
@@ -39,11 +39,11 @@ class LabelledRecordings:
     """Labelled recordings of a folder.
 
     Attributes:
-        source: where the labels come from: `labels.json`, path of a table in the folder, or `subfolders`.
-        clips: recordings with their labels, each once; their files are paths below the folder.
-        group_field: field or column that the groups come from; empty if there is none.
-        skipped: number of rows or files that are not used, by reason.
-        warnings: sentences about what is not used.
+        source: origin of the labels: `labels.json`, path of a table in the folder, or `subfolders`.
+        clips: recordings with their labels, each once; files are paths relative to the folder.
+        group_field: field or column of the groups; empty if there is none.
+        skipped: number of unused rows or files, by reason.
+        warnings: sentences about unused rows and files.
     """
 
     source: str
@@ -53,19 +53,19 @@ class LabelledRecordings:
     warnings: list[str] = field(default_factory=list)
 
     def skip(self, reason: str, names: Sequence[str], sentence: str) -> None:
-        """Count what is not used, if anything is, and warn of it by name."""
+        """Count unused rows or files and warn about them, if there are any."""
         if names:
             self.skipped[reason] = len(names)
             self.warnings.append(f"{len(names)} {sentence}: {examples(names)}")
 
 
 def read_recordings(folder: str) -> LabelledRecordings:
-    """Find out how the recordings in `folder` are labelled, and read their labels.
+    """Detect how the recordings in `folder` are labelled, and read their labels.
 
     Raises:
-        ValueError: no layout fits or several do, the labels are malformed, a name fits several files, or more than
-            half of the named files are missing; the message names file and line, and what to do.
-        FileNotFoundError: there is no such folder.
+        ValueError: no layout or several layouts match, the labels are malformed, a name matches several files, or more
+            than half of the named files are missing; the message names file, line and remedy.
+        FileNotFoundError: the folder does not exist.
     """
     sizes = dict(storage.find(folder))
     audio = [path for path in sizes if path.lower().endswith(AUDIO_SUFFIXES)]
@@ -91,13 +91,13 @@ def read_recordings(folder: str) -> LabelledRecordings:
 
 
 def label_name(text: str) -> str:
-    """Return a label as questions have it: `Dog_bark` is "dog bark"; empty if there is nothing but signs."""
+    """Return a label as questions contain it: `Dog_bark` becomes "dog bark"; empty if it has no words."""
     words = unicodedata.normalize("NFC", text).replace("_", " ").replace("-", " ").split()
     return " ".join(words).rstrip(".").lower()
 
 
 class AudioIndex:
-    """Paths of the recordings in a folder, by path and by base name, with suffix or without, in upper or lower case."""
+    """Paths of the recordings in a folder, by path and by base name, with or without suffix; case is ignored."""
 
     def __init__(self, paths: Iterable[str]):
         self._by_path: dict[str, list[str]] = defaultdict(list)
@@ -107,40 +107,40 @@ class AudioIndex:
                 self._by_path[_key(key)].append(path)
                 self._by_name[_key(posixpath.basename(key))].append(path)
 
-    def find(self, name: str, places: Sequence[str] = ("",)) -> str:
-        """Return the path of the recording that a table calls `name`, or an empty text if there is none.
+    def find(self, name: str, folders: Sequence[str] = ("",)) -> str:
+        """Return the path of the recording that a table calls `name`; empty if there is none.
 
-        The recording is looked for in the folders `places`; then without the first folders of its path, since a table
-        may have paths of another machine; then by its base name in the whole folder.
+        The name is looked up in `folders`; then without its first folders, because a table may contain paths of another
+        machine; then by base name in the whole folder.
 
         Raises:
-            ValueError: the name fits several recordings.
+            ValueError: the name matches several recordings.
         """
         path = name.replace("\\", "/")
         parts = path.split("/")
-        candidates = [posixpath.normpath(posixpath.join(place, path)) for place in places]
+        candidates = [posixpath.normpath(posixpath.join(folder, path)) for folder in folders]
         candidates += ["/".join(parts[start:]) for start in range(1, len(parts) - 1)]
         for candidate in candidates:
             if matches := self._by_path.get(_key(candidate)):
-                return _only(name, [path for path in matches if path == candidate] or matches)
-        return _only(name, self._by_name.get(_key(parts[-1]), []))
+                return _single_match(name, [path for path in matches if path == candidate] or matches)
+        return _single_match(name, self._by_name.get(_key(parts[-1]), []))
 
 
 def _key(path: str) -> str:
-    # macOS decomposes accents in file names, and Windows does not tell upper from lower case.
+    # macOS decomposes accents in file names, and Windows ignores case.
     return unicodedata.normalize("NFC", path).casefold()
 
 
-def _only(name: str, matches: list[str]) -> str:
+def _single_match(name: str, matches: list[str]) -> str:
     if len(matches) > 1:
         raise ValueError(f"{name!r} may be {matches[0]} or {matches[1]}: write its path relative to the folder")
     return matches[0] if matches else ""
 
 
 def _find_tables(folder: str, paths: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return the CSV and TSV files that have columns of files and of labels, and why others are not read.
+    """Return the CSV and TSV files with columns of files and of labels, and the reasons why other tables are not read.
 
-    They are looked for in the folder and directly below it, in one of its subfolders.
+    Only the folder and its direct subfolders are searched.
     """
     if published := [name for name in PUBLISHED if name in paths]:
         return published, []
@@ -172,17 +172,17 @@ def _encoding(data: bytes) -> str:
 
 
 def _header(text: str) -> tuple[list[str], str]:
-    """Return the columns of a table, in lower case, and its delimiter: the one that the first line has most of."""
+    """Return the columns of a table, in lower case, and its delimiter: the most frequent one in the first line."""
     line = io.StringIO(text, newline="").readline(1 << 16)
     delimiter = max(",;\t|", key=line.count)
     return [cell.strip().lower() for cell in next(csv.reader([line], delimiter=delimiter), [])], delimiter
 
 
 def _rows(uri: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Return the columns of a table, in lower case, and its rows with the numbers of the lines that they begin at.
+    """Return the columns of a table, in lower case, and its rows with the numbers of their first lines.
 
     Raises:
-        ValueError: it is not UTF-8 or UTF-16, or a row is malformed; the message names the line.
+        ValueError: the table is not UTF-8 or UTF-16, or a row is malformed; the message names the line.
     """
     data = storage.read_bytes(uri)
     try:
@@ -227,10 +227,10 @@ def _read_table(folder: str, index: AudioIndex, recordings: LabelledRecordings) 
         if not labels or not file.strip():
             empty.append(f"line {line}")
             continue
-        places = (posixpath.dirname(name), PUBLISHED.get(name, "").format_map(defaultdict(str, row)), "")
+        folders = (posixpath.dirname(name), PUBLISHED.get(name, "").format_map(defaultdict(str, row)), "")
         try:
-            # Blanks around a name may belong to the file, or to the table.
-            path = index.find(file, places) or index.find(file.strip(), places)
+            # Spaces around a name may be part of the file name.
+            path = index.find(file, folders) or index.find(file.strip(), folders)
         except ValueError as error:
             raise ValueError(f"{uri}, line {line}: {error}") from error
         if not path:
@@ -262,7 +262,7 @@ def _read_labels_json(folder: str, index: AudioIndex, recordings: LabelledRecord
 
 
 def _read_subfolders(folder: str, audio: list[str], recordings: LabelledRecordings, reasons: list[str]) -> None:
-    """Label every recording with the name of the folder directly below `folder` that contains it, at any depth."""
+    """Label every recording with the name of the subfolder of `folder` that contains it, at any depth."""
     recordings.warnings += reasons
     recordings.clips += [ClipLabels(path, (label_name(path.split("/")[0]),)) for path in audio if "/" in path]
     labels = sorted({clip.names[0] for clip in recordings.clips})
@@ -275,28 +275,28 @@ def _read_subfolders(folder: str, audio: list[str], recordings: LabelledRecordin
     if not all(labels) or all(NOT_A_LABEL.fullmatch(label) for label in labels):
         raise ValueError(
             f"{folder}: the subfolders ({examples(labels)}) are named by fold or split, not by label: pass the folder "
-            f"with the table of labels, or the one whose subfolders are labels{''.join(f'; {r}' for r in reasons)}"
+            f"with the table of labels, or one whose subfolders are labels{''.join(f'; {r}' for r in reasons)}"
         )
 
 
 def _skip_missing(folder: str, missing: list[str], count: int, recordings: LabelledRecordings) -> None:
-    """Skip the files that `folder` lacks, of `count` that are named.
+    """Skip files that are `missing`, of `count` files with labels.
 
     Raises:
-        ValueError: there are too many of them.
+        ValueError: more than `MAX_MISSING_SHARE` are missing.
     """
     if len(missing) > MAX_MISSING_SHARE * count:
         raise ValueError(
             f"{folder}: {len(missing)} of the {count} files that {recordings.source} names are missing "
-            f"({examples(missing)}): unpack the recordings there, or remove the other rows"
+            f"({examples(missing)}): unpack all recordings, or remove the rows"
         )
     recordings.skip("files_not_found", missing, f"of {count} files that {recordings.source} names are missing")
 
 
 def _copies(folder: str, recordings: LabelledRecordings, sizes: dict[str, int]) -> dict[str, str]:
-    """Return, for each file with the same bytes as an earlier one, that earlier file.
+    """Return the original of each copy, a file with the same bytes as an earlier file.
 
-    Only files of equal size are read; empty ones are no copies of each other.
+    Only files of equal size are read; empty files are not copies.
     """
     by_size: dict[int, list[str]] = defaultdict(list)
     for path in dict.fromkeys(clip.file for clip in recordings.clips):
@@ -318,13 +318,13 @@ def _copies(folder: str, recordings: LabelledRecordings, sizes: dict[str, int]) 
 
 
 def _merge(recordings: LabelledRecordings, copies: dict[str, str]) -> None:
-    """Make one clip of all entries of a recording, with the labels of all; groups that share a recording become one."""
+    """Merge all entries of a recording into one clip with all labels, and groups that share a recording into one."""
     clips: dict[str, ClipLabels] = {}
-    joined: dict[str, str] = {}  # group to the group that it became part of
+    merged: dict[str, str] = {}  # group to the group that contains it
 
     def final(group: str) -> str:
-        while group in joined:
-            group = joined[group]
+        while group in merged:
+            group = merged[group]
         return group
 
     for entry in recordings.clips:
@@ -332,7 +332,7 @@ def _merge(recordings: LabelledRecordings, copies: dict[str, str]) -> None:
         clip = clips.get(file, entry)
         groups = list(dict.fromkeys(final(group) for group in (clip.group, entry.group) if group))
         if len(groups) > 1:
-            joined[groups[1]] = groups[0]
+            merged[groups[1]] = groups[0]
         labels = tuple(dict.fromkeys(clip.labels + entry.labels))
         categories = tuple(dict.fromkeys(clip.categories + entry.categories))
         clips[file] = ClipLabels(file, labels, categories, groups[0] if groups else "")
@@ -340,5 +340,5 @@ def _merge(recordings: LabelledRecordings, copies: dict[str, str]) -> None:
 
 
 def examples(names: Sequence[str], count: int = 3) -> str:
-    """Return the first of some names, for a message."""
+    """Return the first `count` names as text for a message."""
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

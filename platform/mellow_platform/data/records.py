@@ -1,4 +1,4 @@
-"""Question-answer records in ReasonAQA's format: one dataclass, one Arrow schema, from JSON to HTTP answer."""
+"""Question-answer records in ReasonAQA's format: one dataclass and one Arrow schema for JSON files and shards."""
 
 import dataclasses
 import re
@@ -16,10 +16,10 @@ _CHOICE = re.compile(r"(?:^|\s)([a-h])\) (.*?)(?=\s[a-h]\) |$)")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One question about one clip, or about two where `filepath2` is set.
+    """A question about one clip, or about two clips if `filepath2` is set.
 
-    Paths are relative to the corpus's audio root. `subtype` names the source (`CLE.json`) or, for the built-in
-    corpora, the question family.
+    Paths are relative to the corpus's audio root. `subtype` is the source (`CLE.json`) or, in built-in corpora, the
+    question family.
     """
 
     taskname: str
@@ -33,7 +33,7 @@ class Record:
 
     @property
     def family(self) -> str:
-        """Name that scores are grouped by."""
+        """Name of the question's group in scores."""
         return self.subtype.removesuffix(".json")
 
     @property
@@ -42,7 +42,7 @@ class Record:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The answers to choose from as they are written (`b) chirping birds`); empty for an open question."""
+        """Choices as the question contains them (`b) chirping birds`); empty for an open question."""
         if lettered := tuple(f"{letter}) {text}" for letter, text in _CHOICE.findall(self.input)):
             return lettered
         return ("yes", "no") if self.answer in ("yes", "no") else ()
@@ -57,7 +57,7 @@ SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in FIEL
 
 
 def lettered(choices: Iterable[str]) -> list[str]:
-    """Return choices as they stand in a question: `a) ...`, `b) ...`."""
+    """Return choices as questions contain them: `a) ...`, `b) ...`."""
     return [f"{letter}) {choice}" for letter, choice in zip("abcdefgh", choices, strict=False)]
 
 
@@ -65,7 +65,7 @@ def read_records(uri: str) -> list[Record]:
     """Read a ReasonAQA JSON list.
 
     Raises:
-        ValueError: the file is no list of records; the message names the entry and the field.
+        ValueError: the file is not a list of records; the message names entry and field.
     """
     entries = storage.read_json(uri)
     if not isinstance(entries, list):
@@ -73,13 +73,13 @@ def read_records(uri: str) -> list[Record]:
     records = []
     for number, entry in enumerate(entries):
         values = {name: entry[name] for name in FIELDS if name in entry} if isinstance(entry, dict) else {}
-        bad = [name for name in FIELDS if not isinstance(values.get(name), str)]
-        if bad:
+        invalid = [name for name in FIELDS if not isinstance(values.get(name), str)]
+        if invalid:
             raise ValueError(
-                f"{uri}: record {number} has no text in {', '.join(bad)}; all of {', '.join(FIELDS)} are needed"
+                f"{uri}: record {number} has no text in {', '.join(invalid)}; all of {', '.join(FIELDS)} are needed"
             )
         if not values["filepath1"]:
-            raise ValueError(f"{uri}: record {number} names no clip in filepath1")
+            raise ValueError(f"{uri}: record {number} has an empty filepath1")
         records.append(Record(**values))
     return records
 
@@ -93,5 +93,5 @@ def to_table(records: list[Record]) -> pa.Table:
 
 
 def from_row(row: dict) -> Record:
-    """Return the record in a table's row, whatever other columns stand beside it."""
+    """Return the record in a table row; other columns are ignored."""
     return Record(**{name: row[name] for name in FIELDS})

@@ -1,4 +1,4 @@
-"""Questions about synthetic scenes, written from their truth: eleven families over the types of ReasonAQA."""
+"""Questions about synthetic scenes, generated from their events: eleven families over the types of ReasonAQA."""
 
 import numpy as np
 
@@ -8,11 +8,9 @@ from mellow_platform.data.scenes import KINDS, PITCHES, SILENCE, Scene
 TASK = "scenes"
 COUNTS = ("none", "one", "two", "three")
 VERDICTS = ("definitely true", "plausible", "definitely false")
-# Nothing in a clip tells these apart, so they are plausible of a sound that is heard.
+# Claims that no clip proves or refutes: plausible if the sound is in the clip.
 UNKNOWABLE = ("comes from a machine", "was made outdoors", "is part of a test", "is a signal to someone")
-
-
-HEARD_DRAWS = 3
+HEARD_MCQ_DRAWS = 3  # the hardest family, with four choices, is drawn more often
 
 
 def _choose(rng: np.random.Generator, right: str, wrong: list[str], count: int) -> tuple[list[str], str]:
@@ -24,36 +22,35 @@ def _choose(rng: np.random.Generator, right: str, wrong: list[str], count: int) 
 
 
 def caption_question(scene: Scene, path: str) -> Record:
-    """Return the one question whose words and answer are the same each time."""
+    """Return the caption question of a clip, which has no random part."""
     return Record(TASK, path, "", scene.caption, "", "caption the audio.", scene.caption, "Scenes-Caption")
 
 
 def single_clip_questions(scene: Scene, path: str, rng: np.random.Generator) -> list[Record]:
-    """Draw questions of every family that fits the clip."""
+    """Draw questions of every family that applies to the clip."""
     records: list[Record] = []
 
     def add(family: str, question: str, answer: str, choices: list[str] | None = None) -> None:
         text = " ".join([question, *(choices or [])])
         records.append(Record(TASK, path, "", scene.caption, "", text, answer, f"Scenes-{family}"))
 
-    heard = [event.kind for event in scene.events]
-    absent = [kind for kind in KINDS if kind not in heard]
+    kinds = [event.kind for event in scene.events]
+    absent = [kind for kind in KINDS if kind not in kinds]
 
-    missing = absent if not heard else [*absent, SILENCE]
-    # Choosing among four letters is the hardest thing to learn here, so it is asked more often.
-    for _ in range(HEARD_DRAWS):
-        target = str(rng.choice(heard)) if heard else SILENCE
-        choices, answer = _choose(rng, target, missing, 4)
+    wrong = [*absent, SILENCE] if kinds else absent
+    for _ in range(HEARD_MCQ_DRAWS):
+        target = str(rng.choice(kinds)) if kinds else SILENCE
+        choices, answer = _choose(rng, target, wrong, 4)
         add("Heard-MCQ", "which of these is heard?", answer, choices)
 
-    add("Count-MCQ", "how many sounds are heard?", lettered(COUNTS)[len(heard)], lettered(COUNTS))
+    add("Count-MCQ", "how many sounds are heard?", lettered(COUNTS)[len(kinds)], lettered(COUNTS))
 
-    present = bool(heard) and rng.random() < 0.5
-    kind = str(rng.choice(heard if present else absent))
+    present = bool(kinds) and rng.random() < 0.5
+    kind = str(rng.choice(kinds if present else absent))
     add("Presence", f"is there a {kind} in the audio?", "yes" if present else "no")
 
-    verdict = str(rng.choice(VERDICTS)) if heard else VERDICTS[2]
-    kind = str(rng.choice(absent if verdict == VERDICTS[2] else heard))
+    verdict = str(rng.choice(VERDICTS)) if kinds else VERDICTS[2]
+    kind = str(rng.choice(absent if verdict == VERDICTS[2] else kinds))
     claim = str(rng.choice(UNKNOWABLE))
     certain = verdict == VERDICTS[0] or (verdict == VERDICTS[2] and rng.random() < 0.5)
     hypothesis = f"a {kind} is heard" if certain else f"a {kind} {claim}"
@@ -78,10 +75,10 @@ def single_clip_questions(scene: Scene, path: str, rng: np.random.Generator) -> 
             f"describe the {event.kind}.",
             f"it is {event.level}, {event.pitch or 'without pitch'} and {event.length}",
         )
-    if len(heard) > 1:
-        place, name = (0, "first") if rng.random() < 0.5 else (-1, "last")
-        right = heard[place]
-        others = [kind for kind in heard if kind != right]
+    if len(kinds) > 1:
+        index, name = (0, "first") if rng.random() < 0.5 else (-1, "last")
+        right = kinds[index]
+        others = [kind for kind in kinds if kind != right]
         others += [str(kind) for kind in rng.permutation(absent)[: 3 - len(others)]]
         choices, answer = _choose(rng, right, others, 4)
         add("Order-MCQ", f"which sound comes {name}?", answer, choices)
@@ -89,25 +86,25 @@ def single_clip_questions(scene: Scene, path: str, rng: np.random.Generator) -> 
 
 
 def comparison_questions(first: tuple[Scene, str], second: tuple[Scene, str], rng: np.random.Generator) -> list[Record]:
-    """Return questions about two clips of one event each; no comparison is asked that the truth leaves open."""
+    """Return questions about two clips of one event each; only comparisons with a definite answer."""
     (scene1, path1), (scene2, path2) = first, second
     one, two = scene1.events[0], scene2.events[0]
     pitches, levels = list(PITCHES), ["soft", "loud"]
-    open_comparisons = []
+    comparisons = []
     if one.pitch and two.pitch and one.pitch != two.pitch:
-        open_comparisons.append(("higher", pitches.index(one.pitch) > pitches.index(two.pitch)))
+        comparisons.append(("higher", pitches.index(one.pitch) > pitches.index(two.pitch)))
     if one.level != two.level:
-        open_comparisons.append(("louder", levels.index(one.level) > levels.index(two.level)))
+        comparisons.append(("louder", levels.index(one.level) > levels.index(two.level)))
     if one.length != two.length:
-        open_comparisons.append(("longer", one.length == "long"))
+        comparisons.append(("longer", one.length == "long"))
 
     def record(family: str, question: str, answer: str) -> Record:
         captions = scene1.caption, scene2.caption
         return Record(TASK, path1, path2, *captions, question, answer, f"Scenes-{family}")
 
     records = []
-    if open_comparisons:
-        word, is_first = open_comparisons[rng.integers(len(open_comparisons))]
+    if comparisons:
+        word, is_first = comparisons[rng.integers(len(comparisons))]
         choices = lettered(["the first", "the second"])
         question = " ".join([f"in which audio is the sound {word}?", *choices])
         records.append(record("Compare-MCQ", question, choices[0] if is_first else choices[1]))

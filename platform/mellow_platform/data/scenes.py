@@ -1,4 +1,4 @@
-"""Sound scenes with known truth: zero to three synthetic events in a quiet background."""
+"""Synthetic sound scenes: zero to three events in a quiet background."""
 
 from dataclasses import dataclass
 
@@ -16,10 +16,10 @@ BACKGROUND = 0.0005  # standard deviation, full scale 1
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One sound: its kind, pitch and level by name, and when it sounds, in seconds."""
+    """One sound: kind, pitch, level and length by name, and start and duration in seconds."""
 
     kind: str
-    pitch: str  # empty where the kind has none
+    pitch: str  # empty if the kind has none
     level: str
     length: str
     start: float
@@ -35,7 +35,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A clip's events in the order they sound; kinds do not repeat within a scene."""
+    """Events of a clip in order of time; kinds do not repeat within a scene."""
 
     events: tuple[Event, ...]
     seconds: float
@@ -58,7 +58,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     kinds = rng.permutation(KINDS)[:count]
     slot = seconds / max(count, 1)
     events = []
-    for place, kind in enumerate(map(str, kinds)):
+    for index, kind in enumerate(map(str, kinds)):
         pitch = str(rng.choice(list(PITCHES))) if kind in PITCHED else ""
         level, length = str(rng.choice(list(LEVELS))), str(rng.choice(list(LENGTHS)))
         duration = float(rng.uniform(*LENGTHS[length]))
@@ -69,7 +69,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
                 pitch=pitch,
                 level=level,
                 length=length,
-                start=place * slot + float(rng.uniform(0.0, slot - duration)),
+                start=index * slot + float(rng.uniform(0.0, slot - duration)),
                 seconds=duration,
                 frequency=float(np.exp(rng.uniform(np.log(low), np.log(high)))),
                 amplitude=float(rng.uniform(*LEVELS[level])),

@@ -1,13 +1,13 @@
-"""Parquet shards and their manifest: what preprocessing leaves for training and evaluation.
+"""Parquet shards and their manifest: the output of preprocessing, which training and evaluation read.
 
 A shard set is a folder with
 
-    configuration.json        options and input of the set, written first
-    stock/*.parquet           inventory: every clip of the corpus with its address and the SHA-256 of its bytes
-    clips/*.parquet           a row per distinct clip, with its features
-    records/<split>/*.parquet a row per question, tokenised, with its clips by content
-    receipts/                 a JSON file per shard, written after it: the shard is done
-    quarantine/*.parquet      clips that cannot be used, with the reason
+    configuration.json        options, and the digest of options and input; written first
+    stock/*.parquet           inventory: address of every clip of the corpus, and SHA-256 of its bytes
+    clips/*.parquet           one row per distinct clip, with its features
+    records/<split>/*.parquet one row per question, with token ids and clip ids
+    receipts/                 one JSON file per shard, written after the shard
+    quarantine/*.parquet      unusable clips, with the reason
     processor/                front end and tokenizer
     statistics.json, .png     statistics of the corpus
     manifest.json             written last
@@ -30,20 +30,20 @@ SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 INVENTORY, CLIPS, RECORDS, QUARANTINE = "stock", "clips", "records", "quarantine"
 
-# Shape and type of a clip's arrays stand in the manifest; a row holds their bytes (fp16, C order; a waveform is FLAC).
+# A row contains arrays as bytes (fp16, C order; a waveform as FLAC); their shapes are in the manifest.
 CLIP_FIELDS = [
     pa.field("clip_id", pa.string(), nullable=False),  # SHA-256 of the file
-    pa.field("filepath", pa.string(), nullable=False),  # the first of them that has these bytes
+    pa.field("filepath", pa.string(), nullable=False),  # first path with these bytes
     pa.field("split", pa.string(), nullable=False),
-    pa.field("seconds", pa.float32(), nullable=False),  # before the length was fixed
+    pa.field("seconds", pa.float32(), nullable=False),  # before cutting or padding
     pa.field("level", pa.float32(), nullable=False),  # root mean square in dB, full scale 0
 ]
 RECORD_SCHEMA = pa.schema(
     [
         *record_format.SCHEMA,
-        pa.field("number", pa.int32(), nullable=False),  # in its split, before any question was left out
+        pa.field("number", pa.int32(), nullable=False),  # position in the split before filtering
         pa.field("clip1", pa.string(), nullable=False),
-        pa.field("clip2", pa.string(), nullable=False),  # the partner rule's clip where the question has one
+        pa.field("clip2", pa.string(), nullable=False),  # partner of clip1 if the question is about one clip
         pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),  # without padding
         pa.field("answer_ids", pa.list_(pa.int32()), nullable=False),
     ]
@@ -55,14 +55,14 @@ QUARANTINE_SCHEMA = pa.schema(
 
 @dataclass
 class Manifest:
-    """What a shard set holds.
+    """Contents of a shard set.
 
     Attributes:
-        features: array name to shape of one clip's arrays; [-1] for a waveform, as long as its recording.
-        counts: clips, quarantined clips (by reason too), records a split, records dropped with their clips.
-        configuration: of the job that wrote the set.
-        files: SHA-256 of every shard by its path in the set.
-        encoder: of the weights (`encoder_digest`) that made features: encoder; empty with other features.
+        features: shapes of a clip's arrays by name; [-1] is a waveform as long as its recording.
+        counts: clips, quarantined clips (also by reason), records per split, records dropped with their clips.
+        configuration: options of the job that wrote the set.
+        files: SHA-256 of clip shards, record shards and quarantine, by path in the set.
+        encoder: digest of the encoder's weights (`encoder_digest`) for features: encoder; empty for others.
     """
 
     features: dict[str, list[int]]
@@ -74,17 +74,17 @@ class Manifest:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over the shards' names and hashes: equal sets have equal ones."""
+        """SHA-256 over paths and hashes of the files: equal for equal sets."""
         lines = "".join(f"{name} {digest}\n" for name, digest in sorted(self.files.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
 
     def read_table(
         self, shards: str, folder: str, columns: list[str] | None = None, rows: pc.Expression | None = None
     ) -> pa.Table:
-        """Read the set's shards under `folder` (`clips`, `records/test`) in order; stray files are left alone.
+        """Read the set's shards in `folder` (`clips`, `records/test`) in order; other files are ignored.
 
         Args:
-            rows: which of them, by their columns; by default all.
+            rows: filter; by default all rows.
         """
         names = sorted(name for name in self.files if name.startswith(f"{folder}/"))
         return storage.read_tables([storage.join(shards, name) for name in names], columns, rows)
@@ -94,16 +94,16 @@ class Manifest:
 
     @classmethod
     def read_with(cls, shards: str, features: Features) -> "Manifest":
-        """Read the manifest of a set that holds `features` of its clips.
+        """Read the manifest of a set with `features` of its clips.
 
         Raises:
-            ValueError: it holds the other ones.
+            ValueError: the set has other features.
         """
         manifest = cls.read(shards)
         if manifest.configuration["features"] != features:
             raise ValueError(
-                f"{shards} holds features: {manifest.configuration['features']}, and features: {features} are needed: "
-                f"run jobs/preprocess.py with --features {features} into another folder"
+                f"{shards} has features: {manifest.configuration['features']}; expected features: {features}. Run "
+                f"jobs/preprocess.py with --features {features} and another --output"
             )
         return manifest
 
@@ -112,17 +112,17 @@ class Manifest:
         """Read the manifest of the set at `shards`.
 
         Raises:
-            FileNotFoundError: the set is absent or unfinished.
-            ValueError: another version of the schema wrote it.
+            FileNotFoundError: the set is missing or unfinished.
+            ValueError: the set has another schema version.
         """
         uri = storage.join(shards, MANIFEST)
         if not storage.exists(uri):
-            raise FileNotFoundError(f"{uri} does not exist: run jobs/preprocess.py to its end first")
+            raise FileNotFoundError(f"{uri} does not exist; run jobs/preprocess.py until it finishes")
         values = storage.read_json(uri)
         if values.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(
-                f"{uri} has schema version {values.get('schema_version')}, this code reads {SCHEMA_VERSION}: "
-                "run jobs/preprocess.py again"
+                f"{uri} has schema version {values.get('schema_version')}; expected {SCHEMA_VERSION}. "
+                "Run jobs/preprocess.py again"
             )
         del values["content_hash"]
         return cls(**values)
@@ -133,10 +133,10 @@ def clip_schema(features: dict[str, list[int]]) -> pa.Schema:
 
 
 def read_records(shards: str, split: str, columns: list[str] | None = None) -> pa.Table:
-    """Return the tokenised records of `split` in their fixed order, or only some of their columns.
+    """Return the tokenised records of `split` in their fixed order; by default with all columns.
 
     Raises:
-        ValueError: the set has no such split.
+        ValueError: the set does not have the split.
     """
     manifest = Manifest.read(shards)
     counts = manifest.counts["records"]

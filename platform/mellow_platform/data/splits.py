@@ -1,4 +1,4 @@
-"""Splits: their names in paths, and the assignment of labelled clips to them by group, stratified by label."""
+"""Splits: names in paths, and assignment of labelled clips by group, stratified by label."""
 
 import re
 from collections import Counter, defaultdict
@@ -11,25 +11,25 @@ from mellow_platform.data.records import SPLITS
 
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 Term = tuple[str, str]  # kind (label or category) and text
-Group = tuple[str, str]  # what it is named by (group or file) and the name
+Group = tuple[str, str]  # kind of name (group or file) and name
 
 
 def terms(clip: ClipLabels) -> list[Term]:
-    """Return what may be asked about a clip: its labels and, where they are apart, its categories."""
+    """Return the possible subjects of questions about a clip: its labels, and its categories if they are separate."""
     return [("label", name) for name in clip.names] + [("category", name) for name in clip.categories]
 
 
 def group_key(clip: ClipLabels) -> Group:
-    """Return what tells a clip's group from others; a clip without a group is one of its own."""
+    """Return the key of a clip's group; a clip without a group is a group of its own."""
     return ("group", clip.group) if clip.group else ("file", clip.file)
 
 
-def deal(clips: Sequence[ClipLabels], seed: int) -> dict[str, list[ClipLabels]]:
+def assign_splits(clips: Sequence[ClipLabels], seed: int) -> dict[str, list[ClipLabels]]:
     """Return the clips of each split, a function of clips and seed; no group is in two splits.
 
-    The rarest labels are dealt first. Of each, one group goes to train, one to test if there are two, and the others
-    where they bring the label's clips, and then all clips, nearest to 3:1:1. Groups all of whose labels are in no
-    other group go to train: nothing else could be learned about them, so that nothing can be tested.
+    The rarest labels are assigned first. Of the groups of a label, one goes to train, one to test if there are two, and
+    each of the others to the split in which the label's clips, and then all clips, come nearest to 3:1:1. Groups whose
+    labels are in no other group go to train: a test of these labels would have no training clips.
     """
     rng = np.random.default_rng(seed)
     members: dict[Group, list[ClipLabels]] = defaultdict(list)
@@ -49,7 +49,7 @@ def deal(clips: Sequence[ClipLabels], seed: int) -> dict[str, list[ClipLabels]]:
     all_counts: Counter[str] = Counter()
     counts: dict[Term, Counter[str]] = {term: Counter() for term in holders}
 
-    def put(key: Group, split: str) -> None:
+    def assign(key: Group, split: str) -> None:
         split_of[key] = split
         all_counts[split] += len(members[key])
         for term, count in sizes[key].items():
@@ -60,9 +60,9 @@ def deal(clips: Sequence[ClipLabels], seed: int) -> dict[str, list[ClipLabels]]:
         open_keys = [key for key in holders[term] if key not in split_of]
         for key in open_keys:
             if not counts[term]["train"]:
-                put(key, "train")
+                assign(key, "train")
             elif not counts[term]["test"] and key == open_keys[-1]:
-                put(key, "test")
+                assign(key, "test")
             else:
                 excess = {
                     split: (
@@ -71,7 +71,7 @@ def deal(clips: Sequence[ClipLabels], seed: int) -> dict[str, list[ClipLabels]]:
                     )
                     for split in ("test", "val", "train")
                 }
-                put(key, min(excess, key=lambda split: excess[split]))
+                assign(key, min(excess, key=lambda split: excess[split]))
     _repair(testable, holders, sizes, counts, split_of)
     return {split: [clip for clip in clips if split_of[group_key(clip)] == split] for split in SPLITS}
 
@@ -83,15 +83,15 @@ def _repair(
     counts: dict[Term, Counter[str]],
     split_of: dict[Group, str],
 ) -> None:
-    """Move groups to train or test for labels that have none there, if no other label loses its last one by that.
+    """Move groups to train or test for labels without clips there, unless another label would lose its last clips.
 
-    Labels need it whose groups were all dealt for the sake of rarer labels.
+    A label needs this if all its groups were assigned because of rarer labels.
     """
 
     def is_spare(key: Group) -> bool:
         split = split_of[key]
-        kept = (counts[term][split] > count for term, count in sizes[key].items() if len(holders[term]) > 1)
-        return split == "val" or all(kept)
+        remaining = (counts[term][split] > count for term, count in sizes[key].items() if len(holders[term]) > 1)
+        return split == "val" or all(remaining)
 
     for term in testable:
         for needed in ("train", "test"):
@@ -108,15 +108,15 @@ def _repair(
 
 
 def _excess(count: int, added: int, total: int, split: str) -> float:
-    """Return by how much a split of `count` clips grows away from its share of `total` with some added: less is better.
+    """Return the excess of a split over its share of `total` after clips are added; lower is better.
 
-    It is half of what the sum over splits of (clips - target)^2 / target grows by, for each clip that is added.
+    It is half the increase, per added clip, of the sum over splits of (clips - target)^2 / target.
     """
     target = SHARES[split] * total
     return round((count + added / 2 - target) / target, 9)
 
 
-# Words that name a split; Clotho's development split is the one to train on, its evaluation split the test.
+# Words that name a split. Clotho's development split is its train split, its evaluation split its test split.
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "development"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
@@ -125,9 +125,9 @@ SPLIT_WORDS = {
 
 
 def split_of(name: str) -> str:
-    """Return the split that the first such word of a shard's path names (`train/0.tar`, `Valid-0.parquet`), or train.
+    """Return the split of the first split word in a path (`train/0.tar`, `Valid-0.parquet`); train if there is none.
 
-    A word goes from one sign or digit to the next.
+    Words are runs of letters.
     """
     words = re.findall(r"[a-z]+", name.lower())
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")

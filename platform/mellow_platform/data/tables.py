@@ -1,4 +1,4 @@
-"""Tables that people bring, in the file format that their name says."""
+"""Input tables, in the file format of their suffix."""
 
 import io
 import json
@@ -15,16 +15,16 @@ def read_table(uri: str, text_columns: Collection[str] = (), columns: Collection
     """Read a `.parquet`, `.csv`, `.json` (a list of objects) or `.jsonl` file.
 
     Args:
-        text_columns: columns of a CSV file that are texts whatever they look like; a clip may be called 001.
-        columns: those that are read, of as many as there are; by default all, of which each has one type.
+        text_columns: columns of a CSV file that are read as text; the name of a clip may be 001.
+        columns: columns to read, if they exist; by default all. Each must have a single type.
 
     Raises:
-        ValueError: the file has another suffix, or cannot be read as what its suffix says.
+        ValueError: the file has another suffix, or is malformed.
     """
     try:
         return _parse(uri, storage.read_bytes(uri), text_columns, columns)
     except (pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{uri} cannot be read as its name says: {error}") from error
+        raise ValueError(f"{uri} is malformed: {error}") from error
 
 
 def _parse(uri: str, data: bytes, text_columns: Collection[str], columns: Collection[str] | None) -> pa.Table:
@@ -39,13 +39,13 @@ def _parse(uri: str, data: bytes, text_columns: Collection[str], columns: Collec
     else:
         raise ValueError(f"table {uri} is not a .parquet, .csv, .json or .jsonl file")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{uri}: expected a list of objects, one a row")
+        raise ValueError(f"{uri}: expected a list of objects, one per row")
     names = dict.fromkeys(name for row in rows for name in row if columns is None or name in columns)
     return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
 
 
 def _parquet(data: bytes) -> pa.Table:
-    # What pandas left in the metadata speaks of columns that tables made of this one do not have.
+    # Metadata of pandas names columns that derived tables do not have.
     return pq.read_table(io.BytesIO(data)).replace_schema_metadata(None)
 
 

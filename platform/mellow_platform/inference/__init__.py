@@ -1,1 +1,1 @@
-"""Answering questions with a trained model: what evaluation and serving share."""
+"""Answers to questions from a trained model, for prediction, evaluation and serving."""

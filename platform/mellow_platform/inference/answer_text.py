@@ -1,4 +1,4 @@
-"""An answer's text as its tokens arrive."""
+"""Text of an answer as its tokens arrive."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from transformers import PreTrainedTokenizerBase
 
 
 class AnswerText:
-    """Turns tokens into text that can be shown at once: what was released is never taken back.
+    """Decodes tokens to text that can be shown at once: released text is final.
 
-    Held back are bytes of an unfinished character, white space at the end, and what may be the beginning of a stop
-    string. Released pieces add up to `text`, which has no white space around it.
+    Bytes of an unfinished character, trailing white space and a possible start of a stop string are withheld. Released
+    pieces add up to `text`, which has no leading or trailing white space.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]):
@@ -26,30 +26,30 @@ class AnswerText:
         return self._whole[: self._released]
 
     def push(self, token: int) -> str:
-        """Add a token; return the text that can be shown now. `stopped` is true once a stop string was written."""
+        """Add a token; return the newly released text. `stopped` is true after a stop string."""
         self._whole = (self._whole + (self._stream.step(self._tokenizer, token) or "")).lstrip()
-        found = [place for stop in self._stop if (place := self._whole.find(stop)) >= 0]
-        if found:
+        positions = [position for stop in self._stop if (position := self._whole.find(stop)) >= 0]
+        if positions:
             self.stopped = True
-            self._whole = self._whole[: min(found)].rstrip()
+            self._whole = self._whole[: min(positions)].rstrip()
             return self._release(len(self._whole))
         return self._release(len(self._whole) - self._undecided())
 
     def finish(self) -> str:
-        """Return what was held back in case of a stop string that did not come."""
+        """Return the text that was withheld for a possible stop string."""
         return self._release(len(self._whole.rstrip()))
 
     def _undecided(self) -> int:
-        """Return how many characters at the end may yet turn out to be no part of the answer."""
+        """Return the number of trailing characters that may not be part of the answer."""
         spaces = len(self._whole) - len(self._whole.rstrip())
-        begun = [
+        lengths = [
             length
             for stop in self._stop
             for length in range(1, min(len(stop), len(self._whole) + 1))
             if stop.startswith(self._whole[-length:])
         ]
-        length = max(begun, default=0)
-        # White space before the beginning of a stop string would be the end of the answer.
+        length = max(lengths, default=0)
+        # White space before a stop string would be trailing white space of the answer.
         before = self._whole[: len(self._whole) - length]
         return max(spaces, len(self._whole) - len(before.rstrip()) if length else 0)
 

@@ -1,6 +1,6 @@
-"""One question about one or two clips, to a model folder or to an endpoint: what `mellow ask` does.
+"""`mellow ask`: one question about one or two clips, to a model folder or to an endpoint.
 
-Engine and client are imported when they are needed: either takes longer to import than a short answer takes to write.
+Engine and client are imported only when needed: either import takes longer than a short answer.
 """
 
 import json
@@ -24,29 +24,29 @@ from mellow_platform.inference.windows import windows
 if TYPE_CHECKING:
     import openai
 
-FOLDER = "runs/demo/model"  # which `make demo` writes
-URL = "http://127.0.0.1:8000/v1"  # where `make demo KEEP=1` and jobs/deploy.py serve
-OWNER = "mellow-platform"  # of models that the project's endpoint lists
-SAMPLING_RATE = 32_000  # Hz, that clips are decoded to for a check
-SLOTS = 16  # windows that are answered at once
+FOLDER = "runs/demo/model"  # written by `make demo`
+URL = "http://127.0.0.1:8000/v1"  # of `make demo KEEP=1` and jobs/deploy.py
+OWNER = "mellow-platform"  # of the models of this project's endpoint
+SAMPLING_RATE = 32_000  # Hz, for a check of the clips
+SLOTS = 16  # windows answered at a time
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class ClipQuestion:
-    """A question to ask.
+    """A question about one or two clips.
 
     Attributes:
         clips: paths or s3:// URIs of one or two audio files.
-        choices: answers to score; without any, an answer is written.
-        max_new_tokens: length an answer is cut to.
-        temperature: 0 takes the most likely token; above 0 tokens are drawn.
-        seed: of drawn answers; None gives another answer each time.
+        choices: answers to score; if empty, an answer is generated.
+        max_new_tokens: longest answer, in tokens.
+        temperature: sampling temperature; 0 takes the most likely token.
+        seed: seed of sampling; None gives a different answer each time.
         window: rule for recordings longer than a clip (`mellow_platform.inference.windows.RULES`).
 
     Raises:
-        ValueError: a value out of range, named.
+        ValueError: a value is out of range; the message names it.
     """
 
     text: str
@@ -61,22 +61,22 @@ class ClipQuestion:
         self.request(tuple(np.zeros(1, np.float32) for _ in self.clips))
         if self.window == "pair" and len(self.clips) == 2:
             raise ValueError(
-                "window rule 'pair' makes two clips of one recording; with two recordings use first or each"
+                "window rule 'pair' makes two clips of one recording; use first or each for two recordings"
             )
 
     def request(self, clips: tuple[np.ndarray, ...]) -> Request:
-        """Return the engine's request about waveforms [samples]."""
+        """Return the engine's request for waveforms [samples]."""
         return Request(self.text, clips, self.max_new_tokens, self.temperature, seed=self.seed)
 
 
 @dataclass
 class ClipAnswer:
-    """An answer as it is written.
+    """An answer as it is generated.
 
     Attributes:
-        seconds: of the recordings that it is about; empty if it is the only answer.
-        pieces: its text; read them before the next answer.
-        cut: whether it reached `max_new_tokens`; known after the last piece.
+        seconds: seconds of the recordings that the answer is about; empty for a single answer.
+        pieces: text of the answer; read all before the next answer.
+        cut: whether the answer reached `max_new_tokens`; valid after the last piece.
     """
 
     seconds: str
@@ -109,14 +109,14 @@ def _is_clip(word: str) -> bool:
 
 
 def ask(question: ClipQuestion, model: str | None = None) -> Iterator[ClipAnswer]:
-    """Ask a model folder or the URL of an endpoint; by default the demo's folder, else the demo's endpoint.
+    """Ask a model folder or the URL of an endpoint; by default the demo's folder, or else the demo's endpoint.
 
     Raises:
         OSError: a clip cannot be read, or the endpoint does not answer.
         ValueError: a clip is not audio, the folder has no model, or the endpoint refuses the request.
     """
     files = [_read(clip) for clip in question.clips]
-    _decode(question, files, SAMPLING_RATE)  # fail before a model is loaded or a request is paid
+    _decode(question, files, SAMPLING_RATE)  # fail before a model is loaded or a request is paid for
     if model is None:
         if storage.exists(storage.join(FOLDER, "config.json")):
             return ask_folder(question, files, FOLDER)
@@ -133,7 +133,7 @@ def ask(question: ClipQuestion, model: str | None = None) -> Iterator[ClipAnswer
 
 
 def print_answers(answers: Iterable[ClipAnswer], output: TextIO) -> None:
-    """Print each answer on a line of its own, every piece as soon as it is there; say on stderr if one was cut."""
+    """Print each answer on one line, every piece as it arrives, and a note on stderr if one was cut."""
     cut = False
     for answer in answers:
         output.write(f"{answer.seconds}\t" if answer.seconds else "")
@@ -141,7 +141,7 @@ def print_answers(answers: Iterable[ClipAnswer], output: TextIO) -> None:
             for piece in answer.pieces:
                 output.write(piece)
                 output.flush()
-        finally:  # an error message begins a line of its own
+        finally:  # so that an error message starts on a new line
             output.write("\n")
             output.flush()
         cut |= answer.cut
@@ -153,21 +153,21 @@ def ask_folder(question: ClipQuestion, files: Sequence[bytes], folder: str) -> I
     """Ask the model in a folder, in this process.
 
     Raises:
-        ValueError: the folder has no Mellow.
+        ValueError: the folder does not contain a Mellow model.
     """
     with _load(folder, SLOTS if question.window == "each" else 1) as engine:
         recordings = _decode(question, files, engine.sampling_rate)
-        heard = windows(recordings, engine.clip_samples, engine.sampling_rate, question.window)
-        requests = [question.request(window.clips) for window in heard]
-        names = [_seconds(window.seconds) if len(heard) > 1 else "" for window in heard]
+        parts = windows(recordings, engine.clip_samples, engine.sampling_rate, question.window)
+        requests = [question.request(window.clips) for window in parts]
+        names = [_seconds(window.seconds) if len(parts) > 1 else "" for window in parts]
         if question.choices:
             for name, request in zip(names, requests, strict=True):
                 for score in engine.score(request, question.choices):
-                    yield ClipAnswer(name, [_scored(score.choice, score.probability)])
+                    yield ClipAnswer(name, [_score_line(score.choice, score.probability)])
             return
         for name, stream in zip(names, [engine.submit(request) for request in requests], strict=True):
             answer = ClipAnswer(name)
-            answer.pieces = _written(stream, answer)
+            answer.pieces = _stream_text(stream, answer)
             yield answer
 
 
@@ -177,12 +177,12 @@ def _load(folder: str, slots: int) -> InferenceEngine:
             raise FileNotFoundError("it has no config.json" if storage.exists(folder) else "it does not exist")
         kind = storage.read_json(storage.join(folder, "config.json")).get("model_type")
         if kind != "mellow":
-            raise ValueError(f"its config.json is that of a {kind!r} model")
+            raise ValueError(f"its config.json is of a {kind!r} model")
         _silence_libraries()
         from mellow_platform.inference.engine import Engine
 
         return Engine.load(folder, slots=slots)
-    except Exception as error:  # of storage, transformers, safetensors or torch, which have no common class
+    except Exception as error:  # errors of storage, transformers, safetensors and torch have no common class
         raise ValueError(
             f"{folder} is not a model folder that can be loaded: {_line(error)}; pass --model with a folder that "
             "jobs/train.py or `mellow convert` wrote, or with an endpoint's URL"
@@ -201,20 +201,20 @@ def _silence_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def _written(stream: Stream, answer: ClipAnswer) -> Iterator[str]:
+def _stream_text(stream: Stream, answer: ClipAnswer) -> Iterator[str]:
     for token in stream:
         yield token.text
     answer.cut = stream.result().finish_reason == "length"
 
 
 def ask_endpoint(question: ClipQuestion, files: Sequence[bytes], url: str) -> Iterator[ClipAnswer]:
-    """Ask an endpoint that speaks OpenAI's chat completions; choices only that of this project.
+    """Ask an OpenAI-compatible endpoint; only this project's endpoint scores choices.
 
     The model is OPENAI_MODEL, or the first that the endpoint lists; the key is OPENAI_API_KEY.
 
     Raises:
         ConnectionError: the endpoint does not answer.
-        ValueError: it refuses the request, or no key is set.
+        ValueError: the endpoint refuses the request, or no key is set.
     """
     if question.choices and question.window == "each":
         raise ValueError("--choice with --window each needs a model folder: endpoints score choices for one window")
@@ -223,10 +223,10 @@ def ask_endpoint(question: ClipQuestion, files: Sequence[bytes], url: str) -> It
     client = _client(url)
     model, owner = os.environ.get("OPENAI_MODEL", ""), ""
     if not model:
-        listed = _call(url, lambda: client.with_options(max_retries=0).models.list().data)
-        if not listed:
+        models = _call(url, lambda: client.with_options(max_retries=0).models.list().data)
+        if not models:
             raise ValueError(f"{url} lists no model; set OPENAI_MODEL to the name of one")
-        model, owner = listed[0].id, listed[0].owned_by
+        model, owner = models[0].id, models[0].owned_by
     if question.choices:
         return _choose(client, question, files, url, model)
     return _write(client, question, files, url, model, owner)
@@ -244,7 +244,7 @@ def _client(url: str) -> "openai.OpenAI":
 
 
 def _call(url: str, function: Callable[[], Result]) -> Result:
-    """Return what `function` returns; raise what the client raises with the URL and what to do."""
+    """Return the result of `function`; add the URL and a remedy to errors of the client."""
     import httpx
     import openai
 
@@ -268,7 +268,7 @@ def _call(url: str, function: Callable[[], Result]) -> Result:
 
 
 def _reason(error: "openai.APIStatusError") -> str:
-    """Return the endpoint's own words for why it refused a request."""
+    """Return the endpoint's reason for refusing a request."""
     message = error.body.get("message") if isinstance(error.body, dict) else None
     return _line(message or error.response.reason_phrase).rstrip(".")
 
@@ -290,13 +290,13 @@ def _write(
 ) -> Iterator[ClipAnswer]:
     from mellow_platform.completion import CONTAINERS, input_audio
 
-    # OpenAI's own API takes these two.
+    # OpenAI's API accepts wav and mp3.
     containers = CONTAINERS if owner == OWNER else ("wav", "mp3")
     content: list[Any] = [{"type": "text", "text": question.text}]
     for clip, data in zip(question.clips, files, strict=True):
         content.append(input_audio(data, PurePosixPath(clip).suffix, containers))
     options: dict[str, Any] = {} if question.seed is None else {"seed": question.seed}
-    if question.window != "first":  # other servers refuse what they do not know
+    if question.window != "first":  # other servers refuse unknown fields
         options["extra_body"] = {"window": question.window}
     chunks: Iterable[Any] = _call(
         url,
@@ -313,7 +313,7 @@ def _write(
 
 
 class _Chunks:
-    """The chunks of a streamed completion, sorted by answer: answers to several windows come interleaved."""
+    """Chunks of a streamed completion, sorted by answer: answers for several windows are interleaved."""
 
     def __init__(self, url: str, chunks: Iterator[Any]):
         self.url, self.chunks = url, chunks
@@ -322,8 +322,8 @@ class _Chunks:
         self.ends: dict[int, str] = {}
 
     def answers(self) -> Iterator[ClipAnswer]:
-        """Yield the answers in order; texts of later ones are kept until then."""
-        # The endpoint opens all answers before the first text.
+        """Yield the answers in order; text of later answers is buffered."""
+        # The endpoint sends a chunk of every answer before the first text.
         while not self.ends and not any(self.texts.values()):
             self._read()
         for number in sorted(self.texts):
@@ -348,8 +348,8 @@ class _Chunks:
             )
         for choice in chunk.choices or ():
             number = choice.index
-            heard = getattr(choice, "heard", None) or ()  # of this project's endpoint
-            self.seconds.setdefault(number, _seconds([(part["start"], part["end"]) for part in heard]))
+            spans = getattr(choice, "heard", None) or ()  # only this project's endpoint
+            self.seconds.setdefault(number, _seconds([(span["start"], span["end"]) for span in spans]))
             texts = self.texts.setdefault(number, [])
             if text := choice.delta.content or choice.delta.refusal:
                 texts.append(text)
@@ -371,7 +371,7 @@ def _choose(
     options: Any = {"headers": {"Content-Type": "multipart/form-data"}}
     try:
         response: Any = _call(url, lambda: client.post("/audio/questions", cast_to=object, files=form, options=options))
-        scores = [_scored(choice["choice"], choice["probability"]) for choice in response["choices"]]
+        scores = [_score_line(choice["choice"], choice["probability"]) for choice in response["choices"]]
     except (TypeError, KeyError) as error:
         raise ValueError(f"{url}: the response has no scores; --choice needs an endpoint of this project") from error
     except ValueError as error:
@@ -387,7 +387,7 @@ def _read(clip: str) -> bytes:
         return storage.read_bytes(clip)
     except FileNotFoundError:
         raise FileNotFoundError(f"clip {clip} does not exist; {remedy}") from None
-    except Exception as error:  # botocore's have no common class with the others
+    except Exception as error:  # errors of botocore are not OSError
         reason = getattr(error, "strerror", None) or _line(error)
         raise OSError(f"clip {clip} cannot be read: {reason}; {remedy}") from error
 
@@ -405,12 +405,12 @@ def _decode(question: ClipQuestion, files: Sequence[bytes], sampling_rate: int) 
 
 
 def _seconds(parts: Sequence[tuple[float, float]]) -> str:
-    """Return which seconds of one recording, or of each of two, an answer is about: `10-20 s`."""
-    shown = [f"{round(start, 1):g}-{round(end, 1):g} s" for start, end in parts]
-    return " and ".join(dict.fromkeys(shown))
+    """Return the seconds of one or two recordings as text: `10-20 s`."""
+    spans = [f"{round(start, 1):g}-{round(end, 1):g} s" for start, end in parts]
+    return " and ".join(dict.fromkeys(spans))
 
 
-def _scored(choice: str, probability: float) -> str:
+def _score_line(choice: str, probability: float) -> str:
     return f"{probability:.4f}\t{choice}"
 
 

@@ -1,7 +1,7 @@
-"""The decoder as inference runs it: fused layers in packed weights over a key-value cache of preallocated slots.
+"""Decoder for inference: fused layers with packed weights, and a key-value cache of preallocated slots.
 
-The weights are taken out of a transformers model, family by family (`FAMILIES`). The arithmetic is the same; the order
-of an attention head's channels is not: rotary pairs stand side by side, so that a rotation is one complex product.
+Weights come from a transformers model of one of `FAMILIES`. The arithmetic is the same, but the channels of attention
+heads have another order: rotary pairs are adjacent, so that a rotation is one complex product.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,20 +31,20 @@ class DecoderShape:
 
 @dataclass
 class Layer:
-    """One decoder layer: what it multiplies by, and its norms."""
+    """Linear maps and norms of one decoder layer."""
 
     norm1: Norm
     query_key_value: Linear
     attention_out: Linear
     norm2: Norm
-    up: Linear  # gate and up in one where `gated`
+    up: Linear  # gate and up in one map if `gated`
     down: Linear
     scale: float | None = None  # of attention; None is 1/sqrt(head)
 
 
 @dataclass
 class DecoderParts:
-    """A decoder taken apart."""
+    """Weights and layers of a decoder."""
 
     shape: DecoderShape
     embedding: torch.Tensor
@@ -61,7 +61,7 @@ class DecoderParts:
 class KeyValueCache:
     """Keys and values of `slots` sequences of at most `length` positions, allocated once.
 
-    On CPU, positions take no memory until they are written: untouched zeros stay the operating system's.
+    On CPU, positions take no memory until they are written, because the operating system supplies zeros on demand.
     """
 
     def __init__(self, layers: int, shape: DecoderShape, slots: int, length: int, like: torch.Tensor):
@@ -70,18 +70,18 @@ class KeyValueCache:
         if like.is_cuda:
             self.data = torch.zeros(size, dtype=like.dtype, device=like.device)
         else:
-            # torch.zeros writes its zeros.
+            # torch.zeros would write the zeros.
             self.data = torch.from_numpy(np.zeros(size, np.float32))
         self._rows = self.data.view(layers, -1, shape.head)
         streams = torch.arange(slots * 2 * shape.key_value_heads, device=like.device)
         self._first_row = (streams * length).view(slots, 1, 2 * shape.key_value_heads)
 
     def rows_of(self, slots: slice, positions: torch.Tensor) -> torch.Tensor:
-        """Return where `positions` [slots, new] of `slots` are kept, as an index for `write`."""
+        """Return the cache rows of `positions` [slots, new] of `slots`, as an index for `write`."""
         return (self._first_row[slots] + positions[:, :, None]).flatten()
 
     def write(self, layer: int, rows: torch.Tensor, keys_values: torch.Tensor) -> None:
-        """Keep `keys_values` [slots, new, 2 * key-value heads * head]."""
+        """Store `keys_values` [slots, new, 2 * key-value heads * head]."""
         self._rows[layer].index_copy_(0, rows, keys_values.reshape(-1, self.shape.head))
 
     def read(self, layer: int, slots: slice, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +94,7 @@ class KeyValueCache:
         return self.data[:, slot, :, :, :length].clone()
 
     def copy_in(self, slot: int, prefix: torch.Tensor) -> None:
-        """Begin a slot with what `copy_out` returned."""
+        """Start a slot with a prefix from `copy_out`."""
         self.data[:, slot, :, :, : prefix.shape[3]] = prefix
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -106,8 +106,8 @@ class CachedDecoder:
     """A causal language model for inference.
 
     Args:
-        model: a transformers model of one of `FAMILIES`. Its weights are taken over and removed from it layer by layer,
-            so that they never stand in memory twice.
+        model: a transformers model of one of `FAMILIES`. Its weights are moved out layer by layer, so that they are
+            never in memory twice.
         dtype: see `linear.pack`.
 
     Raises:
@@ -125,11 +125,11 @@ class CachedDecoder:
         """Return an empty cache of `slots` sequences.
 
         Raises:
-            ValueError: `length` is more than the model has positions for.
+            ValueError: `length` exceeds the model's positions.
         """
         if length > self.parts.max_positions:
             raise ValueError(
-                f"{length} positions a sequence: the decoder has {self.parts.max_positions}; lower max_new_tokens"
+                f"{length} positions per sequence: the decoder has {self.parts.max_positions}; lower max_new_tokens"
             )
         return KeyValueCache(len(self.parts.layers), self.shape, slots, length, self.parts.embedding)
 
@@ -144,26 +144,24 @@ class CachedDecoder:
     def __call__(
         self, embeddings: torch.Tensor, cache: KeyValueCache, lengths: Sequence[int], first: int = 0
     ) -> torch.Tensor:
-        """Append positions to the sequences in slots `first`, `first + 1`, ... and return their final hidden states.
+        """Append positions to the sequences in slots `first`, `first + 1`, ...; return their final hidden states.
 
         Args:
             embeddings: [sequences, new, hidden].
-            lengths: positions that each sequence has in the cache already.
+            lengths: cached positions per sequence.
 
         Returns:
-            [sequences, new, hidden], normalised: what `logits` takes.
+            [sequences, new, hidden], normalised: the input of `logits`.
         """
         sequences, new, _ = embeddings.shape
         slots = slice(first, first + sequences)
         start = torch.tensor(lengths, device=embeddings.device)[:, None]
         positions = start + torch.arange(new, device=embeddings.device)
         if new == 1:
-            # One sequence at a time, to its own length: as fast on CPU as all at once behind a mask, and no sequence's
-            # numbers depend on how long the others are.
-            places = [slice(slot, slot + 1) for slot in range(first, first + sequences)]
-            return self._layers(
-                embeddings, cache, slots, positions, [*zip(places, (n + 1 for n in lengths), strict=True)]
-            )
+            # One sequence at a time, at its own length: as fast on CPU as one masked call, and the values of a sequence
+            # do not depend on the lengths of others.
+            groups = [(slice(first + n, first + n + 1), length + 1) for n, length in enumerate(lengths)]
+            return self._layers(embeddings, cache, slots, positions, groups)
         total = max(lengths) + new
         causal = total == new
         mask = None if causal else self._mask(positions, total)
@@ -175,15 +173,15 @@ class CachedDecoder:
         return self.logits(self(embeddings, cache, lengths)[:, 0])
 
     def static_step(self, cache: KeyValueCache, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """`step` with all that changes in tensors [sequences, 1], and nothing else that depends on it: the whole cache
-        is attended to, behind a mask. For CUDA graphs."""
+        """`step` for CUDA graphs, with tensors [sequences, 1] as the only varying inputs: attends to the whole cache,
+        with a mask."""
         slots = slice(0, len(tokens))
         mask = self._mask(lengths, cache.length)
         whole = [(slots, cache.length)]
         return self.logits(self._layers(self.embed(tokens), cache, slots, lengths, whole, mask)[:, 0])
 
     def _mask(self, positions: torch.Tensor, total: int) -> torch.Tensor:
-        """Return what is added to attention scores [sequences, 1, new, total]: nobody sees what comes later."""
+        """Return the additive attention mask [sequences, 1, new, total]: -inf for later positions."""
         later = torch.arange(total, device=positions.device) > positions[:, None, :, None]
         zeros = torch.zeros(later.shape, dtype=self.parts.embedding.dtype, device=positions.device)
         return zeros.masked_fill_(later, -torch.inf)
@@ -201,9 +199,9 @@ class CachedDecoder:
         """Run all layers on new `positions` [sequences, new] of `slots`.
 
         Args:
-            groups: slots that are attended to together, with how many of their positions, in order.
-            mask: added to the attention scores.
-            causal: instead of the mask: a position sees itself and those before it.
+            groups: slots with a common attention call, and the number of their positions, in order.
+            mask: additive mask of the attention scores.
+            causal: alternative to `mask`: a position attends to itself and earlier ones.
         """
         parts, shape = self.parts, self.shape
         sequences, new, _ = embeddings.shape
@@ -221,15 +219,15 @@ class CachedDecoder:
                 _rotate(heads[:, :, :rotated], rotation)
             cache.write(number, rows, heads[:, :, shape.heads :])
             queries = heads[:, :, : shape.heads].transpose(1, 2).split(sizes)
-            attended = [
+            outputs = [
                 nn.functional.scaled_dot_product_attention(
                     query, *cache.read(number, group, total), mask,
                     is_causal=causal, scale=layer.scale, enable_gqa=shape.heads != shape.key_value_heads,
                 )
                 for query, (group, total) in zip(queries, groups, strict=True)
             ]  # fmt: skip
-            together = torch.cat(attended).transpose(1, 2) if len(attended) > 1 else attended[0].transpose(1, 2)
-            x = x + layer.attention_out(together.reshape(sequences, new, -1))
+            attention = (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).transpose(1, 2)
+            x = x + layer.attention_out(attention.reshape(sequences, new, -1))
             inner = layer.up(layer.norm2(x))
             if parts.gated:
                 gate, inner = inner.chunk(2, dim=-1)
@@ -241,17 +239,17 @@ class CachedDecoder:
 
 
 def _rotate(heads: torch.Tensor, rotation: torch.Tensor) -> None:
-    """Rotate neighbouring channels of `heads` [sequences, new, heads, head] by their position, in place."""
+    """Rotate adjacent channels of `heads` [sequences, new, heads, head] by their position, in place."""
     pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
     pairs.mul_(rotation)
-    if heads.dtype != torch.float32:  # float() made a copy then
+    if heads.dtype != torch.float32:  # float() returned a copy
         heads.copy_(torch.view_as_real(pairs).flatten(-2))
 
 
 class _Stack:
-    """Stacks matrices in a buffer that is used again.
+    """Stacks matrices in a reused buffer.
 
-    A fresh buffer for every layer would leave a hole beside every layer's packed weights, hundreds of MB in all.
+    A new buffer per layer would leave a gap beside every layer's packed weights, hundreds of MB in all.
     """
 
     def __init__(self) -> None:
@@ -261,8 +259,8 @@ class _Stack:
         """Return the matrices [rows, in] on top of each other; valid until the next call.
 
         Args:
-            parts: each with 0, or with the rows of an attention head, of which row i then comes to stand beside row
-                i + head / 2, which it is rotated with.
+            parts: matrices with 0, or with the rows of an attention head; rows i and i + head / 2 of a head, which are
+                rotated together, then become adjacent.
         """
         if len(parts) == 1 and not parts[0][1]:
             return parts[0][0]
@@ -270,11 +268,11 @@ class _Stack:
         if self._buffer.numel() < rows * first.shape[1]:
             self._buffer = first.new_empty(rows * first.shape[1])
         whole = self._buffer[: rows * first.shape[1]].view(rows, -1)
-        for place, (matrix, head) in zip(whole.split([len(matrix) for matrix, _ in parts]), parts, strict=True):
+        for target, (matrix, head) in zip(whole.split([len(matrix) for matrix, _ in parts]), parts, strict=True):
             if head:
-                place.unflatten(0, (-1, head // 2, 2)).copy_(matrix.unflatten(0, (-1, 2, head // 2)).transpose(1, 2))
+                target.unflatten(0, (-1, head // 2, 2)).copy_(matrix.unflatten(0, (-1, 2, head // 2)).transpose(1, 2))
             else:
-                place.copy_(matrix)
+                target.copy_(matrix)
         return whole
 
 
@@ -284,13 +282,13 @@ def _llama(model: PreTrainedModel, dtype: str) -> DecoderParts:
     shape = DecoderShape(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, head)
 
     def norm(module: Any) -> Norm:
-        weight, epsilon = _own(module.weight), module.variance_epsilon
+        weight, epsilon = _copy(module.weight), module.variance_epsilon
         return lambda x: nn.functional.rms_norm(x, weight.shape, weight, epsilon)
 
     stacked = _Stack()
 
     def linear(*modules: nn.Linear, rotated: int = 0) -> Linear:
-        """Stack layers that read the same input; the first `rotated` of them make heads that are rotated."""
+        """Stack layers with the same input; heads of the first `rotated` layers are rotated."""
         parts = [(module.weight.data, shape.head if number < rotated else 0) for number, module in enumerate(modules)]
         biases = [
             (module.bias.data[:, None], shape.head if number < rotated else 0)
@@ -334,12 +332,12 @@ def _gpt2(model: PreTrainedModel, dtype: str) -> DecoderParts:
     shape = DecoderShape(config.n_embd, config.n_head, config.n_head, config.n_embd // config.n_head)
 
     def norm(module: nn.LayerNorm) -> Norm:
-        weight, bias, epsilon = _own(module.weight), _own(module.bias), module.eps
+        weight, bias, epsilon = _copy(module.weight), _copy(module.bias), module.eps
         return lambda x: nn.functional.layer_norm(x, weight.shape, weight, bias, epsilon)
 
     def linear(module: Any) -> Linear:
-        """`Conv1D` keeps its weight as [in, out]."""
-        return pack(module.weight.data.T, _own(module.bias), dtype)
+        """Pack a `Conv1D`, whose weight is [in, out]."""
+        return pack(module.weight.data.T, _copy(module.bias), dtype)
 
     layers = []
     for block in decoder.h:
@@ -369,13 +367,13 @@ def _gpt2(model: PreTrainedModel, dtype: str) -> DecoderParts:
     )
 
 
-def _own(parameter: torch.Tensor) -> torch.Tensor:
-    """Return a copy: a loaded parameter is a view of its file's memory map, and would keep all of it in memory."""
+def _copy(parameter: torch.Tensor) -> torch.Tensor:
+    """Return a copy, because a loaded parameter is a view that keeps the memory map of its whole file."""
     return parameter.data.clone()
 
 
-# How each family of transformers models is taken apart. Mistral and Qwen 2 are Llamas within their attention windows,
-# which are longer than any sequence here.
+# Conversion of each family of transformers models. Mistral and Qwen 2 equal Llama within their attention windows, which
+# are longer than any sequence here.
 FAMILIES: dict[str, Callable[[PreTrainedModel, str], DecoderParts]] = {
     "llama": _llama,
     "mistral": _llama,

@@ -1,4 +1,4 @@
-"""Linear layers in the form that the device multiplies fastest: packed float32 or int8 on CPU, plain on a GPU."""
+"""Linear layers in the fastest form for the device: packed float32 or int8 on CPU, plain on a GPU."""
 
 import warnings
 from collections.abc import Callable
@@ -9,21 +9,21 @@ from torch import nn
 
 from mellow_platform.option_values import Dtype
 
-# Rows that oneDNN lays the weights out for. One layout serves a single token, a batch of them and a prompt: laid out
-# for 1 row, two rows take 1.8 times as long.
+# Number of rows for oneDNN's weight layout. One layout is used for a token, a batch of tokens and a prompt: with a
+# layout for 1 row, two rows take 1.8 times as long.
 PACKED_ROWS = 128
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
 def pack(weight: torch.Tensor, bias: torch.Tensor | None, dtype: str) -> Linear:
-    """Return the map [..., in] -> [..., out] of `weight` [out, in] in the named precision; `weight` is not kept.
+    """Return the map [..., in] -> [..., out] of `weight` [out, in] in precision `dtype`; `weight` is not kept.
 
     Args:
         dtype: `float32` or `int8` (weights and activations) on CPU, `bfloat16` (or `float32`) on a GPU.
 
     Raises:
-        ValueError: the precision does not exist, or not on the weights' device.
+        ValueError: the precision is unknown, or not available on the weights' device.
     """
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(get_args(Dtype))}")
@@ -47,9 +47,9 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """float32 with the weights in oneDNN's own layout, as torch.compile packs them for inference.
+    """float32 with weights in oneDNN's layout, as torch.compile packs them for inference.
 
-    On two AVX-512 cores a token through SmolLM2's matrices took 31 ms with `linear` and 16 ms so; 16 tokens 49 and 20.
+    On two AVX-512 cores, SmolLM2's matrices took 31 ms per token with `linear` and 16 ms packed, 16 tokens 49 and 20.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
@@ -61,25 +61,25 @@ class PackedLinear:
 
 
 class Int8Linear:
-    """int8 weights with a scale a channel; activations as two int8 rows with a scale a token; sums in int32 (FBGEMM).
+    """int8 weights with a scale per channel; activations as two int8 rows with a scale per token; int32 sums (FBGEMM).
 
-    The second row holds what rounding left of the first. Activations of language models have outliers: with one row,
-    SmolLM2's next-token distribution moved ten times as far from float32's (KL 0.052) as with two (0.005, which is what
-    the weights cost). For a single token, where reading the weights is all the time, the second row is free.
+    The second row contains the rounding error of the first. Activations of language models have outliers: with one row,
+    SmolLM2's next-token distribution differed ten times as much from float32's (KL 0.052) as with two (0.005, the share
+    of the weights). For a single token, whose time is spent reading weights, the second row is free.
 
-    No scale is taken over the batch: a row's result depends on that row alone, and integer sums are exact in any order.
+    No scale depends on the batch: a row's result depends only on that row, and integer sums are exact in any order.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         scale = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).clamp(min=1e-12) / 127
-        # Without VNNI, FBGEMM adds pairs of products in 16 bits, which eight bits on both sides overflow.
+        # Without VNNI, FBGEMM adds pairs of products in 16 bits, which 8-bit factors overflow.
         self.levels = 127.0 if torch.cpu._is_vnni_supported() else 63.0
         quantized = torch.empty(weight.shape, dtype=torch.int8)
-        # In blocks: the output layer is a hundred megabytes, and every temporary of it would be, too.
-        for rows, own, place in zip(weight.split(1024), scale.split(1024), quantized.split(1024), strict=True):
-            place.copy_((rows / own[:, None]).round_())
+        # In blocks, because each temporary of the output layer would take a hundred MB.
+        for rows, scales, target in zip(weight.split(1024), scale.split(1024), quantized.split(1024), strict=True):
+            target.copy_((rows / scales[:, None]).round_())
         with warnings.catch_warnings():
-            # torch.ao's quantised tensors are to move to torchao; these operators stay.
+            # torch.ao warns that its quantised tensors move to torchao; these operators stay.
             warnings.simplefilter("ignore")
             tensor = torch._make_per_channel_quantized_tensor(
                 quantized, scale.double(), torch.zeros(len(scale), dtype=torch.long), 0
@@ -91,7 +91,7 @@ class Int8Linear:
         values = x.reshape(-1, x.shape[-1])
         scale = values.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12).div_(self.levels)
         values = values / scale
-        # Rounded here: the operator adds 128 before it rounds, and would now and then take the other neighbour of x.5.
+        # Rounded here, because the operator adds 128 before rounding and would round some x.5 to the other side.
         whole = values.round()
         remainder = values.sub_(whole).mul_(2 * self.levels)
         rows = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
@@ -105,7 +105,7 @@ class Int8Linear:
 
 
 class PackedModule(nn.Module):
-    """A packed linear layer in the place of an `nn.Linear`."""
+    """Packed replacement of an `nn.Linear`."""
 
     def __init__(self, linear: nn.Linear, dtype: str):
         super().__init__()
@@ -117,7 +117,7 @@ class PackedModule(nn.Module):
 
 
 def pack_linears(module: nn.Module, dtype: str) -> None:
-    """Put packed layers in the place of every `nn.Linear` inside `module`."""
+    """Replace every `nn.Linear` inside `module` with a packed layer."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, PackedModule(child, dtype))

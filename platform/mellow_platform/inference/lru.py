@@ -1,4 +1,4 @@
-"""A cache of tensors bounded by bytes; the least recently used go first."""
+"""Cache of tensors with a limit in bytes, which evicts the least recently used."""
 
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -7,10 +7,10 @@ import torch
 
 
 class TensorLRU:
-    """Tensors by key, at most `capacity` bytes of them.
+    """Tensors by key, at most `capacity` bytes in all.
 
     Attributes:
-        hits, misses: of `get`.
+        hits, misses: counts of `get`.
     """
 
     def __init__(self, capacity: int):
@@ -28,7 +28,7 @@ class TensorLRU:
         return tensor
 
     def put(self, key: Hashable, tensor: torch.Tensor) -> None:
-        """Keep `tensor`, unless it alone is larger than the cache."""
+        """Store `tensor`, unless the key exists or the tensor is larger than the cache."""
         if tensor.nbytes > self.capacity or key in self._tensors:
             return
         self._tensors[key] = tensor

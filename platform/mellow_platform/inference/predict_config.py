@@ -29,8 +29,8 @@ class PredictConfig(Section):
     )
     questions: Annotated[list[str], Metavar("[TEXT,...]")] = Field(
         [],
-        description="questions about every clip in --clips, instead of --question; best written as a list in the "
-        "file of --config",
+        description="questions about every clip in --clips, instead of --question; usually a list in the file of "
+        "--config",
     )
     table: Input | None = Field(
         None,
@@ -63,24 +63,24 @@ class PredictConfig(Section):
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs per actor")
 
     @property
-    def asked(self) -> list[str]:
-        """What is asked about every clip of the folder."""
+    def clip_questions(self) -> list[str]:
+        """Questions about every clip of the folder."""
         return [self.question] if self.question is not None else self.questions
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that the answers, and the files they are in, depend on."""
-        others = {"output", "max_failed_share", "batch_size", "workers", "gpus_per_worker"}
-        return self.model_dump(exclude=others)
+        """Options that the answers and their files depend on."""
+        excluded = {"output", "max_failed_share", "batch_size", "workers", "gpus_per_worker"}
+        return self.model_dump(exclude=excluded)
 
     @model_validator(mode="after")
-    def _questions_come_from_one_place(self) -> "PredictConfig":
+    def _check_questions(self) -> "PredictConfig":
         if self.question is not None and self.questions:
-            raise ValueError("give `question` or `questions`, and not both")
-        if self.table and self.asked:
-            raise ValueError("`table` brings its own questions: leave `question` and `questions` out")
-        if not self.table and not (self.clips and self.asked):
-            raise ValueError("give `clips`, a folder, with `question` or `questions`; or `table`")
-        if not all(text.strip() for text in self.asked):
-            raise ValueError("a question is empty: write it, or leave it out")
+            raise ValueError("set `question` or `questions`, not both")
+        if self.table and self.clip_questions:
+            raise ValueError("`table` contains the questions; remove `question` and `questions`")
+        if not self.table and not (self.clips and self.clip_questions):
+            raise ValueError("set `clips`, a folder, with `question` or `questions`; or set `table`")
+        if not all(text.strip() for text in self.clip_questions):
+            raise ValueError("a question is empty; write it or remove it")
         return self

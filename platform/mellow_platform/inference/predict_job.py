@@ -1,10 +1,10 @@
-"""The prediction job: answer questions about many clips, however often it is killed and submitted again.
+"""Prediction job: answers to questions about many clips, resumable after a kill.
 
 Its output folder contains, as that of every resumable job (`mellow_platform.resumable`), `configuration.json`, answers
 and receipts, and `report.json`, written last. `answers/*.parquet` has a row per answer in the order of the questions.
 
-Ray Data decodes in CPU tasks and answers on a pool of actors that hold the engine; the driver sorts answers and writes
-a part as soon as it is complete.
+Ray Data decodes in CPU tasks and answers on a pool of actors with engines; the driver sorts answers and writes a part
+as soon as it is complete.
 """
 
 import hashlib
@@ -56,11 +56,11 @@ GROUP_SCHEMA = pa.schema(
         pa.field("choices", pa.list_(pa.list_(pa.string()))),
     ]
 )
-HEARD_SCHEMA = pa.schema(
+WINDOW_SCHEMA = pa.schema(
     [
         *(GROUP_SCHEMA.field(name) for name in ("row", "questions", "choices")),
-        pa.field("clips", pa.list_(pa.list_(pa.large_binary()))),  # one or two of each window, as float32
-        pa.field("seconds", pa.list_(pa.list_(pa.list_(pa.float64())))),  # start and end of each of these
+        pa.field("clips", pa.list_(pa.list_(pa.large_binary()))),  # one or two per window, as float32
+        pa.field("seconds", pa.list_(pa.list_(pa.list_(pa.float64())))),  # start and end of each clip
         pa.field("error", pa.string()),
         pa.field("detail", pa.string()),
     ]
@@ -69,27 +69,27 @@ ANSWER_SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
         pa.field("window", pa.int32(), nullable=False),
-        pa.field("answer", pa.string()),  # null where there is an error
+        pa.field("answer", pa.string()),  # null if there is an error
         pa.field("finish_reason", pa.string()),  # stop, length, or choice
-        pa.field("tokens", pa.int32()),  # written, the end marker included; null of a choice
+        pa.field("tokens", pa.int32()),  # generated, including the end marker; null for choices
         pa.field("heard", pa.list_(pa.struct({"start": pa.float64(), "end": pa.float64()}))),  # seconds of each clip
-        pa.field(  # of the choices, the likeliest first
+        pa.field(  # of the choices, most likely first
             "scores",
             pa.list_(pa.struct({"choice": pa.string(), "logprob": pa.float64(), "probability": pa.float64()})),
         ),
         pa.field("logprobs", pa.list_(pa.float32())),
-        pa.field("error", pa.string()),  # short name to count by
+        pa.field("error", pa.string()),  # short name for counts
         pa.field("detail", pa.string()),
     ]
 )
 
 
 def predict(config: PredictConfig) -> dict[str, Any]:
-    """Answer what `config` asks, write answers and report, and return the report; what is done is left as it is.
+    """Answer the questions of `config`, write answers and report, and return the report; finished parts are kept.
 
     Raises:
-        FileNotFoundError: model, folder or table is absent.
-        ValueError: the input cannot be asked, too many questions have no answer, or `output` holds other predictions.
+        FileNotFoundError: model, folder or table is missing.
+        ValueError: the input is invalid, too many questions failed, or `output` contains other predictions.
     """
     start = time.monotonic()
     questions = read_question_table(config)
@@ -124,7 +124,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
         "failed": failed.total(),
         "failed_by_reason": dict(sorted(failed.items())),
         "clips": len(questions.clips(range(len(questions)))),
-        # Of the run that finished the job, with the clips that it decoded:
+        # Time of the run that finished the job, and rate of the clips that it decoded.
         "seconds": round(seconds, 1),
         "clips_per_second": round(len(clips) / seconds, 2),
     }
@@ -146,7 +146,7 @@ def answer_parts(
         RuntimeError: an answer is missing.
     """
     size = config.rows_per_part
-    waiting: dict[int, list[dict[str, Any]]] = {}  # answers by the number of their part
+    waiting: dict[int, list[dict[str, Any]]] = {}  # answers by part number
     for answers in answer_groups([questions.groups(rows) for rows in parts.values()], config, extractor):
         for answer in answers:
             waiting.setdefault(answer["row"] // size, []).append(answer)
@@ -167,7 +167,7 @@ def answer_groups(
     if not parts:
         return
     dataset = dataset_of_parts([pa.Table.from_pylist(groups, schema=GROUP_SCHEMA) for groups in parts])
-    # A decoding task emits blocks of about what an actor answers at once, however many clips are in a part.
+    # A decoding task emits blocks of about one actor's batch, however many clips are in a part.
     dataset.context.target_max_block_size = config.batch_size * extractor.clip_samples * np.dtype(np.float32).itemsize
     dataset = dataset.map_batches(
         decode_groups,
@@ -176,7 +176,7 @@ def answer_groups(
         fn_kwargs={"extractor": extractor, "limits": config.limits, "rule": config.window},
         **RETRY_LOST_WORKERS,
     )
-    # An actor keeps its CPU to the end: on a cluster with a single one, no CPU would be left to decode with.
+    # An actor keeps its CPU to the end: on a cluster with one CPU, none would be left for decoding.
     num_cpus = 0 if ray.cluster_resources().get("CPU") == 1 else None
     yield from map_on_actors(dataset, AnswerGroups, [config], config.workers, config.gpus_per_worker, num_cpus)
 
@@ -184,49 +184,49 @@ def answer_groups(
 def decode_groups(
     groups: pa.Table, extractor: MellowFeatureExtractor, limits: AudioLimits, rule: str
 ) -> Iterator[pa.Table]:
-    """Read and decode the clips of groups of questions; yield what is heard of each (`HEARD_SCHEMA`).
+    """Read and decode the clips of groups of questions; yield the windows of each group (`WINDOW_SCHEMA`).
 
-    A clip that the group before has too is taken over from there: no more than four recordings are held at a time.
+    Clips of the previous group are reused, so at most four recordings are in memory at a time.
     """
     rows = groups.to_pylist()
-    before = [[], *(row["uris"] for row in rows)]
-    fresh = [
+    previous = [[], *(row["uris"] for row in rows)]
+    new_clips = [
         ClipAddress(uri, "", uri)
-        for row, known in zip(rows, before, strict=False)
+        for row, previous_uris in zip(rows, previous, strict=False)
         for uri in dict.fromkeys(row["uris"])
-        if uri not in known
+        if uri not in previous_uris
     ]
-    files = read_clips(fresh, limits)
+    files = read_clips(new_clips, limits)
     decoded: dict[str, np.ndarray | AudioError] = {}
     for row in rows:
         decoded = {
             uri: decoded[uri] if uri in decoded else try_decode(next(files)[1], extractor.sampling_rate, limits)
             for uri in dict.fromkeys(row["uris"])
         }
-        heard = {name: row[name] for name in ("row", "questions", "choices")} | _heard(decoded, row, extractor, rule)
-        yield pa.Table.from_pylist([heard], schema=HEARD_SCHEMA)
+        group = {name: row[name] for name in ("row", "questions", "choices")} | _cut(decoded, row, extractor, rule)
+        yield pa.Table.from_pylist([group], schema=WINDOW_SCHEMA)
 
 
-def _heard(
+def _cut(
     decoded: dict[str, np.ndarray | AudioError], row: dict[str, Any], extractor: MellowFeatureExtractor, rule: str
 ) -> dict[str, Any]:
-    """Return the windows of a group's recordings with their seconds, or why there are none."""
+    """Return the windows of a group's recordings with their seconds, or the error."""
     recordings = []
     for uri in row["uris"]:
         recording = decoded[uri]
         if isinstance(recording, AudioError):
-            which = f"clip {uri}: " if len(row["uris"]) > 1 else ""
-            return {"clips": [], "seconds": [], "error": recording.reason, "detail": f"{which}{recording}"}
+            name = f"clip {uri}: " if len(row["uris"]) > 1 else ""
+            return {"clips": [], "seconds": [], "error": recording.reason, "detail": f"{name}{recording}"}
         recordings.append(recording)
-    heard = windows(recordings, extractor.clip_samples, extractor.sampling_rate, rule)
+    parts = windows(recordings, extractor.clip_samples, extractor.sampling_rate, rule)
     return {
-        "clips": [[clip.astype(np.float32).tobytes() for clip in window.clips] for window in heard],
-        "seconds": [window.seconds for window in heard],
+        "clips": [[clip.astype(np.float32).tobytes() for clip in window.clips] for window in parts],
+        "seconds": [window.seconds for window in parts],
     }
 
 
 class AnswerGroups:
-    """Ray Data actor that answers groups of questions; several of its calls run at a time."""
+    """Ray Data actor that answers groups of questions; several calls run at a time."""
 
     def __init__(self, config: PredictConfig):
         self.config = config
@@ -235,36 +235,36 @@ class AnswerGroups:
         )
 
     def __call__(self, groups: pa.Table) -> pa.Table:
-        """Return the answers (`ANSWER_SCHEMA`) to what was heard (`HEARD_SCHEMA`): a row a question and window."""
+        """Return the answers (`ANSWER_SCHEMA`) about windows (`WINDOW_SCHEMA`): one row per question and window."""
         rows: list[dict[str, Any]] = []
-        open_rows, open_requests = [], []
+        pending_rows, pending_requests = [], []
         for group, clips in zip(groups.drop_columns("clips").to_pylist(), groups["clips"], strict=True):
-            heard = [
+            window_clips = [
                 tuple(np.frombuffer(clip.as_buffer(), np.float32).copy() for clip in window.values)
                 for window in clips.values
             ]
-            asked = zip(group["questions"], group["choices"], strict=True)
-            for number, (question, choices) in enumerate(asked, group["row"]):
-                if error := self._refusal(group, question):
+            questions = zip(group["questions"], group["choices"], strict=True)
+            for number, (question, choices) in enumerate(questions, group["row"]):
+                if error := self._error(group, question):
                     rows.append({"row": number, "window": 0} | error)
                     continue
                 for window, seconds in enumerate(group["seconds"]):
                     spans = [{"start": start, "end": end} for start, end in seconds]
                     row: dict[str, Any] = {"row": number, "window": window, "heard": spans}
                     rows.append(row)
-                    request = self._request(question, heard[window], row)
+                    request = self._request(question, window_clips[window], row)
                     if choices:
-                        row |= self._scored(request, choices)
+                        row |= self._score(request, choices)
                     else:
-                        open_rows.append(row)
-                        open_requests.append(request)
-        for row, answer in zip(open_rows, self.engine.generate(open_requests), strict=True):
+                        pending_rows.append(row)
+                        pending_requests.append(request)
+        for row, answer in zip(pending_rows, self.engine.generate(pending_requests), strict=True):
             row |= {"answer": answer.text, "finish_reason": answer.finish_reason}
             row |= {"tokens": len(answer.tokens), "logprobs": answer.logprobs}
         return pa.Table.from_pylist(rows, schema=ANSWER_SCHEMA)
 
-    def _refusal(self, group: dict[str, Any], question: str) -> dict[str, str] | None:
-        """Return why a question cannot be asked, if so."""
+    def _error(self, group: dict[str, Any], question: str) -> dict[str, str] | None:
+        """Return the error of a question that cannot be answered."""
         if group["error"]:
             return {"error": group["error"], "detail": group["detail"]}
         tokens, limit = self.engine.prompt_tokens(question), self.engine.prompt_length
@@ -281,32 +281,32 @@ class AnswerGroups:
             config.max_new_tokens,
             config.temperature,
             config.top_p,
-            seed=draw_seed(config.seed, row["row"], row["window"]),
+            seed=answer_seed(config.seed, row["row"], row["window"]),
             logprobs=config.logprobs,
         )
 
-    def _scored(self, request: Request, choices: list[str]) -> dict[str, Any]:
+    def _score(self, request: Request, choices: list[str]) -> dict[str, Any]:
         scores = self.engine.score(request, choices)
         return {"answer": scores[0].choice, "finish_reason": "choice", "scores": [asdict(score) for score in scores]}
 
 
-def draw_seed(seed: int, row: int, window: int) -> int:
-    """Return the seed of one answer: its own, so that the same question asked twice is drawn twice."""
+def answer_seed(seed: int, row: int, window: int) -> int:
+    """Return the seed of one answer, so that equal questions have different seeds."""
     return int.from_bytes(hashlib.sha256(f"{seed} {row} {window}".encode()).digest()[:4], "big")
 
 
 def write_answers(
     name: str, answers: list[dict[str, Any]], questions: QuestionTable, config: PredictConfig
 ) -> dict[str, Any]:
-    """Write the answers to a part of the questions, and return the part's receipt."""
+    """Write the answers to a part of the questions; return the part's receipt."""
     table = pa.Table.from_pylist(sorted(answers, key=itemgetter("row", "window")), schema=ANSWER_SCHEMA)
-    asked = questions.table.take(table["row"])
-    left_out = {"row", "window"}
-    left_out |= set() if questions.has("choices") else {"scores"}
-    left_out |= set() if config.logprobs else {"logprobs"}
-    columns = {column: asked[column] for column in TEXT_COLUMNS if questions.has(column)}
-    columns |= {column: table[column] for column in table.column_names if column not in left_out}
-    columns |= {column: asked[column] for column in questions.passed}
+    rows = questions.table.take(table["row"])
+    excluded = {"row", "window"}
+    excluded |= set() if questions.has("choices") else {"scores"}
+    excluded |= set() if config.logprobs else {"logprobs"}
+    columns = {column: rows[column] for column in TEXT_COLUMNS if questions.has(column)}
+    columns |= {column: table[column] for column in table.column_names if column not in excluded}
+    columns |= {column: rows[column] for column in questions.extra_columns}
     receipt = {
         "name": name,
         "questions": len({answer["row"] for answer in answers}),

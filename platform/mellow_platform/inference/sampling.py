@@ -1,20 +1,20 @@
-"""Choosing the next token."""
+"""Selection of the next token."""
 
 import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from mellow_platform.inference.request import Request
 
-COLDEST = 1e-5  # below, tokens are not drawn: logits divided by it leave float32, and one token has all the probability
+MIN_TEMPERATURE = 1e-5  # below it, the most likely token is taken: logits divided by it would overflow float32
 
 
 class Sampler:
-    """Chooses tokens as a request asks: the most likely, or drawn by temperature and top-p from its own seed."""
+    """Selects tokens for a request: the most likely, or sampled by temperature and top-p with the request's seed."""
 
     def __init__(self, request: Request, device: torch.device | str):
         self._warpers = []
         self._generator = None
-        if request.temperature > COLDEST:
+        if request.temperature > MIN_TEMPERATURE:
             self._warpers = [TemperatureLogitsWarper(request.temperature)]
             if request.top_p < 1:
                 self._warpers.append(TopPLogitsWarper(request.top_p))
@@ -26,11 +26,11 @@ class Sampler:
         self._logprobs = request.logprobs
 
     def choose(self, logits: torch.Tensor, likeliest: int) -> tuple[int, float | None]:
-        """Return a token and, when asked for, its log-probability under the model (before temperature and top-p).
+        """Return a token and, if requested, its log-probability under the model (before temperature and top-p).
 
         Args:
             logits: float32 [vocabulary].
-            likeliest: their arg max, found for the whole batch at once.
+            likeliest: their arg max, computed for the whole batch at once.
         """
         token = likeliest
         if self._generator is not None:

@@ -1,1 +1,1 @@
-"""From audio and records to what training and inference read: the frozen encoder is run once a clip."""
+"""Preprocessing of audio and records to shards for training and evaluation; the frozen encoder runs once per clip."""

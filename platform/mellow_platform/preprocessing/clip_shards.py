@@ -1,7 +1,7 @@
-"""From clips to shards of features on Ray Data: decode, resample, log-mel, and the frozen encoder once a clip.
+"""Clips to shards of features on Ray Data: decoding, resampling, log-mel, and the frozen encoder once per clip.
 
-A shard is a fixed range of the clips, and one row of the Ray dataset: it is decoded, encoded in fixed batches and
-written as a whole, so the same input gives the same files with the same bytes, whichever worker makes them.
+A shard is a fixed range of the clips and one row of the Ray dataset. It is decoded, encoded in fixed batches and
+written as a whole, so the same input gives files with the same bytes on any worker.
 """
 
 import hashlib
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 ENCODER_BATCH = 16
 SILENCE_ID = hashlib.sha256(SILENCE.encode()).hexdigest()
-QUIETEST = -120.0  # dB that digital silence counts as
+MIN_LEVEL = -120.0  # dB, level of digital silence
 
 Shapes = dict[str, list[int]]
 
 
 def feature_shapes(config: PreprocessConfig, front_end: FrontEnd, encoder: "AudioEncoderConfig") -> Shapes:
-    """Return the arrays that are stored of a clip with their shapes; [-1] is a recording of any length."""
+    """Return the shapes of a clip's stored arrays by name; [-1] is a recording of any length."""
     if config.features == "encoder":
         return {"frames": [encoder.num_frames, encoder.frame_size], "latent": [encoder.hidden_size]}
     if config.features == "waveform":
@@ -45,7 +45,7 @@ def feature_shapes(config: PreprocessConfig, front_end: FrontEnd, encoder: "Audi
 
 
 def shard_rows(clips: list[tuple[str, ClipAddress]], clips_per_shard: int) -> list[dict[str, Any]]:
-    """Return a row per shard of clips, which are (clip id, address) in the set's order."""
+    """Return one row per shard of `clips`, pairs of clip id and address in the set's order."""
     rows = []
     for name, places in part_ranges(len(clips), clips_per_shard).items():
         part = clips[places.start : places.stop]
@@ -57,7 +57,7 @@ def shard_rows(clips: list[tuple[str, ClipAddress]], clips_per_shard: int) -> li
 def write_clip_shards(
     rows: list[dict[str, Any]], config: PreprocessConfig, log_mel: LogMel, shapes: Shapes
 ) -> Iterator[dict[str, Any]]:
-    """Make the shards that `rows` describe on Ray Data, and yield their receipts as they are done."""
+    """Write the shards of `rows` on Ray Data, and yield each receipt when its shard is written."""
     if not rows:
         return
     dataset = dataset_of_parts([pa.Table.from_pylist([row]) for row in rows])
@@ -78,15 +78,15 @@ def write_clip_shards(
             EncodeShard,
             fn_constructor_args=(config.encoder,),
             # A fixed number of actors could take every CPU and wait for decoding tasks that wait for a CPU. Ray Data
-            # restarts actors anyway; without `RETRY_LOST_WORKERS`, decoding stays out of the processes that hold a GPU.
+            # restarts actors anyway; without `RETRY_LOST_WORKERS`, decoding is not fused into the processes with a GPU.
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.encoder_workers),
             num_gpus=config.gpus_per_worker or None,
         )
-    # Behind an encoder, writing waits for no CPU: a shard is committed as soon as it is encoded, however much there is
-    # left to decode. Tasks without a CPU would start a process each, were their number not bounded. Otherwise writing
-    # is part of the decoding task, which takes the same pool.
-    behind = {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=config.encoder_workers)}
-    writing: dict[str, Any] = RETRY_LOST_WORKERS | (behind if config.encoder else {"compute": decoding})
+    # After an encoder, writing takes no CPU: a shard is written as soon as it is encoded, even if decoding tasks take
+    # every CPU. The number of these tasks is bounded, because each would start a process. Without an encoder, writing
+    # is fused into the decoding task, which needs the same pool.
+    after_encoder = {"num_cpus": 0, "compute": ray.data.TaskPoolStrategy(size=config.encoder_workers)}
+    writing: dict[str, Any] = RETRY_LOST_WORKERS | (after_encoder if config.encoder else {"compute": decoding})
     written = dataset.map(write_clip_shard, fn_kwargs={"output": config.output, "shapes": shapes}, **writing)
     for row in written.iter_rows():
         yield json.loads(row["receipt"])
@@ -97,11 +97,11 @@ def decode_shard(
 ) -> dict[str, Any]:
     """Decode the clips of a shard row.
 
-    Adds `log_mel` fp16 [usable, frames, bands], or `waveform`, a FLAC file a clip, where the `whole` recording is
-    stored; what is known of each of these; and `rejected`, JSON of clip id, reason and detail of the others.
+    Adds `log_mel` fp16 [usable, frames, bands], or `waveform`, a FLAC file per clip, if `whole` recordings are stored;
+    id, path, split, duration and level of usable clips; and `rejected`, JSON of clip id, reason and detail of others.
 
     Raises:
-        ValueError: the bytes of a clip are not those of the inventory.
+        ValueError: the bytes of a clip differ from the inventory.
     """
     torch.set_num_threads(1)
     front_end = log_mel.front_end
@@ -114,12 +114,12 @@ def decode_shard(
     rejected = []
     addresses = [ClipAddress(**values) for values in json.loads(row["addresses"])]
     ids = dict(zip((address.path for address in addresses), row["clip_ids"], strict=True))
-    recorded = [address for address in addresses if address.path != SILENCE]
+    recordings = [address for address in addresses if address.path != SILENCE]
     silence = [(address, b"") for address in addresses if address.path == SILENCE]
-    for address, data in itertools.chain(read_clips(recorded, limits), silence):
+    for address, data in itertools.chain(read_clips(recordings, limits), silence):
         clip_id = ids[address.path]
         try:
-            waveform = _decoded(address, data, clip_id, rate, limits, min_seconds, front_end.clip_samples)
+            waveform = _decode_clip(address, data, clip_id, rate, limits, min_seconds, front_end.clip_samples)
         except AudioError as error:
             rejected.append({"clip_id": clip_id, "reason": error.reason, "detail": str(error)})
             continue
@@ -132,12 +132,12 @@ def decode_shard(
         out["filepaths"].append(address.path)
         out["splits"].append(address.split)
         out["seconds"].append(len(waveform) / rate)
-        out["levels"].append(max(QUIETEST, 10 * float(np.log10(power + 1e-30))))
+        out["levels"].append(max(MIN_LEVEL, 10 * float(np.log10(power + 1e-30))))
     out["rejected"] = json.dumps(rejected)
     return out | ({"waveform": flacs} if whole else {"log_mel": features[: len(out["clip_ids"])]})
 
 
-def _decoded(
+def _decode_clip(
     address: ClipAddress, data: Any, clip_id: str, rate: int, limits: AudioLimits, min_seconds: float, silence: int
 ) -> np.ndarray:
     if address.path == SILENCE:
@@ -149,15 +149,15 @@ def _decoded(
         )
     waveform = decode(data, rate, limits)
     if len(waveform) < min_seconds * rate:
-        raise AudioError("too_short", f"{len(waveform) / rate:.2f} s long: at least {min_seconds:g} s are asked for")
+        raise AudioError("too_short", f"{len(waveform) / rate:.2f} s long: the minimum is {min_seconds:g} s")
     return waveform
 
 
 class EncodeShard:
-    """Ray Data actor that replaces a shard row's `log_mel` by what the frozen encoder makes of it."""
+    """Ray Data actor that replaces a shard row's `log_mel` with the output of the frozen encoder."""
 
     def __init__(self, encoder: str):
-        from mellow_platform.model import load_encoder  # not in the processes that decode: it loads for seconds
+        from mellow_platform.model import load_encoder  # loads for seconds; decoding processes do not need it
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cpu":
@@ -178,7 +178,7 @@ class EncodeShard:
 
 
 def write_clip_shard(row: dict[str, Any], output: str, shapes: Shapes) -> dict[str, str]:
-    """Write one shard of clips, and return its receipt as JSON: `expected`, `read` and `rejected` clips and more."""
+    """Write one shard of clips; return its receipt as JSON, with `expected`, `read` and `rejected` clips."""
     columns = {
         "clip_id": list(row["clip_ids"]),
         "filepath": list(row["filepaths"]),

@@ -1,7 +1,7 @@
-"""Plan of a preprocessing job: which clips to read, cut into units, and which questions are asked about them.
+"""Plan of a preprocessing job: clips to read, in units, and questions about them.
 
-A unit is read once to make the inventory: every clip gets an address, from which it can be read again by itself, and
-the SHA-256 of its bytes. Shards are then ranges of clips by content, whatever file contains them.
+A unit is read once for the inventory: every clip gets an address, from which it can be read again, and the SHA-256 of
+its bytes. Shards are then ranges of distinct clips, independent of the files that contain them.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ CLIPS_PER_UNIT = 128
 
 @dataclass(frozen=True)
 class CorpusUnit:
-    """Input of one inventory task: clips in files of their own, or one tar or Parquet file."""
+    """Input of one inventory task: clips in single files, or one tar or Parquet file."""
 
     number: int
     clips: tuple[ClipAddress, ...] = ()
-    name: str = ""  # of the file, relative to the corpus
+    name: str = ""  # path of the file, relative to the corpus
     uri: str = ""
     size: int = 0
     split: str = ""
@@ -35,14 +35,14 @@ class CorpusUnit:
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """What is to be read: the units, and the questions by split where they stand in files of their own."""
+    """Units to read, and questions by split if they are in separate files."""
 
     units: list[CorpusUnit]
     records: dict[str, pa.Table]
 
     @property
     def digest(self) -> str:
-        """SHA-256 over names and questions: another one means other shards."""
+        """SHA-256 over units and questions; a different digest means different shards."""
         digest = hashlib.sha256()
         for unit in self.units:
             digest.update(json.dumps(asdict(unit)).encode())
@@ -54,11 +54,11 @@ class CorpusPlan:
 
 
 def plan_corpus(config: PreprocessConfig) -> CorpusPlan:
-    """List what `config` reads, without reading audio.
+    """List the clips and questions that `config` selects, without reading audio.
 
     Raises:
-        ValueError: a clip stands in two splits, or there is nothing to read.
-        FileNotFoundError: the folder or a record file is absent.
+        ValueError: a clip is in two splits, or there is nothing to read.
+        FileNotFoundError: the folder or a record file is missing.
     """
     if config.source == "records":
         return _plan_records(config)
@@ -66,7 +66,7 @@ def plan_corpus(config: PreprocessConfig) -> CorpusPlan:
     suffixes = {"webdataset": (".tar",), "parquet": (".parquet",), "recordings": AUDIO_SUFFIXES}[config.source]
     files = [(name, size) for name, size in storage.find(config.corpus) if name.lower().endswith(suffixes)]
     if not files:
-        raise ValueError(f"{config.corpus} holds no {' or '.join(suffixes)} file: check `corpus` and `source`")
+        raise ValueError(f"{config.corpus} contains no {' or '.join(suffixes)} file; check `corpus` and `source`")
     if config.source == "recordings":
         clips = [ClipAddress(name, "train", storage.join(config.corpus, name)) for name, _ in files[: config.limit]]
         return CorpusPlan(_units(clips), {})
@@ -76,7 +76,7 @@ def plan_corpus(config: PreprocessConfig) -> CorpusPlan:
         if split in config.split:
             units.append(CorpusUnit(len(units), (), name, storage.join(config.corpus, name), size, split))
     if not units:
-        raise ValueError(f"{config.corpus}: none of its {len(files)} files is of {', '.join(config.split)}")
+        raise ValueError(f"{config.corpus}: none of {len(files)} files is in {', '.join(config.split)}; check `split`")
     return CorpusPlan(units, {})
 
 
@@ -84,7 +84,7 @@ def _plan_records(config: PreprocessConfig) -> CorpusPlan:
     records: dict[str, pa.Table] = {}
     for split in config.split if config.corpus else ():
         table = record_format.to_table(record_format.read_records(storage.join(config.corpus or "", f"{split}.json")))
-        records[split] = select(table, config)
+        records[split] = select_questions(table, config)
     clips: dict[str, ClipAddress] = {}
     for split, table in records.items():
         for name in ("filepath1", "filepath2"):
@@ -93,30 +93,30 @@ def _plan_records(config: PreprocessConfig) -> CorpusPlan:
                     continue
                 root = audio_root(config.audio_root, config.corpus, taskname)
                 clip = ClipAddress(path, split, storage.join(root, path), taskname)
-                known = clips.setdefault(path, clip)
-                if known.split != split:
-                    raise ValueError(f"clip {path} stands in both {known.split} and {split}: keep it in one")
-                if known.uri != clip.uri:
-                    raise ValueError(f"clip {path} is {known.uri} for one question and {clip.uri} for another")
-    for labelled in read_labels(config.labels)[: config.limit] if config.labels else ():
-        uri = storage.join(audio_root(config.audio_root, config.corpus, ""), labelled.file)
-        clips.setdefault(labelled.file, ClipAddress(labelled.file, "train", uri))
+                first = clips.setdefault(path, clip)
+                if first.split != split:
+                    raise ValueError(f"clip {path} is in both {first.split} and {split}; keep it in one")
+                if first.uri != clip.uri:
+                    raise ValueError(f"clip {path} is both {first.uri} and {clip.uri}; give each a path of its own")
+    for clip_labels in read_labels(config.labels)[: config.limit] if config.labels else ():
+        uri = storage.join(audio_root(config.audio_root, config.corpus, ""), clip_labels.file)
+        clips.setdefault(clip_labels.file, ClipAddress(clip_labels.file, "train", uri))
     if not clips:
-        raise ValueError(f"{config.corpus or config.labels}: no question or clip is left to read; see the filters")
+        raise ValueError(f"{config.corpus or config.labels}: no question or clip is left to read; check the filters")
     return CorpusPlan(_units([clips[path] for path in sorted(clips)]), records)
 
 
-def select(table: pa.Table, config: PreprocessConfig) -> pa.Table:
-    """Return the questions of the tasks and subtypes asked for, the first `limit` of them, numbered as all of them are.
+def select_questions(table: pa.Table, config: PreprocessConfig) -> pa.Table:
+    """Return questions with the selected task names and subtypes, at most `limit`, with a column `number`.
 
-    The number is what a question is known by, whatever is left out of the set that it comes to stand in.
+    The number identifies a question and does not depend on the filters.
     """
     table = table.append_column("number", pa.array(range(len(table)), pa.int32()))
     for column, names in (("taskname", config.tasknames), ("subtype", config.subtypes)):
         if names:
-            wanted = {name.removesuffix(".json") for name in names}
+            selected = {name.removesuffix(".json") for name in names}
             table = table.filter(
-                pa.array([value.removesuffix(".json") in wanted for value in table[column].to_pylist()], pa.bool_())
+                pa.array([value.removesuffix(".json") in selected for value in table[column].to_pylist()], pa.bool_())
             )
     return table.slice(0, config.limit)
 
@@ -127,15 +127,15 @@ def _units(clips: list[ClipAddress]) -> list[CorpusUnit]:
 
 
 def records_beside_audio(inventory: pa.Table, config: PreprocessConfig) -> dict[str, pa.Table]:
-    """Return the questions beside the audio by split, in the order of the inventory; {} if there are none."""
-    found: dict[str, list[dict[str, str]]] = {}
+    """Return the questions stored with the audio, by split, in the order of the inventory; {} if there are none."""
+    entries: dict[str, list[dict[str, str]]] = {}
     for split, text in zip(inventory["split"].to_pylist(), inventory["records"].to_pylist(), strict=True):
         if text != "[]":
-            found.setdefault(split, []).extend(json.loads(text))
-    if not found:
+            entries.setdefault(split, []).extend(json.loads(text))
+    if not entries:
         return {}
     return {
-        split: select(pa.Table.from_pylist(found.get(split, []), schema=record_format.SCHEMA), config)
-        for split in (*SPLITS, *sorted(found.keys() - set(SPLITS)))
-        if split in found or split in config.split
+        split: select_questions(pa.Table.from_pylist(entries.get(split, []), schema=record_format.SCHEMA), config)
+        for split in (*SPLITS, *sorted(entries.keys() - set(SPLITS)))
+        if split in entries or split in config.split
     }

@@ -1,4 +1,4 @@
-"""The features of every clip of a shard set in memory, by clip content."""
+"""Features of all clips of a shard set in memory, by clip id."""
 
 import io
 from collections.abc import Collection
@@ -14,13 +14,13 @@ from mellow_platform.data.shards import CLIPS, Manifest
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """Arrays of all clips, one row a distinct clip; put into Ray's object store once, read by every task in place.
+    """Arrays of all clips, one row per distinct clip; put into Ray's object store once and shared by all tasks.
 
     Attributes:
         arrays: by name, fp16 [clips, ...] (`log_mel`, or `frames` and `latent`).
-        filepaths, splits: of each row; those of the first file where several have the same content.
+        filepaths, splits: path and split of each row; those of the first file if several have the same content.
         rows: row of each clip id.
-        recordings: FLAC of each row in a set with `features: waveform`, whose `arrays` are empty.
+        recordings: FLAC file of each row with `features: waveform`; `arrays` is then empty.
     """
 
     arrays: dict[str, np.ndarray]
@@ -34,7 +34,7 @@ class FeatureStore:
         """Read the clips of the shard set at `shards`.
 
         Args:
-            clips: ids of those that are needed; by default all.
+            clips: ids of clips to read; by default all.
         """
         manifest = Manifest.read(shards)
         table = manifest.read_table(
@@ -59,8 +59,8 @@ class FeatureStore:
         """Return the whole recording of a row, float32 [samples] at the rate of the set's front end.
 
         Raises:
-            ValueError: the set holds no waveforms.
+            ValueError: the set has no waveforms.
         """
         if self.recordings is None:
-            raise ValueError("these shards hold no waveforms: run jobs/preprocess.py with --features waveform")
+            raise ValueError("the shards have no waveforms; run jobs/preprocess.py with --features waveform")
         return soundfile.read(io.BytesIO(self.recordings[row].as_py()), dtype="float32")[0]

@@ -1,7 +1,7 @@
-"""Inventory of a corpus: every clip is read once, and identified by the SHA-256 of its bytes from then on.
+"""Inventory of a corpus: every clip is read once, and then identified by the SHA-256 of its bytes.
 
 This costs a second read of the corpus and no decoding. In return, clips with equal bytes are decoded, encoded and
-stored once per set, whatever their names; a clip that is in two splits under two names is refused before hours of
+stored once per set, whatever their names; a clip that is in two splits under two names fails the job before hours of
 encoding; and missing, empty and oversized files are known before the first clip is decoded.
 """
 
@@ -25,7 +25,7 @@ from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.progress import Progress
 from mellow_platform.resumable import RETRY_LOST_WORKERS, dataset_of_parts, part_name
 
-# A clip's address with the SHA-256 of its bytes (`clip_id`), or with the reason why it cannot be used.
+# A clip's address with the SHA-256 of its bytes (`clip_id`), or with the reason of its failure.
 INVENTORY_SCHEMA = pa.schema(
     [
         *(pa.field(name, pa.string(), nullable=False) for name in ("path", "split", "taskname", "uri")),
@@ -38,7 +38,7 @@ INVENTORY_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Inventory:
-    """The clips of a corpus, a row each (`INVENTORY_SCHEMA`), sorted by path."""
+    """Clips of a corpus, one row each (`INVENTORY_SCHEMA`), sorted by path."""
 
     table: pa.Table
 
@@ -46,7 +46,7 @@ class Inventory:
         return self.table[name].to_pylist()
 
     def distinct(self) -> list[tuple[str, ClipAddress]]:
-        """Return (clip id, address) of every distinct content, at the first path that has it, by path."""
+        """Return (clip id, address) of every distinct clip, at its first path, in order of path."""
         first: dict[str, int] = {}
         for row, clip_id in enumerate(self.column("clip_id")):
             if clip_id:
@@ -57,7 +57,7 @@ class Inventory:
 
 
 def write_inventory(units: list[CorpusUnit], config: PreprocessConfig) -> Inventory:
-    """Scan the units that are not done yet on Ray Data, and return the inventory of all.
+    """Scan the missing units on Ray Data, and return the inventory of all units.
 
     Raises:
         ValueError: one path names different clips, or a clip is in two splits.
@@ -119,21 +119,22 @@ def _refuse_clips_in_two_splits(inventory: Inventory) -> None:
     columns = (inventory.column(name) for name in ("clip_id", "path", "split"))
     for clip_id, path, split in zip(*columns, strict=True):
         if clip_id:
-            known, there = first.setdefault(clip_id, (path, split))
-            if there != split:
-                raise ValueError(f"clips {known} of {there} and {path} of {split} are the same recording: keep one")
+            first_path, first_split = first.setdefault(clip_id, (path, split))
+            if first_split != split:
+                names = f"{first_path} of {first_split} and {path} of {split}"
+                raise ValueError(f"clips {names} are the same recording; keep one")
 
 
 def scan_unit(unit: CorpusUnit, limits: AudioLimits) -> pa.Table:
     """Read every clip of a unit once; return addresses and hashes (`INVENTORY_SCHEMA`) in the unit's order."""
     if unit.uri.lower().endswith(".tar"):
-        found = _tar_clips(unit, limits)
+        scanned = _tar_clips(unit, limits)
     elif unit.uri:
-        found = _parquet_clips(unit)
+        scanned = _parquet_clips(unit)
     else:
-        found = ((clip, data, []) for clip, data in read_clips(unit.clips, limits))
+        scanned = ((clip, data, []) for clip, data in read_clips(unit.clips, limits))
     rows = []
-    for clip, data, records in found:
+    for clip, data, records in scanned:
         row = asdict(clip) | {"clip_id": "", "reason": "", "detail": "", "records": json.dumps(records)}
         try:
             if isinstance(data, AudioError):
@@ -146,18 +147,17 @@ def scan_unit(unit: CorpusUnit, limits: AudioLimits) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=INVENTORY_SCHEMA)
 
 
-Found = Iterator[tuple[ClipAddress, bytes | AudioError, list[dict[str, str]]]]
+ScannedClips = Iterator[tuple[ClipAddress, bytes | AudioError, list[dict[str, str]]]]
 
 
-def _tar_clips(unit: CorpusUnit, limits: AudioLimits) -> Found:
+def _tar_clips(unit: CorpusUnit, limits: AudioLimits) -> ScannedClips:
     """Yield the audio members of a tar, each with the questions in the `.json` members of its key.
 
-    A member's key is its name up to the first dot of its last part, as WebDataset has it; a clip's path is
-    `<tar>/<member>`, the tar's relative to the corpus. The `.json` holds the fields of one record, or a list of such.
+    A member's key is its path up to the first dot of its base name, as in WebDataset. A clip's path is
+    `<tar>/<member>`, relative to the corpus. The `.json` contains the fields of one record, or a list of them.
     """
     tar = unit.name
-    # Of the key at hand, whose members are neighbours.
-    current = ""
+    current = ""  # key; its members are adjacent
     clips: list[tuple[ClipAddress, bytes | AudioError]] = []
     questions: list[dict[str, Any]] = []
     with storage.open_read(unit.uri) as file, tarfile.open(fileobj=file, mode="r|") as archive:
@@ -180,11 +180,11 @@ def _tar_clips(unit: CorpusUnit, limits: AudioLimits) -> Found:
 
 def _with_questions(
     clips: list[tuple[ClipAddress, bytes | AudioError]], questions: list[dict[str, Any]], tar: str
-) -> Found:
+) -> ScannedClips:
     """Yield the clips of one key, the first with the key's questions."""
-    for place, (clip, data) in enumerate(clips):
-        own = [_located(entry, clip.path, tar) for entry in questions] if place == 0 else []
-        yield replace(clip, taskname=own[0]["taskname"] if own else ""), data, own
+    for index, (clip, data) in enumerate(clips):
+        records = [_with_paths(entry, clip.path, tar) for entry in questions] if index == 0 else []
+        yield replace(clip, taskname=records[0]["taskname"] if records else ""), data, records
 
 
 def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, limits: AudioLimits) -> bytes | AudioError:
@@ -197,15 +197,15 @@ def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, limits: AudioLimi
     return stream.read()
 
 
-def _questions(value: Any, where: str) -> list[dict[str, str]]:
+def _questions(value: Any, source: str) -> list[dict[str, str]]:
     entries = value if isinstance(value, list) else [value]
     if not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{where}: expected the fields of a record or a list of such, found {value!r:.80}")
+        raise ValueError(f"{source}: expected the fields of a record or a list of them, found {value!r:.80}")
     return [entry for entry in entries if "input" in entry and "answer" in entry]
 
 
-def _located(entry: dict[str, Any], path: str, tar: str = "") -> dict[str, str]:
-    """Return a record's fields with its clips by their paths in the corpus; a second one may be named as in its tar."""
+def _with_paths(entry: dict[str, Any], path: str, tar: str = "") -> dict[str, str]:
+    """Return a record's fields with the paths of its clips in the corpus; `filepath2` may be a name in the tar."""
     values = {name: str(entry.get(name) or "") for name in FIELDS} | {"filepath1": path}
     second = values["filepath2"]
     if second and tar and ".tar/" not in second.lower():
@@ -213,8 +213,8 @@ def _located(entry: dict[str, Any], path: str, tar: str = "") -> dict[str, str]:
     return values
 
 
-def _parquet_clips(unit: CorpusUnit) -> Found:
-    """Yield the rows of a Parquet file: a clip each, and a question where there are columns `input` and `answer`.
+def _parquet_clips(unit: CorpusUnit) -> ScannedClips:
+    """Yield the rows of a Parquet file: a clip each, and a question if there are columns `input` and `answer`.
 
     A clip's path is its column `path` or `filepath1`, the path beside the bytes, or `<file>/<row>`.
     """
@@ -227,5 +227,5 @@ def _parquet_clips(unit: CorpusUnit) -> Found:
             inside = audio.get("path") if isinstance(audio, dict) else None
             path = cells.get("path") or cells.get("filepath1") or inside or f"{unit.name}/{number}"
             clip = ClipAddress(path, unit.split, unit.uri, cells.get("taskname") or "", row=number)
-            yield clip, audio_bytes(audio), [_located(cells, path)] if {"input", "answer"} <= cells.keys() else []
+            yield clip, audio_bytes(audio), [_with_paths(cells, path)] if {"input", "answer"} <= cells.keys() else []
             number += 1

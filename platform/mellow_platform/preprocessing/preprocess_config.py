@@ -63,7 +63,7 @@ class PreprocessConfig(Section):
         description="hub name, folder or GGUF file of the tokenizer; required for mellow-v0 unless --encoder is a "
         "Mellow model (default: a tokenizer trained on the questions)",
     )
-    vocab_size: int = Field(1024, ge=300, description="tokens of the tokenizer that mellow-tiny trains")
+    vocab_size: int = Field(1024, ge=300, description="vocabulary size of the tokenizer trained for mellow-tiny")
     features: Features = Field(
         "logmel",
         description="features stored per clip: logmel (spectrogram), encoder (frames of the frozen encoder), or "
@@ -100,21 +100,21 @@ class PreprocessConfig(Section):
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs per encoder actor")
 
     @model_validator(mode="after")
-    def _encoder_goes_with_features(self) -> "PreprocessConfig":
+    def _check_encoder(self) -> "PreprocessConfig":
         if (self.features == "encoder") != bool(self.encoder):
-            raise ValueError("features: encoder and `encoder`, its folder, go together")
+            raise ValueError("set both `features: encoder` and `encoder`, or neither")
         return self
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that the bytes of the shards depend on."""
-        others = {"output", "max_failed_share", "decode_workers", "encoder_workers", "gpus_per_worker"}
-        return self.model_dump(exclude=others)
+        """Options that the bytes of the shards depend on."""
+        excluded = {"output", "max_failed_share", "decode_workers", "encoder_workers", "gpus_per_worker"}
+        return self.model_dump(exclude=excluded)
 
     @model_validator(mode="after")
-    def _something_to_read(self) -> "PreprocessConfig":
+    def _check_input(self) -> "PreprocessConfig":
         if self.source == "records" and not (self.corpus or (self.labels and self.audio_root)):
-            raise ValueError("give `corpus`, a folder of records, or `labels` with `audio_root`")
+            raise ValueError("set `corpus`, a folder of records, or `labels` with `audio_root`")
         if self.source != "records" and (not self.corpus or self.labels or self.audio_root):
-            raise ValueError(f"source: {self.source} reads `corpus` alone, without `labels` and `audio_root`")
+            raise ValueError(f"source: {self.source} reads only `corpus`: set it without `labels` and `audio_root`")
         return self

@@ -1,9 +1,9 @@
-"""The preprocessing job: from a corpus to a shard set, exactly once however often it is killed and submitted again.
+"""Preprocessing job: a corpus to a shard set, exactly once, even if it is killed and resubmitted.
 
-It plans what to read (`corpus_plan`), makes the inventory of the clips (`inventory`), writes shards of their features
-(`clip_shards`) and of the questions (`record_shards`), and describes the corpus (`statistics`). Every stage skips parts
-that an earlier run has written (`mellow_platform.resumable`). The driver holds names, ids and questions of the whole
-corpus, and no features.
+The job plans its input (`corpus_plan`), makes the inventory of the clips (`inventory`), writes shards of features
+(`clip_shards`) and of questions (`record_shards`), and describes the corpus (`statistics`). Every stage skips parts
+that an earlier run has written (`mellow_platform.resumable`). The driver keeps names, ids and questions of the whole
+corpus in memory, but no features.
 """
 
 import time
@@ -37,12 +37,12 @@ from mellow_platform.resumable import FailureBudget, claim, digest, is_finished,
 
 
 def preprocess(config: PreprocessConfig) -> shards.Manifest:
-    """Write the shard set that `config` describes and return its manifest; a set that is finished is left as it is.
+    """Write the shard set of `config` and return its manifest; a finished set is not changed.
 
     Raises:
-        ValueError: a clip stands in two splits, too many clips are unusable, or `output` holds another set.
+        ValueError: a clip is in two splits, too many clips failed, or `output` contains another set.
     """
-    begun = time.monotonic()
+    start = time.monotonic()
     plan = plan_corpus(config)
     weights = encoder_digest(load_encoder(config.encoder)) if config.encoder else ""
     config = claim_output(config, plan, weights)
@@ -59,42 +59,42 @@ def preprocess(config: PreprocessConfig) -> shards.Manifest:
     inventory = write_inventory(plan.units, config)
     records = plan.records or records_beside_audio(inventory.table, config)
     if records and not plan.records:
-        inventory = asked_about(inventory, records)
+        inventory = clips_with_questions(inventory, records)
     if not records:
-        inventory = limited(inventory, config.limit)
+        inventory = limit_clips(inventory, config.limit)
     clips = inventory.distinct()
     if records and config.partner == "silence":
-        clips.append((SILENCE_ID, ClipAddress(SILENCE, "", "")))  # of no split: nothing is asked about it
+        clips.append((SILENCE_ID, ClipAddress(SILENCE, "", "")))  # in no split, because no question is about it
     rows = shard_rows(clips, config.clips_per_shard)
     receipts, rejected = clip_stage(rows, inventory, config, extractor, shapes)
 
     clip_ids = usable_clips(inventory, receipts)
-    usable = {split: with_usable_clips(table, clip_ids) for split, table in records.items()}
-    asked = question_stage(records, usable, clip_ids, inventory, extractor, config)
-    done = [*receipts, *(receipt for members in asked.values() for receipt in members)]
-    files = {receipt["file"]: receipt["digest"] for receipt in done} | write_quarantine(rejected, config.output)
-    counts = count(inventory, receipts, rejected, clip_ids) | {
+    usable = {split: usable_questions(table, clip_ids) for split, table in records.items()}
+    record_receipts = question_stage(records, usable, clip_ids, inventory, extractor, config)
+    all_receipts = [*receipts, *(receipt for members in record_receipts.values() for receipt in members)]
+    files = {receipt["file"]: receipt["digest"] for receipt in all_receipts} | write_quarantine(rejected, config.output)
+    counts = count_clips(inventory, receipts, rejected, clip_ids) | {
         "records": {split: len(members) for split, members in usable.items()},
         "records_dropped": sum(len(records[split]) - len(usable[split]) for split in records),
     }
-    statistics = describe(receipts, asked, counts)
+    statistics = describe(receipts, record_receipts, counts)
     storage.write_json(storage.join(config.output, "statistics.json"), statistics)
     storage.write_bytes(storage.join(config.output, "statistics.png"), draw(statistics))
     storage.remove_partial(config.output)
     manifest = shards.Manifest(shapes, counts, config.model_dump(), files, weights)
     manifest.write(config.output)
-    print(f"{config.output} is finished after {time.monotonic() - begun:.0f} s", flush=True)
+    print(f"{config.output} is finished after {time.monotonic() - start:.0f} s", flush=True)
     return manifest
 
 
 def claim_output(config: PreprocessConfig, plan: CorpusPlan, weights: str) -> PreprocessConfig:
-    """Take the output folder for this configuration and this input; return the configuration with its name.
+    """Claim the output folder for this configuration and input; return the configuration with the folder's name.
 
     Args:
-        weights: `encoder_digest` of the encoder, where there is one.
+        weights: `encoder_digest` of the encoder; empty without one.
 
     Raises:
-        ValueError: the folder is another set's.
+        ValueError: another set has claimed the folder.
     """
     depends_on = {"fields": config.identity, "input": plan.digest, "encoder": weights}
     config = config.model_copy(update={"output": config.output.replace("{hash}", digest(depends_on)[:12])})
@@ -109,10 +109,10 @@ def clip_stage(
     extractor: MellowFeatureExtractor,
     shapes: dict[str, list[int]],
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Make the shards of clips that are not done; return all receipts in order, and the clips that cannot be used.
+    """Write the missing shards of clips; return all receipts in order, and the quarantined clips.
 
     Raises:
-        ValueError: more clips than the allowed share cannot be used; raised as soon as that is sure.
+        ValueError: more than the allowed share of clips failed; raised as soon as that is certain.
     """
     clips = inventory.table.select(["path", "split", "reason", "detail"]).to_pylist()
     rows_of_clip: dict[str, list[int]] = {}
@@ -130,32 +130,32 @@ def clip_stage(
             write_quarantine(sorted(rejected, key=itemgetter("filepath")), config.output)
             raise
 
-    def add(receipt: dict[str, Any]) -> int:
-        expect(f"clips of shard {receipt['name']}", receipt["expected"], receipt["read"] + len(receipt["rejected"]))
-        reject([quarantined(clips[row], item) for item in receipt["rejected"] for row in rows_of_clip[item["clip_id"]]])
+    def reject_clips(receipt: dict[str, Any]) -> int:
+        verify(f"clips of shard {receipt['name']}", receipt["expected"], receipt["read"] + len(receipt["rejected"]))
+        reject([rejection(clips[row], item) for item in receipt["rejected"] for row in rows_of_clip[item["clip_id"]]])
         return len(receipt["rejected"])
 
-    reject([quarantined(clips[row], clips[row]) for row in rows_of_clip.get("", [])])
+    reject([rejection(clips[row], clips[row]) for row in rows_of_clip.get("", [])])
     receipts = read_receipts(config.output, shards.CLIPS)
     done = sum(receipt["expected"] for receipt in receipts.values())
     progress = Progress("distinct clips", sum(len(row["clip_ids"]) for row in rows), done)
     for receipt in receipts.values():
-        progress.rejected += add(receipt)
+        progress.rejected += reject_clips(receipt)
     missing = [row for row in rows if row["name"] not in receipts]
     for receipt in write_clip_shards(missing, config, extractor.spectrogram, shapes):
         receipts[receipt["name"]] = receipt
-        progress.add(receipt["expected"], add(receipt), sum(receipt["seconds"]))
+        progress.add(receipt["expected"], reject_clips(receipt), sum(receipt["seconds"]))
     for shard in rows:
-        expect(f"clips of shard {shard['name']}", len(shard["clip_ids"]), receipts[shard["name"]]["expected"])
+        verify(f"clips of shard {shard['name']}", len(shard["clip_ids"]), receipts[shard["name"]]["expected"])
     return [receipts[shard["name"]] for shard in rows], sorted(rejected, key=itemgetter("filepath"))
 
 
 def usable_clips(inventory: Inventory, receipts: list[dict[str, Any]]) -> dict[str, str]:
-    """Return the clip id of every path whose clip is stored, and of silence where that is."""
-    present = {clip_id for receipt in receipts for clip_id in receipt["clip_ids"]}
-    named = zip(inventory.column("path"), inventory.column("clip_id"), strict=True)
-    silence = {SILENCE: SILENCE_ID} if SILENCE_ID in present else {}
-    return {path: clip_id for path, clip_id in named if clip_id in present} | silence
+    """Return the clip id of every path whose clip is stored, and of silence if it is stored."""
+    stored = {clip_id for receipt in receipts for clip_id in receipt["clip_ids"]}
+    clips = zip(inventory.column("path"), inventory.column("clip_id"), strict=True)
+    silence = {SILENCE: SILENCE_ID} if SILENCE_ID in stored else {}
+    return {path: clip_id for path, clip_id in clips if clip_id in stored} | silence
 
 
 def question_stage(
@@ -166,32 +166,32 @@ def question_stage(
     extractor: MellowFeatureExtractor,
     config: PreprocessConfig,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Make the shards of questions that are not done, and the processor; return all receipts by split."""
+    """Write the missing shards of questions, and the processor; return all receipts by split."""
     if not sum(map(len, usable.values())):
         return {}
     processor = build_processor(config, extractor, records)
     save_pretrained(processor, storage.join(config.output, "processor"))
     splits = dict(zip(inventory.column("path"), inventory.column("split"), strict=True))
-    asked = {}
+    receipts = {}
     for split, members in usable.items():
-        own = sorted({clip_id for path, clip_id in clip_ids.items() if splits.get(path) == split})
-        questions = with_clips(members, clip_ids, own, config)
-        asked[split] = list(write_record_shards(questions, split, processor, config))
-        expect(f"questions of {split}", len(members), sum(receipt["records"] for receipt in asked[split]))
-    return asked
+        split_clips = sorted({clip_id for path, clip_id in clip_ids.items() if splits.get(path) == split})
+        questions = with_clips(members, clip_ids, split_clips, config)
+        receipts[split] = list(write_record_shards(questions, split, processor, config))
+        verify(f"questions of {split}", len(members), sum(receipt["records"] for receipt in receipts[split]))
+    return receipts
 
 
-def count(
+def count_clips(
     inventory: Inventory, receipts: list[dict[str, Any]], rejected: list[dict[str, str]], clip_ids: dict[str, str]
 ) -> dict[str, Any]:
     """Return the manifest's counts of clips.
 
     Raises:
-        RuntimeError: clips that are stored and clips that are quarantined are not all there are.
+        RuntimeError: stored and quarantined clips are not all clips of the inventory.
     """
     reasons = Counter(row["reason"] for row in rejected)
     recorded = [clip_id for path, clip_id in clip_ids.items() if path != SILENCE]
-    expect("clips", len(inventory.table), len(recorded) + reasons.total())
+    verify("clips", len(inventory.table), len(recorded) + reasons.total())
     seconds = {
         clip_id: value
         for receipt in receipts
@@ -207,48 +207,48 @@ def count(
     }
 
 
-def quarantined(clip: dict[str, str], because: dict[str, str]) -> dict[str, str]:
+def rejection(clip: dict[str, str], failure: dict[str, str]) -> dict[str, str]:
     return {
         "filepath": clip["path"],
         "split": clip["split"],
-        "reason": because["reason"],
-        "detail": because["detail"],
+        "reason": failure["reason"],
+        "detail": failure["detail"],
     }
 
 
-def expect(what: str, expected: int, found: int) -> None:
-    """Make sure that nothing was lost or done twice.
+def verify(items: str, expected: int, found: int) -> None:
+    """Check that no item was lost or processed twice.
 
     Raises:
-        RuntimeError: numbers do not add up.
+        RuntimeError: the counts differ.
     """
     if expected != found:
-        raise RuntimeError(f"{what}: {expected} are expected, and {found} are accounted for")
+        raise RuntimeError(f"{items}: expected {expected}, found {found}")
 
 
-def asked_about(inventory: Inventory, records: dict[str, pa.Table]) -> Inventory:
-    """Return the clips that questions are asked about, of those that came with questions beside them."""
-    named = {
+def clips_with_questions(inventory: Inventory, records: dict[str, pa.Table]) -> Inventory:
+    """Return the clips of the inventory that have questions."""
+    paths = {
         path for table in records.values() for name in ("filepath1", "filepath2") for path in table[name].to_pylist()
     }
-    kept = pa.array([path in named for path in inventory.column("path")], pa.bool_())
-    return replace(inventory, table=inventory.table.filter(kept))
+    mask = pa.array([path in paths for path in inventory.column("path")], pa.bool_())
+    return replace(inventory, table=inventory.table.filter(mask))
 
 
-def limited(inventory: Inventory, limit: int | None) -> Inventory:
-    """Return the first `limit` clips of each split, of clips that no questions are asked about."""
+def limit_clips(inventory: Inventory, limit: int | None) -> Inventory:
+    """Return the first `limit` clips of each split, for a corpus without questions."""
     if limit is None:
         return inventory
-    seen: Counter[str] = Counter()
-    kept = []
+    counts: Counter[str] = Counter()
+    mask = []
     for split in inventory.column("split"):
-        seen[split] += 1
-        kept.append(seen[split] <= limit)
-    return replace(inventory, table=inventory.table.filter(pa.array(kept, pa.bool_())))
+        counts[split] += 1
+        mask.append(counts[split] <= limit)
+    return replace(inventory, table=inventory.table.filter(pa.array(mask, pa.bool_())))
 
 
-def with_usable_clips(records: pa.Table, clip_ids: dict[str, str]) -> pa.Table:
-    """Return the questions whose clips are all there."""
+def usable_questions(records: pa.Table, clip_ids: dict[str, str]) -> pa.Table:
+    """Return the questions whose clips are all stored."""
     pairs = zip(records["filepath1"].to_pylist(), records["filepath2"].to_pylist(), strict=True)
     return records.filter(
         pa.array([one in clip_ids and (not two or two in clip_ids) for one, two in pairs], pa.bool_())
@@ -256,7 +256,7 @@ def with_usable_clips(records: pa.Table, clip_ids: dict[str, str]) -> pa.Table:
 
 
 def write_quarantine(rejected: list[dict[str, str]], output: str) -> dict[str, str]:
-    """Write the clips that cannot be used, if there are any; return file name and hash."""
+    """Write the quarantined clips, if there are any; return file name and hash."""
     if not rejected:
         return {}
     name = f"{shards.QUARANTINE}/000000.parquet"
@@ -265,7 +265,7 @@ def write_quarantine(rejected: list[dict[str, str]], output: str) -> dict[str, s
 
 
 def by_split(inventory: Inventory, rejected: list[dict[str, str]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return clips, missing ones and quarantined ones of each split and task: clips vanish from the web over time."""
+    """Return counts of clips, missing clips and quarantined clips per split and task."""
     reasons = {item["filepath"]: item["reason"] for item in rejected}
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path, split, task in zip(*(inventory.column(name) for name in ("path", "split", "taskname")), strict=True):

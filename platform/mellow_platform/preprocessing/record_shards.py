@@ -1,4 +1,4 @@
-"""From questions to shards of token ids that name their clips by content."""
+"""Questions to shards of token ids and clip ids."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ from mellow_platform.model.tokenizer import train_tokenizer
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.resumable import RETRY_LOST_WORKERS, part_name, part_ranges, read_receipts, write_part
 
-# Prompt and answer lengths in tokens, as published; a tokenizer of the corpus's own is measured on the corpus.
+# Published prompt and answer lengths, in tokens; lengths of a tokenizer trained on the corpus are measured.
 PUBLISHED_LENGTHS = (129, 250)
 
 
 def build_processor(
     config: PreprocessConfig, extractor: MellowFeatureExtractor, records: dict[str, pa.Table]
 ) -> MellowProcessor:
-    """Return front end and tokenizer: the decoder's, that of the Mellow in `encoder`, or one trained on the questions.
+    """Return front end and tokenizer: of `decoder`, of the Mellow model in `encoder`, or trained on the questions.
 
     Raises:
-        ValueError: the size has no tokenizer of its own and none is given.
+        ValueError: the size has no tokenizer, and `decoder` is not set.
     """
     training = records["train"] if len(records.get("train", ())) else pa.concat_tables(records.values())
     prompts, answers = training["input"].to_pylist(), training["answer"].to_pylist()
@@ -40,7 +40,7 @@ def build_processor(
         texts = [text for pair in zip(prompts, answers, strict=True) for text in pair]
         tokenizer = train_tokenizer(texts, config.vocab_size)
     else:
-        raise ValueError(f"{config.size} has no tokenizer of its own: set `decoder` to a hub name, folder or GGUF file")
+        raise ValueError(f"{config.size} has no tokenizer; set `decoder` to a hub name, folder or GGUF file")
     processor = MellowProcessor(
         extractor,
         tokenizer,
@@ -50,18 +50,18 @@ def build_processor(
     )
     if config.decoder or model:
         return processor
-    # Every padded position of a prompt is seen and paid for, so prompts are as long as the corpus needs.
+    # Padded positions of a prompt are attended to and take time, so prompts are only as long as the corpus needs.
     processor.prompt_length = min(PUBLISHED_LENGTHS[0], max(len(processor.token_ids(text)) for text in prompts) + 4)
     processor.answer_length = min(PUBLISHED_LENGTHS[1], max(len(processor.token_ids(text)) for text in answers) + 4)
     return processor
 
 
-def with_clips(records: pa.Table, clip_ids: dict[str, str], own: list[str], config: PreprocessConfig) -> pa.Table:
-    """Return questions with the clips `clip1` and `clip2` that they are asked about, by content.
+def with_clips(records: pa.Table, clip_ids: dict[str, str], partners: list[str], config: PreprocessConfig) -> pa.Table:
+    """Return questions with columns `clip1` and `clip2`, the ids of their clips.
 
     Args:
-        clip_ids: of every clip by its path, and of silence where the partner rule asks for it.
-        own: clip ids of the split, sorted, that a random partner is drawn from.
+        clip_ids: id of every clip by path, and of silence if the partner rule needs it.
+        partners: sorted clip ids of the split, from which random partners are drawn.
     """
     first = [clip_ids[path] for path in records["filepath1"].to_pylist()]
     second = [
@@ -69,7 +69,7 @@ def with_clips(records: pa.Table, clip_ids: dict[str, str], own: list[str], conf
             [clip, clip_ids[path]] if path else [clip],
             config.partner,
             silence=clip_ids.get(SILENCE, ""),
-            drawn=draw_partner(clip, position, own),
+            random_clip=draw_partner(clip, position, partners),
         )
         for position, (clip, path) in enumerate(zip(first, records["filepath2"].to_pylist(), strict=True))
     ]
@@ -83,26 +83,26 @@ def write_record_shards(
 ) -> Iterator[dict[str, Any]]:
     """Tokenise and write the questions of a split (`with_clips`), and yield the receipts of all its shards.
 
-    Plain tasks with a bounded number under way, where Ray Data would put all questions into the object store first.
+    Uses a bounded number of plain tasks, because Ray Data would put all questions into the object store first.
     """
     kind = f"{shards.RECORDS}/{split}"
     done = read_receipts(config.output, kind)
     yield from done.values()
     if not ray.is_initialized():
-        ray.init()  # as Ray Data does by itself; the clips may have been done by an earlier run
+        ray.init()  # Ray Data was not used if an earlier run wrote all clips
     write = ray.remote(**RETRY_LOST_WORKERS)(write_record_shard)
-    under_way: list[ray.ObjectRef] = []
-    most = config.decode_workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    tasks: list[ray.ObjectRef] = []
+    max_tasks = config.decode_workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     # A split without questions has one empty shard.
     for name, rows in (part_ranges(len(records), config.records_per_shard) or {part_name(0): range(0)}).items():
         if name not in done:
-            # A slice shares the memory of the whole table; only its copy is sent.
+            # Copied, because a slice would send the memory of the whole table.
             part = pa.Table.from_pylist(records.slice(rows.start, len(rows)).to_pylist(), schema=records.schema)
-            under_way.append(write.remote(part, kind, name, processor, config.output))
-        while len(under_way) >= most:
-            (first,), under_way = ray.wait(under_way)
+            tasks.append(write.remote(part, kind, name, processor, config.output))
+        while len(tasks) >= max_tasks:
+            (first,), tasks = ray.wait(tasks)
             yield ray.get(first)
-    for reference in under_way:
+    for reference in tasks:
         yield ray.get(reference)
 
 
@@ -110,8 +110,8 @@ def write_record_shard(
     records: pa.Table, kind: str, name: str, processor: MellowProcessor, output: str
 ) -> dict[str, Any]:
     """Tokenise and write one shard of questions, and return its receipt."""
-    asked = [processor.question_ids(text) for text in records["input"].to_pylist()]
-    prompts = [ids[: processor.prompt_length] for ids in asked]
+    questions = [processor.question_ids(text) for text in records["input"].to_pylist()]
+    prompts = [ids[: processor.prompt_length] for ids in questions]
     answers = [processor.answer_ids(text) for text in records["answer"].to_pylist()]
     table = records.append_column("prompt_ids", pa.array(prompts, pa.list_(pa.int32())))
     table = table.append_column("answer_ids", pa.array(answers, pa.list_(pa.int32())))
@@ -120,12 +120,12 @@ def write_record_shard(
         "name": name,
         "records": len(table),
         "families": dict(sorted(families.items())),
-        "prompt_tokens": _lengths(asked),
+        "prompt_tokens": _lengths(questions),
         "answer_tokens": _lengths([processor.token_ids(text) for text in records["answer"].to_pylist()]),
     }
     return write_part(output, kind, name, table.cast(shards.RECORD_SCHEMA), receipt)
 
 
 def _lengths(sequences: list[list[int]]) -> dict[str, int]:
-    """Return how many sequences have each length, before any is cut."""
+    """Return the number of sequences per length, before cutting."""
     return {str(length): count for length, count in sorted(Counter(map(len, sequences)).items())}
