@@ -84,14 +84,14 @@ class Recorder:
         self.store = CheckpointStore(self.folder)
         self.attempt = uuid.uuid4().hex[:8]
         self.step = self.resumed_from = 0
-        # Progress in checkpoints: names of log files, best validation, validations since then, latest metrics.
+        # Progress in checkpoints: names of log files, best validation, number of validations since then, metrics.
         self.log: list[str] = []
         self.best: dict[str, float] | None = None
-        self.kept_best: dict[str, float] | None = None  # best validation with a complete checkpoint, on rank 0
         self.worse = 0
-        self.redone = 0
-        self.rows: list[dict[str, Any]] = []  # of the log, since the last checkpoint
         self.metrics: dict[str, float] = {}
+        self.kept_best: dict[str, float] | None = None  # best validation with a complete checkpoint, on rank 0
+        self.redone = 0  # steps that were repeated after kills
+        self.rows: list[dict[str, Any]] = []  # of the log, since the last checkpoint
         self.counters = Counters()
         self.writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.writing: PendingCheckpoint | None = None
