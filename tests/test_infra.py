@@ -25,7 +25,7 @@ from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.preprocessing.preprocess_config import PreprocessConfig
 from mellow_platform.settings import Section, load
 from mellow_platform.training.train_config import TrainConfig
-from serve.middleware import RequestLimits
+from serve.limits import RequestLimits
 from tests.conftest import NEEDS_KUBECTL, REPOSITORY, SHARED
 
 Manifest = dict[str, Any]
