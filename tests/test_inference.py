@@ -201,7 +201,7 @@ def test_unsupported_decoder_family_is_refused():
 
 
 def test_cache_past_decoder_positions_is_refused():
-    with pytest.raises(ValueError, match="100 positions a sequence: the decoder has 64; lower max_new_tokens"):
+    with pytest.raises(ValueError, match=r"\b100\b.*\b64\b.*max_new_tokens"):
         CachedDecoder(small_llama(), "float32").new_cache(1, 100)
 
 
