@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from serve.audio_input import DecodedQuestion
 from serve.endpoint_state import EndpointState
-from serve.errors import ErrorBody, RequestError, deadline_exceeded, internal_error
+from serve.error_responses import ErrorBody, RequestError, deadline_exceeded, internal_error
 from serve.keys import KeyFile
 from serve.messages import AnswerEvent
 from serve.middleware import AdmissionMiddleware

@@ -14,7 +14,7 @@ from pydantic import Field
 from mellow_platform.data.audio import AudioError, decode
 from mellow_platform.data.audio_limits import AudioLimits, MaxBytes, MaxChannels, MaxRate, MaxSamples, MinRate
 from mellow_platform.inference.windows import Window, windows
-from serve.errors import RequestError
+from serve.error_responses import RequestError
 from serve.messages import ClipFormat
 from serve.schema import ClipSource
 

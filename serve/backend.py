@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from mellow_platform.inference.request import EngineClosed, Request
 from serve.audio_input import DecodedQuestion
-from serve.errors import RequestError, queue_full, replicas_lost
+from serve.error_responses import RequestError, queue_full, replicas_lost
 from serve.messages import MODEL, AnswerEvent, ChosenAnswer, ClipFormat, Piece, Refusal, WrittenAnswer
 from serve.monitoring import EndpointMetrics
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from serve.audio_input import ClipLimits, ClipReader, DecodedQuestion
 from serve.backend import Backend, FrontEndChanged
-from serve.errors import RequestError, not_ready
+from serve.error_responses import RequestError, not_ready
 from serve.limits import RequestLimits
 from serve.monitoring import EndpointMetrics
 from serve.schema import ClipSource

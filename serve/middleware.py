@@ -5,7 +5,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import RequestError, queue_full
+from serve.error_responses import RequestError, queue_full
 from serve.keys import KeyFile
 from serve.limits import RequestLimits, current_limits
 from serve.monitoring import EndpointMetrics

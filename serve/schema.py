@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from mellow_platform.inference.request import Request
 from mellow_platform.inference.windows import Window
-from serve.errors import RequestError
+from serve.error_responses import RequestError
 from serve.limits import AtMost, current_limits
 from serve.messages import AnswerEvent, ChosenAnswer, Piece, WrittenAnswer
 

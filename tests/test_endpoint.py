@@ -19,7 +19,7 @@ from serve import backend
 from serve.api import create_app
 from serve.audio_input import ClipLimits
 from serve.endpoint_state import EndpointState
-from serve.errors import RequestError
+from serve.error_responses import RequestError
 from serve.limits import RequestLimits
 from serve.messages import ClipFormat, Refusal
 from serve.model import Model, ModelArguments

@@ -25,7 +25,7 @@ from mellow_platform.inference.cached_decoder import CachedDecoder
 from mellow_platform.inference.engine import Engine
 from mellow_platform.inference.engine_protocol import InferenceEngine
 from mellow_platform.inference.linear import pack
-from mellow_platform.inference.lru import TensorLRU
+from mellow_platform.inference.prefix_cache import TensorLRU
 from mellow_platform.inference.request import Answer, Cancelled, ClipFeatures, EngineClosed, QueueFull, Request
 from mellow_platform.inference.sampling import Sampler
 from mellow_platform.inference.windows import windows

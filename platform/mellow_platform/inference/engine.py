@@ -25,7 +25,7 @@ from mellow_platform.inference.answer_text import AnswerText
 from mellow_platform.inference.cached_decoder import CachedDecoder, KeyValueCache
 from mellow_platform.inference.cuda_graphs import StepGraphs
 from mellow_platform.inference.linear import pack_linears
-from mellow_platform.inference.lru import TensorLRU
+from mellow_platform.inference.prefix_cache import TensorLRU, clip_arrays, content_key
 from mellow_platform.inference.request import (
     Answer,
     Cancelled,
@@ -37,8 +37,6 @@ from mellow_platform.inference.request import (
     Request,
     Stream,
     Token,
-    content_key,
-    parts_of,
 )
 from mellow_platform.inference.sampling import Sampler
 from mellow_platform.model import MellowForConditionalGeneration, MellowProcessor
@@ -270,7 +268,7 @@ class Engine:
         clips = [fit(clip) if isinstance(clip, np.ndarray) else clip for clip in request.clips]
         for number, clip in enumerate(clips):
             # In the key-value cache they would spoil later answers from the same slot.
-            if not all(map(is_bounded, parts_of(clip))):
+            if not all(map(is_bounded, clip_arrays(clip))):
                 raise ValueError(
                     f"clip {number} contains NaN, infinity or a value past {LOUDEST:g}; check its decoding or storage"
                 )

@@ -1,7 +1,6 @@
 """Requests to an inference engine and its responses: streams of tokens, answers, scores."""
 
 import asyncio
-import hashlib
 import queue
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -184,17 +183,3 @@ class Stream:
         async for _ in self:
             pass
         return self.result()
-
-
-def parts_of(clip: Clip) -> tuple[np.ndarray, ...]:
-    """Return the arrays that make up a clip."""
-    return (clip,) if isinstance(clip, np.ndarray) else (clip.frames, clip.latent)
-
-
-def content_key(clip: Clip) -> bytes:
-    """Return a hash of a clip's content."""
-    digest = hashlib.sha256()
-    for part in parts_of(clip):
-        digest.update(f"{part.dtype}{part.shape}".encode())
-        digest.update(np.ascontiguousarray(part).data)
-    return digest.digest()

@@ -1,13 +1,31 @@
-"""Cache of tensors with a limit in bytes, which evicts the least recently used."""
+"""Caches of the engine: encoded clips by clip, and prefixes by their pair of clips; the key is a clip's content."""
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable
 
+import numpy as np
 import torch
+
+from mellow_platform.inference.request import Clip
+
+
+def clip_arrays(clip: Clip) -> tuple[np.ndarray, ...]:
+    """Return the arrays that make up a clip."""
+    return (clip,) if isinstance(clip, np.ndarray) else (clip.frames, clip.latent)
+
+
+def content_key(clip: Clip) -> bytes:
+    """Return a hash of a clip's content."""
+    digest = hashlib.sha256()
+    for part in clip_arrays(clip):
+        digest.update(f"{part.dtype}{part.shape}".encode())
+        digest.update(np.ascontiguousarray(part).data)
+    return digest.digest()
 
 
 class TensorLRU:
-    """Tensors by key, at most `capacity` bytes in all.
+    """Tensors by key, at most `capacity` bytes in all; the least recently used are evicted.
 
     Attributes:
         hits, misses: counts of `get`.
