@@ -157,7 +157,7 @@ def test_failure_in_ray_task_ends_with_its_message(tmp_path: Path):
     assert first.startswith(f"{tmp_path}/corpus/bad.parquet ")
     assert second.startswith("(raised at mellow_platform/storage.py:")
     log = Path(second.partition("traceback in ")[2].partition(";")[0])
-    assert "_ParquetRows" in log.read_text()
+    assert "ParquetAudio" in log.read_text()
     log.unlink()
 
 
