@@ -202,6 +202,8 @@ def test_the_pictures_show_when_how_loud_and_how_high_it_sounds_in_light_and_dar
     corners = []
     for scheme, loudest in (("light", np.argmin), ("dark", np.argmax)):
         page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]  # a literal in a tuple
+        # The page draws again in the frame after the change.
+        page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         picture = pixels(page.locator(".spectrogram"))[:-FOOT, GUTTER:, :3].sum(-1)
         assert loudest(picture[:, picture.shape[1] * 3 // 4]) / len(picture) == pytest.approx(height, abs=0.02)
         assert np.ptp(picture[:, picture.shape[1] // 4]) < 10, "silence has a shade"
