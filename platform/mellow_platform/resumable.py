@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import ray.data
 
 CONFIGURATION, RECEIPTS = "configuration.json", "receipts"
+ANSWERS, REPORT = "answers", "report.json"  # kind of parts, and last file, of the jobs that collect answers
 # Ray retries tasks of a lost worker or node without limit; an error of the project's own code ends the job at once.
 RETRY_LOST_WORKERS = {"max_retries": -1}
 CALLS_PER_ACTOR = 2  # with one, an engine would be idle between the last answers of a block and the next block

@@ -33,6 +33,8 @@ from mellow_platform.model.folder import model_digest
 from mellow_platform.preprocessing.feature_store import FeatureStore
 from mellow_platform.progress import Progress
 from mellow_platform.resumable import (
+    ANSWERS,
+    REPORT,
     FailureBudget,
     claim,
     claimed_options,
@@ -44,7 +46,6 @@ from mellow_platform.resumable import (
     write_part,
 )
 
-ANSWERS, REPORT = "answers", "report.json"
 SERVED = "served_model"  # field in configuration.json: name of the model at the endpoint
 MEAN_CLIPS = 64  # clips whose mean is the input under the condition text_only
 

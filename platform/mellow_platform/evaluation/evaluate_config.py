@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 
 from mellow_platform.data.audio_limits import AudioLimits
-from mellow_platform.option_values import Dtype
+from mellow_platform.option_values import EngineDtype
 from mellow_platform.settings import (
     Input,
     Model,
@@ -83,11 +83,7 @@ class EvaluateConfig(Section):
     )
     limit: int | None = Field(None, ge=1, description="number of questions per benchmark (default: all)")
     max_new_tokens: int = Field(256, ge=1, description="longest answer, in tokens")
-    dtype: Dtype | None = Field(
-        None,
-        description="precision of the model: float32 or int8 on CPUs, bfloat16 on GPUs (default: float32 on CPUs, "
-        "bfloat16 on GPUs)",
-    )
+    dtype: EngineDtype = None
     endpoint: EndpointSection = EndpointSection()
     limits: AudioLimits = AudioLimits()
     max_failed_share: float = Field(

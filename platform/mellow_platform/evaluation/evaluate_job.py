@@ -17,14 +17,14 @@ import pyarrow as pa
 from mellow_platform import storage
 from mellow_platform.evaluation.baselines import draw_answers, read_answers
 from mellow_platform.evaluation.benchmarks import BENCHMARKS, MMAU, Benchmark
-from mellow_platform.evaluation.collect import REPORT, claim_output, collect_replies
+from mellow_platform.evaluation.collect import claim_output, collect_replies
 from mellow_platform.evaluation.comparison import PREDICTIONS, compare, read_baseline
 from mellow_platform.evaluation.dataset import BenchmarkItem, QuestionSource
 from mellow_platform.evaluation.evaluate_config import EvaluateConfig
 from mellow_platform.evaluation.evaluation_report import Example, markdown, page
 from mellow_platform.evaluation.models import ModelInput, Reply
 from mellow_platform.evaluation.scoring import AnsweredBenchmark, score, summarise
-from mellow_platform.resumable import FailureBudget
+from mellow_platform.resumable import REPORT, FailureBudget
 
 SUBMISSION = "mmau.json"
 TEXTS = pa.list_(pa.string())

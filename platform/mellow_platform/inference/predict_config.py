@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mellow_platform.data.audio_limits import AudioLimits
-from mellow_platform.option_values import Dtype
+from mellow_platform.option_values import EngineDtype
 from mellow_platform.settings import (
     Input,
     Metavar,
@@ -48,11 +48,7 @@ class PredictConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="total probability of the most likely tokens to sample from")
     seed: int = Field(0, ge=0, description="seed of sampling; every answer has its own seed that follows from this one")
     logprobs: bool = Field(False, description="write the log-probability of every token of an answer")
-    dtype: Dtype | None = Field(
-        None,
-        description="precision of the model: float32 or int8 on CPUs, bfloat16 on GPUs (default: float32 on CPUs, "
-        "bfloat16 on GPUs)",
-    )
+    dtype: EngineDtype = None
     limits: AudioLimits = AudioLimits()
     max_failed_share: float = Field(
         0.1, ge=0, le=1, description="share of questions without an answer above which the job fails"

@@ -33,6 +33,8 @@ from mellow_platform.model import MellowFeatureExtractor
 from mellow_platform.model.folder import load_processor, model_digest
 from mellow_platform.progress import Progress
 from mellow_platform.resumable import (
+    ANSWERS,
+    REPORT,
     RETRY_LOST_WORKERS,
     FailureBudget,
     claim,
@@ -45,8 +47,6 @@ from mellow_platform.resumable import (
     read_receipts,
     write_part,
 )
-
-ANSWERS, REPORT = "answers", "report.json"
 
 GROUP_SCHEMA = pa.schema(
     [

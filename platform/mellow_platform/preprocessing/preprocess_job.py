@@ -96,9 +96,9 @@ def claim_output(config: PreprocessConfig, plan: CorpusPlan, weights: str) -> Pr
     Raises:
         ValueError: another set has claimed the folder.
     """
-    depends_on = {"fields": config.identity, "input": plan.digest, "encoder": weights}
-    config = config.model_copy(update={"output": config.output.replace("{hash}", digest(depends_on)[:12])})
-    claim(config.output, config.identity, digest(depends_on), "shards", shards.MANIFEST)
+    job_digest = digest({"fields": config.identity, "input": plan.digest, "encoder": weights})
+    config = config.model_copy(update={"output": config.output.replace("{hash}", job_digest[:12])})
+    claim(config.output, config.identity, job_digest, "shards", shards.MANIFEST)
     return config
 
 

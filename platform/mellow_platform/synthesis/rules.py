@@ -57,7 +57,7 @@ class RuleWriter:
     def answers(
         self, requests: list[WritingRequest], folder: str, earlier: Mapping[str, WriterAnswer]
     ) -> list[WriterAnswer]:
-        """Return the answers to `requests` (`writer.Writer`); they cost nothing, so that none is stored."""
+        """Return the answers to `requests` (`writer.Writer`); rules are fast, so no answer is stored."""
         return [self.answer(request) for request in requests]
 
     def answer(self, request: WritingRequest) -> WriterAnswer:

@@ -25,6 +25,7 @@ import pyarrow as pa
 from mellow_platform import storage
 from mellow_platform.progress import Progress
 from mellow_platform.resumable import (
+    ANSWERS,
     FailureBudget,
     dataset_of_parts,
     map_on_actors,
@@ -36,7 +37,7 @@ from mellow_platform.synthesis.requests import WritingRequest
 from mellow_platform.synthesis.synthesize_config import SynthesizeConfig
 from mellow_platform.synthesis.writer import ANSWER_SCHEMA, STOP, Writer, WriterAnswer, stored_files
 
-ANSWERS, ARRIVING = "answers", "arriving"
+ARRIVING = "arriving"
 
 Part = tuple[str, list[WritingRequest]]  # name and requests
 # Takes the name of a pass, its parts, and answers of earlier runs that are not final; yields answers as they arrive,

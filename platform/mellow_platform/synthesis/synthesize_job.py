@@ -29,7 +29,7 @@ from mellow_platform import storage
 from mellow_platform.data.caption_tables import read_captions
 from mellow_platform.data.records import SPLITS, write_records
 from mellow_platform.extras import require
-from mellow_platform.resumable import RECEIPTS, claim, dataset_of_parts, digest
+from mellow_platform.resumable import ANSWERS, RECEIPTS, REPORT, claim, dataset_of_parts, digest, is_finished
 from mellow_platform.synthesis import requests as writing_requests
 from mellow_platform.synthesis import verification
 from mellow_platform.synthesis.candidates import CANDIDATE_SCHEMA, RECORD_SCHEMA, Candidate, candidates
@@ -40,14 +40,13 @@ from mellow_platform.synthesis.mixture import Pair, check_share, describe, exist
 from mellow_platform.synthesis.prompts import Prompts
 from mellow_platform.synthesis.requests import WritingRequest
 from mellow_platform.synthesis.rules import RuleWriter
-from mellow_platform.synthesis.runner import ANSWERS, AnswerParts, answer_on_actors, read_parts, run_pass
+from mellow_platform.synthesis.runner import AnswerParts, answer_on_actors, read_parts, run_pass
 from mellow_platform.synthesis.schemas import INDEPENDENT_QUESTIONS
 from mellow_platform.synthesis.synthesis_report import markdown, pass_counts
 from mellow_platform.synthesis.synthesize_config import FiltersSection, SynthesizeConfig
 from mellow_platform.synthesis.vllm_engine import answer_on_vllm
 from mellow_platform.synthesis.writer import WriterAnswer
 
-REPORT = "report.json"
 # Reasons of requested pairs that are missing in an answer: rules write only questions that a caption supports; the last
 # attempt of a model may contain fewer valid questions.
 UNWRITTEN, TOO_FEW = "nothing_left_to_ask", "too_few_written"
@@ -100,8 +99,8 @@ def synthesize(config: SynthesizeConfig) -> dict[str, Any]:
     check_prompts: dict[str, str] = {name: prompts.texts[name] if model else "" for name in config.checks}
     selection = _selection_digest(existing, check_prompts, config)
     report_uri = storage.join(config.output, REPORT)
-    if storage.exists(report_uri) and (report := storage.read_json(report_uri))["sifted"] == selection:
-        print(f"{config.output} is finished: nothing to do", flush=True)
+    report = storage.read_json(report_uri) if storage.exists(report_uri) else {}
+    if report.get("sifted") == selection and is_finished(config.output, REPORT):
         return report
 
     questions, failed, passes = _write_and_check(requests, check_prompts, answer_parts, config)

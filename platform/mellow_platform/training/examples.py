@@ -7,6 +7,7 @@ which every task reads in place from Ray's object store.
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -239,13 +240,9 @@ class AnswerExamples:
 
         The questions on a pair of clips are shuffled and divided into packs of at most `questions_per_pack`.
         """
-
-        def compute() -> np.ndarray:
-            return epoch_order(
-                len(self), lambda numbers: self.pairs(seed, epoch, numbers), self.questions_per_pack, seed, epoch
-            )
-
-        return cached((self.name, seed, epoch), compute)
+        pairs_of = partial(self.pairs, seed, epoch)
+        order = partial(epoch_order, len(self), pairs_of, self.questions_per_pack, seed, epoch)
+        return cached((self.name, seed, epoch), order)
 
     def collate(self, seed: int, epoch: int, numbers: np.ndarray) -> Arrays:
         """Return the arguments of `MellowForConditionalGeneration.forward` for the numbered questions.
